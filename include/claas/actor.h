@@ -1,0 +1,110 @@
+/* Actors: one thread, one loop, one DEALER to the process's switch, a handler table, timers, own
+ * descriptors, own state.
+ *
+ * An actor never blocks in a handler (> 10 ms): device work, files read in bulk and HTTP waits run
+ * beside it and come back as readable descriptors or replies. Actors know each other by name and
+ * message only.
+ *
+ *   static int handle_list(void *self, claas_message_t *message) { … return
+ * claas_actor_reply(actor, &message->reply_to, body); } static const struct claas_handler
+ * handlers[] = {{CLAAS_MSG_ADAPTER_LIST, handle_list}, …}; const struct claas_actor_class
+ * claas_storage_class = {"storage", handlers, COUNT, start, drain, stop};
+ */
+#ifndef CLAAS_ACTOR_H
+#define CLAAS_ACTOR_H
+
+#include "claas/json.h"
+#include "claas/message.h"
+
+typedef struct claas_actor claas_actor_t;
+
+/* Answers a request with a body, later or at once. 0 handled; < 0: the runtime replies with that
+ * code and claas_error_text(). The message is the runtime's and lives until the handler returns;
+ * copy reply_to to answer later. */
+typedef int claas_handler_fn(void *self, claas_message_t *message);
+
+struct claas_handler {
+    int type; /* enum claas_message_type */
+    claas_handler_fn *handle;
+};
+
+struct claas_actor_class {
+    const char *name;
+    const struct claas_handler *handlers;
+    size_t handler_count;
+    /* In the actor's thread. `args` is what the starter passed; *ret_self is given to every handler
+     * and callback. */
+    int (*start)(claas_actor_t *actor, const void *args, void **ret_self);
+    /* Refuse new work; called once. Return true when nothing is left; else the runtime asks again
+     * every 50 ms until the drain deadline. NULL = nothing to drain. */
+    bool (*drain)(void *self);
+    void (*stop)(void **self);
+};
+
+/* "trainer.0" */
+const char *claas_actor_name(const claas_actor_t *actor);
+
+/* --- answering
+ * ------------------------------------------------------------------------------------------------------
+ */
+/* `body` is taken (also on failure) and may be NULL for an empty object. */
+int claas_actor_reply(claas_actor_t *actor, const struct claas_reply_to *to, cJSON *body);
+int claas_actor_reply_attached(claas_actor_t *actor, const struct claas_reply_to *to, cJSON *body,
+                               const struct claas_attachment *attachments, size_t count);
+/* One of several answers; the last one is a reply or an error. */
+int claas_actor_progress(claas_actor_t *actor, const struct claas_reply_to *to, cJSON *body);
+int claas_actor_reply_error(claas_actor_t *actor, const struct claas_reply_to *to, int code,
+                            const char *text);
+
+/* --- asking
+ * ----------------------------------------------------------------------------------------------------------
+ */
+/* Called for every PROGRESS and exactly once with the end: REP, or ERR with message->error set (the
+ * peer's error, or DEADLINE / UNAVAILABLE made here). */
+typedef void claas_reply_fn(void *self, void *arg, claas_message_t *reply);
+
+struct claas_ask {
+    const char *to; /* actor name; "trainer" = any trainer */
+    int type;
+    cJSON *body; /* taken */
+    const struct claas_attachment *attachments;
+    size_t attachment_count;
+    int64_t timeout_ms;    /* budget; > 0 */
+    const char *principal; /* on whose behalf; NULL = "local" */
+    claas_reply_fn *reply;
+    void *arg;
+};
+/* Returns 0 and the request's id, or < 0 when it could not be sent (the callback is not called
+ * then). */
+int claas_actor_ask(claas_actor_t *actor, const struct claas_ask *ask, uint64_t *ret_id);
+/* Drops the callback and tells the peer (CANCEL). */
+void claas_actor_cancel(claas_actor_t *actor, uint64_t id);
+/* One way, no answer. */
+int claas_actor_tell(claas_actor_t *actor, const char *to, int type, cJSON *body);
+/* An event for whoever subscribed (PUB, topic = message name). Never blocks, may be lost. */
+void claas_actor_publish(claas_actor_t *actor, int type, cJSON *body);
+
+/* Called when a requester gives up on a request that this actor is still answering. */
+typedef void claas_cancel_fn(void *self, const struct claas_reply_to *to);
+void claas_actor_on_cancel(claas_actor_t *actor, claas_cancel_fn *fn);
+
+/* --- time and descriptors
+ * -------------------------------------------------------------------------------------------- */
+typedef void claas_timer_fn(void *self, void *arg);
+/* Once after delay_ms; returns an id > 0. Re-arm in the callback for a period. */
+int claas_actor_timer(claas_actor_t *actor, int64_t delay_ms, claas_timer_fn *fn, void *arg);
+void claas_actor_timer_cancel(claas_actor_t *actor, int timer);
+typedef void claas_watch_fn(void *self, int fd);
+/* Level triggered, for reading. */
+int claas_actor_watch(claas_actor_t *actor, int fd, claas_watch_fn *fn);
+void claas_actor_unwatch(claas_actor_t *actor, int fd);
+
+/* --- counters
+ * --------------------------------------------------------------------------------------------------------
+ */
+/* Adds to a metric of include/claas/metrics.def; labels are fixed there. */
+void claas_metric_add(int metric, double value);
+void claas_metric_set(int metric, double value);
+void claas_metric_observe(int metric, double value);
+
+#endif

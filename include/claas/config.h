@@ -1,0 +1,40 @@
+/* Settings from one table (config.def): built-in < file < environment < command line. Immutable
+ * once loaded; any thread. */
+#ifndef CLAAS_CONFIG_H
+#define CLAAS_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct claas_config claas_config_t;
+
+/* Loads the table's defaults, then `path` (YAML; may be NULL), then CLAAS_* of the environment,
+ * then `overrides`
+ * ("key=value"). Errors carry file, line, column and a caret for what is in a file, and "did you
+ * mean". */
+int claas_config_load(const char *path, const char *const *overrides, size_t count,
+                      claas_config_t **ret);
+void claas_config_free(claas_config_t **config);
+
+/* Keys must exist and have that type (our bug otherwise). Strings are borrowed; sizes are bytes,
+ * durations ms. */
+const char *claas_config_string(const claas_config_t *config, const char *key);
+int64_t claas_config_int(const claas_config_t *config, const char *key);
+double claas_config_number(const claas_config_t *config, const char *key);
+bool claas_config_bool(const claas_config_t *config, const char *key);
+/* The i-th entry of a LIST, NULL past the end. */
+const char *claas_config_list_at(const claas_config_t *config, const char *key, size_t index);
+bool claas_config_list_has(const claas_config_t *config, const char *key, const char *value);
+
+/* One row of the table, NULL past the end: for --help, the sample file and the docs. */
+struct claas_setting {
+    const char *key, *type, *default_text, *help;
+    double min, max;
+};
+const struct claas_setting *claas_config_setting_at(size_t index);
+/* Where a value came from: "default", "file", "environment", "command line"; and its text. */
+const char *claas_config_origin(const claas_config_t *config, const char *key);
+const char *claas_config_text(const claas_config_t *config, const char *key);
+
+#endif

@@ -1,0 +1,215 @@
+/* The device object: one per device and process, shared by sampler and trainer. It owns the base
+ * weights, the KV blocks, the adapters on the device and the compute thread, and works through a
+ * queue with the priorities decode > prefill > training. Training runs in slices: between two
+ * slices waiting decode and prefill work goes first, so chat keeps streaming while a cycle runs.
+ *
+ * Whoever uses the device opens a *client*: requests go in through it, events come out of it in
+ * order, and its file descriptor becomes readable when one waits (poll it in the actor's loop;
+ * never block on it). All calls may be made from any thread; a client is used by one thread. Token
+ * ids, log-probs and figures cross this seam, pointers to device memory never do. */
+#ifndef CLAAS_DEVICE_H
+#define CLAAS_DEVICE_H
+
+#include "claas/adapter.h"
+#include "claas/loss.h"
+#include "claas/model.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct claas_device claas_device_t;
+typedef struct claas_device_client claas_device_client_t;
+/* An adapter on the device: reference counted; requests hold their own reference until their last
+ * event. */
+typedef struct claas_adapter claas_adapter_t;
+
+struct claas_device_options {
+    const char *device;    /* "cpu" */
+    const char *precision; /* "bf16" or "f32" */
+    int threads;           /* 0 = one per CPU */
+    size_t kv_tokens;      /* capacity of the KV pool in tokens; 0 = max(context, 8192) */
+    int prefill_chunk;     /* most prompt tokens of one forward pass; 0 = 256 */
+    int max_batch;         /* most sequences decoded together; 0 = 64 */
+    int slice_ms;          /* longest slice of training while chat waits; 0 = 50 */
+};
+
+/* `model` must outlive the device; its weights are copied into the device's layout. */
+int claas_device_open(const struct claas_device_options *options, claas_model_t *model,
+                      claas_device_t **ret);
+/* Cancels what runs; clients must be freed first. */
+void claas_device_free(claas_device_t **device);
+claas_model_t *claas_device_model(const claas_device_t *device);
+
+/* What `claas health`, /metrics and `claas bench` show. */
+struct claas_device_stats {
+    char name[64]; /* "cpu bf16-avx512bf16 x2" */
+    uint64_t bytes_weights, bytes_kv, bytes_adapters, bytes_workspace, bytes_peak;
+    int kv_blocks, kv_blocks_free;
+    int running, waiting; /* sequences */
+    uint64_t tokens_prefilled, tokens_decoded, tokens_trained;
+    uint64_t prefix_tokens_shared; /* prompt tokens not computed because their blocks were shared */
+};
+void claas_device_stats(const claas_device_t *device, struct claas_device_stats *ret);
+
+int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret);
+/* Cancels the client's requests and drops its events. */
+void claas_device_client_free(claas_device_client_t **client);
+int claas_device_client_fd(const claas_device_client_t *client);
+
+/* --- adapters
+ * -----------------------------------------------------------------------------------------------------
+ */
+/* Reading and writing directories takes tens of milliseconds, so it runs on the device's own I/O
+ * thread and ends in an ADAPTER or SAVED event with the request's id. */
+
+enum claas_adapter_use {
+    CLAAS_ADAPTER_SERVE, /* forward only */
+    CLAAS_ADAPTER_TRAIN, /* float32 weights and moments kept beside */
+};
+/* Loads a PEFT directory. With TRAIN the moments come along if the directory has them, else they
+ * start at zero. */
+int claas_device_adapter_load(claas_device_client_t *client, const char *directory,
+                              enum claas_adapter_use use, uint64_t *ret_id);
+/* A new untrained adapter (B = 0), for TRAIN. */
+int claas_device_adapter_init(claas_device_client_t *client, const struct claas_lora_config *lora,
+                              uint64_t seed, uint64_t *ret_id);
+/* A copy of a TRAIN adapter as it stands after the client's requests before this one (weights and
+ * moments). */
+int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
+                              uint64_t *ret_id);
+/* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN adapter. */
+int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,
+                              const char *directory, uint64_t *ret_id);
+claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
+/* Drops a reference and nulls the pointer. */
+void claas_adapter_unref(claas_adapter_t **adapter);
+struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter);
+
+/* --- generation
+ * -----------------------------------------------------------------------------------------------------
+ */
+
+#define CLAAS_TOP_LOGPROBS_MAX 20
+
+enum claas_priority { CLAAS_PRIORITY_CHAT, CLAAS_PRIORITY_ROLLOUT };
+
+struct claas_generate_request {
+    const int32_t *prompt; /* copied; 1 … context-1 tokens */
+    size_t prompt_count;
+    claas_adapter_t *adapter;   /* NULL = the base model */
+    int max_tokens;             /* >= 1; ends earlier when the context is full */
+    float temperature;          /* 0 = greedy */
+    float top_p;                /* (0, 1] */
+    int top_k;                  /* 0 = off */
+    uint64_t seed;              /* same request and seed, same tokens, whatever else runs */
+    const int32_t *stop_tokens; /* copied; the one that ends the answer is part of it */
+    size_t stop_count;
+    int top_logprobs; /* 0 … 20 alternatives with each token */
+    enum claas_priority priority;
+};
+/* Events: TOKEN for each token, then FINISHED; or FAILED. Errors at once: INVALID, LIMIT (prompt
+ * too long), OVERLOADED (queue full). */
+int claas_device_generate(claas_device_client_t *client,
+                          const struct claas_generate_request *request, uint64_t *ret_id);
+/* The request's last event is FINISHED with CLAAS_FINISH_CANCELLED, unless it ended before. */
+void claas_device_cancel(claas_device_client_t *client, uint64_t id);
+
+/* --- training and evaluation
+ * ------------------------------------------------------------------------------------------ */
+
+/* One row: a response seen by the student behind its prompt, and by the teacher behind another
+ * prompt. EVALUATE rows may have no teacher (teacher_count 0): their divergence figures are NAN,
+ * log-prob and entropy are measured. */
+struct claas_train_row {
+    const int32_t *student_prompt, *teacher_prompt, *response;
+    size_t student_count, teacher_count, response_count;
+    const float *rollout_logprobs; /* [response_count] or NULL: ratio 1 */
+    const uint8_t *mask;           /* [response_count], 0 = not trained; NULL = all trained */
+    claas_adapter_t *student;      /* TRAIN adapter; NULL = the base model (EVALUATE only) */
+    claas_adapter_t *teacher;      /* NULL = the frozen base */
+};
+
+struct claas_adamw_config {
+    float rate, beta1, beta2, eps, weight_decay;
+    float max_grad_norm; /* 0 = no clipping; the norm is over one adapter */
+};
+
+struct claas_train_request {
+    const struct claas_train_row *rows; /* copied, with what they point to */
+    size_t row_count;
+    struct claas_loss_config loss;
+    struct claas_adamw_config adamw;
+    bool update; /* false: EVALUATE, forward only */
+};
+/* One optimizer step for each adapter among the rows (or none). Ends in TRAINED or FAILED. */
+int claas_device_train(claas_device_client_t *client, const struct claas_train_request *request,
+                       uint64_t *ret_id);
+
+/* Token means over the trained positions of a row. */
+struct claas_train_row_result {
+    float loss, divergence, forward_kl, kl_base, ratio, clip_fraction;
+    float logprob; /* mean log-prob of the response under the student: its negative is the NLL */
+    float entropy;
+    int tokens;
+};
+struct claas_train_result {
+    float loss;            /* as trained */
+    float grad_norm;       /* before clipping; of the largest adapter when there are several */
+    float max_ratio_error; /* largest |log-prob now - rollout log-prob|: 0 on policy */
+    bool finite;           /* loss and gradient; a step that is not finite changes nothing */
+    int tokens;
+    int64_t step; /* optimizer steps of the adapter, after this one */
+    size_t row_count;
+    struct claas_train_row_result *rows;
+};
+
+/* --- events
+ * -----------------------------------------------------------------------------------------------------------
+ */
+
+enum claas_device_event_kind {
+    CLAAS_EVENT_TOKEN,
+    CLAAS_EVENT_FINISHED,
+    CLAAS_EVENT_ADAPTER,
+    CLAAS_EVENT_SAVED,
+    CLAAS_EVENT_TRAINED,
+    CLAAS_EVENT_FAILED,
+};
+enum claas_finish {
+    CLAAS_FINISH_STOP,   /* a stop token */
+    CLAAS_FINISH_LENGTH, /* max_tokens or the context */
+    CLAAS_FINISH_CANCELLED,
+};
+
+struct claas_device_event {
+    enum claas_device_event_kind kind;
+    uint64_t id;
+    /* TOKEN */
+    int32_t token;
+    float logprob; /* temperature 1, whole vocabulary */
+    int top_count;
+    int32_t top_tokens[CLAAS_TOP_LOGPROBS_MAX];
+    float top_logprobs[CLAAS_TOP_LOGPROBS_MAX];
+    /* FINISHED */
+    enum claas_finish finish;
+    size_t prompt_tokens, cached_tokens, generated_tokens;
+    /* ADAPTER: a reference that the receiver owns */
+    claas_adapter_t *adapter;
+    /* TRAINED: owned by the receiver */
+    struct claas_train_result trained;
+    /* FAILED */
+    int error;
+    char text[256];
+};
+/* The next event: 1, or 0 when none waits. Release what it owns with claas_device_event_done. */
+int claas_device_client_next(claas_device_client_t *client, struct claas_device_event *ret);
+/* The same, waiting up to timeout_ms (-1 = for ever): for tools and tests. */
+int claas_device_client_wait(claas_device_client_t *client, int timeout_ms,
+                             struct claas_device_event *ret);
+void claas_device_event_done(struct claas_device_event *event);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,51 @@
+/* Errors: every function that can fail returns an int: >= 0 is success, < 0 is a code of err.def.
+ *
+ * The code says what kind of failure it is; the sentence that a person needs ("tensor 'x': 3 bytes
+ * missing") is kept beside it, one per thread, by claas_fail(). The idiom is
+ *
+ *     if (n > limit)
+ *         return claas_fail(CLAAS_ERR_LIMIT, "%zu rows, the limit is %zu", n, limit);
+ *
+ * and whoever reports the failure (an actor's reply, a tool's message) reads claas_error_text().
+ * Library code never prints. */
+#ifndef CLAAS_ERR_H
+#define CLAAS_ERR_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum claas_err {
+    CLAAS_OK = 0,
+#define X(name, code, http, text) CLAAS_ERR_##name = code,
+#include "claas/err.def"
+#undef X
+};
+
+/* Records the sentence for this thread and returns `code`. A NULL format keeps the catalogue's
+ * text. */
+int claas_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Puts a context in front of the recorded sentence ("model.gguf: ") and returns `code`. */
+int claas_fail_context(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* claas_fail for a failed system call: maps errno (ENOSPC, ENOENT, ENOMEM…) to a code and appends
+ * its text. */
+int claas_fail_errno(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* The sentence of this thread's last failure; never NULL. Valid until the thread's next failure. */
+const char *claas_error_text(void);
+
+/* "NOT_FOUND"; "UNKNOWN" for a code outside the catalogue. */
+const char *claas_err_name(int code);
+/* The catalogue's text for a code. */
+const char *claas_err_text(int code);
+/* The HTTP status a code is answered with. */
+int claas_err_http_status(int code);
+/* The code of a catalogue name, CLAAS_ERR_INTERNAL if unknown. */
+int claas_err_from_name(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

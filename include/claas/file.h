@@ -1,0 +1,28 @@
+/* Files that must survive kill -9 and a full disk. */
+#ifndef CLAAS_FILE_H
+#define CLAAS_FILE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Reads a whole file of at most `limit` bytes (NUL-terminated beyond its length; free with free()).
+ */
+int claas_file_read(const char *path, size_t limit, char **ret_data, size_t *ret_length);
+/* Writes a new file and fsyncs it; an existing one is replaced only by a complete one (temporary +
+ * rename). */
+int claas_file_write(const char *path, const void *data, size_t length);
+/* write(2) until all is written. */
+int claas_fd_write_all(int fd, const void *data, size_t length);
+int claas_fsync_path(const char *path);
+/* fsync of the directory that holds `path`, so that a rename in it is durable. */
+int claas_fsync_parent(const char *path);
+/* mkdir -p with mode 0700 for what is missing. */
+int claas_mkdir_all(const char *path);
+/* rm -r that never follows a symbolic link; a missing path is fine. */
+int claas_remove_all(const char *path);
+/* A read-only mapping of a whole file: *ret_data is NULL for an empty one. Release with
+ * claas_file_unmap. */
+int claas_file_map(const char *path, const uint8_t **ret_data, size_t *ret_length);
+void claas_file_unmap(const uint8_t *data, size_t length);
+
+#endif
