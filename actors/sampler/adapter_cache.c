@@ -1,0 +1,194 @@
+/* Least-recently-used cache of loaded adapter versions: see adapter_cache.h. The list is short
+ * (tens), so it is searched linearly. */
+#include "adapter_cache.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "claas/err.h"
+#include "claas/mem.h"
+
+struct waiter {
+    struct waiter *next;
+    adapter_ready_fn *ready;
+    void *arg;
+};
+
+struct entry {
+    struct entry *next;
+    char uid[65];
+    int version;
+    claas_adapter_t *adapter; /* NULL while it loads */
+    uint64_t load_id;
+    uint64_t used; /* tick of the last use */
+    struct waiter *waiters;
+};
+
+struct adapter_cache {
+    claas_device_client_t *client;
+    size_t limit;
+    uint64_t tick;
+    struct entry *entries;
+};
+
+int adapter_cache_new(claas_device_client_t *client, size_t limit, struct adapter_cache **ret)
+{
+    struct adapter_cache *cache = CLAAS_NEW(struct adapter_cache);
+
+    if (!cache)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    cache->client = client;
+    cache->limit = limit;
+    *ret = cache;
+    return 0;
+}
+
+static void entry_free(struct entry *entry)
+{
+    while (entry->waiters) {
+        struct waiter *waiter = entry->waiters;
+
+        entry->waiters = waiter->next;
+        free(waiter);
+    }
+    if (entry->adapter)
+        claas_adapter_unref(&entry->adapter);
+    free(entry);
+}
+
+void adapter_cache_free(struct adapter_cache **cache)
+{
+    if (!*cache)
+        return;
+    while ((*cache)->entries) {
+        struct entry *entry = (*cache)->entries;
+
+        (*cache)->entries = entry->next;
+        entry_free(entry);
+    }
+    free(*cache);
+    *cache = NULL;
+}
+
+static void entry_remove(struct adapter_cache *cache, struct entry *entry)
+{
+    struct entry **link = &cache->entries;
+
+    while (*link && *link != entry)
+        link = &(*link)->next;
+    if (*link)
+        *link = entry->next;
+    entry_free(entry);
+}
+
+/* Makes room for one more; entries that are still loading stay. Requests in flight hold their own
+ * references. */
+static void evict_oldest(struct adapter_cache *cache)
+{
+    struct entry *oldest = NULL;
+    size_t count = 0;
+
+    for (struct entry *e = cache->entries; e; e = e->next) {
+        count++;
+        if (e->adapter && (!oldest || e->used < oldest->used))
+            oldest = e;
+    }
+    if (count >= cache->limit && oldest)
+        entry_remove(cache, oldest);
+}
+
+static struct entry *entry_add(struct adapter_cache *cache, const char *uid, int version)
+{
+    struct entry *entry = CLAAS_NEW(struct entry);
+
+    if (!entry)
+        return NULL;
+    snprintf(entry->uid, sizeof(entry->uid), "%s", uid);
+    entry->version = version;
+    entry->next = cache->entries;
+    cache->entries = entry;
+    return entry;
+}
+
+int adapter_cache_get(struct adapter_cache *cache, const char *uid, int version,
+                      const char *directory, adapter_ready_fn *ready, void *arg)
+{
+    struct entry *entry = cache->entries;
+    struct waiter *waiter;
+    int rc;
+
+    while (entry && (entry->version != version || strcmp(entry->uid, uid) != 0))
+        entry = entry->next;
+    if (entry && entry->adapter) {
+        entry->used = ++cache->tick;
+        ready(arg, claas_adapter_ref(entry->adapter), 0, NULL);
+        return 0;
+    }
+    if (!entry) {
+        evict_oldest(cache);
+        entry = entry_add(cache, uid, version);
+        if (!entry)
+            return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+        rc = claas_device_adapter_load(cache->client, directory, CLAAS_ADAPTER_SERVE,
+                                       &entry->load_id);
+        if (rc < 0) {
+            entry_remove(cache, entry);
+            return rc;
+        }
+    }
+    waiter = CLAAS_NEW(struct waiter);
+    if (!waiter)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    *waiter = (struct waiter){entry->waiters, ready, arg};
+    entry->waiters = waiter;
+    return 0;
+}
+
+void adapter_cache_forget(struct adapter_cache *cache, void *arg)
+{
+    for (struct entry *entry = cache->entries; entry; entry = entry->next) {
+        struct waiter **link = &entry->waiters;
+
+        while (*link) {
+            struct waiter *waiter = *link;
+
+            if (waiter->arg == arg) {
+                *link = waiter->next;
+                free(waiter);
+            } else {
+                link = &waiter->next;
+            }
+        }
+    }
+}
+
+static void serve_waiters(struct entry *entry, int error, const char *text)
+{
+    while (entry->waiters) {
+        struct waiter *waiter = entry->waiters;
+
+        entry->waiters = waiter->next;
+        waiter->ready(waiter->arg, error ? NULL : claas_adapter_ref(entry->adapter), error, text);
+        free(waiter);
+    }
+}
+
+bool adapter_cache_event(struct adapter_cache *cache, struct claas_device_event *event)
+{
+    struct entry *entry = cache->entries;
+
+    while (entry && (entry->adapter || entry->load_id != event->id))
+        entry = entry->next;
+    if (!entry)
+        return false;
+    if (event->kind == CLAAS_EVENT_ADAPTER) {
+        entry->adapter = CLAAS_TAKE(event->adapter);
+        entry->used = ++cache->tick;
+        serve_waiters(entry, 0, NULL);
+    } else {
+        serve_waiters(entry, event->error ? event->error : CLAAS_ERR_INTERNAL, event->text);
+        entry_remove(cache, entry);
+    }
+    return true;
+}

@@ -1,0 +1,337 @@
+/* How cycles end: the best candidate is staged and published, or all were refused, or something
+ * failed, or everybody cancelled, or the server stops. Every way out leaves each job either ended
+ * on disk or waiting again. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "claas/clock.h"
+#include "claas/err.h"
+#include "claas/file.h"
+#include "claas/log.h"
+#include "claas/mem.h"
+#include "claas/metrics.h"
+#include "scheduler_internal.h"
+
+#define RETRY_FIRST_MS 500
+#define RETRY_FULL_MS  5000 /* the disk is full: look again now and then */
+
+void cycle_run_free(struct cycle_run *run)
+{
+    struct scheduler *scheduler = run->scheduler;
+
+    if (run->ask)
+        claas_actor_cancel(scheduler->actor, run->ask);
+    for (int i = 0; i < run->job_count; i++)
+        run->jobs[i]->run = NULL;
+    plan_done(&run->plan);
+    cJSON_Delete(run->base);
+    cJSON_Delete(run->best_metadata);
+    cJSON_Delete(run->steps);
+    cJSON_Delete(run->last_gate);
+    if (scheduler->run == run)
+        scheduler->run = NULL;
+    free(run);
+}
+
+static void end_trainer(struct cycle_run *run)
+{
+    cJSON *body = cJSON_CreateObject();
+
+    claas_json_set_string(body, "cycle_id", run->cycle_id);
+    claas_actor_tell(run->scheduler->actor, "trainer", CLAAS_MSG_CYCLE_END, body);
+}
+
+void cycle_run_abandon(struct cycle_run *run)
+{
+    end_trainer(run);
+    cycle_run_free(run);
+}
+
+/* The jobs have ended on disk; the next cycle may start. */
+static void close_run(struct cycle_run *run, int metric)
+{
+    struct scheduler *scheduler = run->scheduler;
+
+    end_trainer(run);
+    claas_metric_add(metric, run->job_count);
+    while (run->job_count > 0) {
+        struct job *job = run->jobs[--run->job_count];
+
+        claas_metric_observe(CLAAS_METRIC_JOB_SECONDS,
+                             (double)(claas_clock_ms() - job->accepted_ms) / 1e3);
+        job_remove(scheduler, job);
+    }
+    cycle_run_free(run);
+    jobs_dispatch(scheduler);
+}
+
+/* The jobs wait again, for at least delay_ms. */
+static void requeue(struct cycle_run *run, int64_t delay_ms)
+{
+    struct scheduler *scheduler = run->scheduler;
+
+    for (int i = 0; i < run->job_count; i++)
+        run->jobs[i]->not_before_ms = claas_clock_ms() + delay_ms;
+    cycle_run_abandon(run);
+    jobs_dispatch(scheduler);
+}
+
+/* --- failure
+ * ----------------------------------------------------------------------------------------------------------
+ */
+
+struct failed_run {
+    struct cycle_run *run;
+    int code;
+    char text[512];
+};
+
+static void parked(struct scheduler *scheduler, void *arg, int error, const char *text,
+                   const cJSON *reply)
+{
+    struct cycle_run *run = arg;
+
+    (void)scheduler;
+    (void)text;
+    (void)reply;
+    if (error && error != CLAAS_ERR_CONFLICT)
+        requeue(run, RETRY_FULL_MS);
+    else
+        close_run(run, CLAAS_METRIC_JOBS_FAILED);
+}
+
+static void park(struct cycle_run *run, int code, const char *text)
+{
+    cJSON *event = cJSON_CreateObject();
+    cJSON *result = cJSON_CreateObject();
+
+    claas_json_set_string(event, "kind", "state");
+    claas_json_set_string(event, "error", text);
+    claas_json_set_string(event, "code", claas_err_name(code));
+    claas_json_set_string(result, "error", text);
+    if (record_jobs(
+            run->scheduler, run->jobs, run->job_count,
+            &(struct record){
+                .state = "failed", .event = event, .result = result, .done = parked, .arg = run}) <
+        0)
+        requeue(run, RETRY_FULL_MS);
+}
+
+static void struck(struct scheduler *scheduler, void *arg, int error, const char *text,
+                   const cJSON *reply)
+{
+    struct failed_run *failed = arg;
+    struct cycle_run *run = failed->run;
+    int64_t strikes = 0;
+
+    (void)text;
+    claas_json_get_int(reply, "strikes", 0, 100, &strikes);
+    if (!error && strikes >= claas_config_int(scheduler->config, "cycle.retries"))
+        park(run, failed->code, failed->text);
+    else
+        requeue(run, RETRY_FIRST_MS << (strikes < 6 ? strikes : 6));
+    free(failed);
+}
+
+/* Failures that say nothing against the job: the peer is away, the disk is full, the parent
+ * changed. */
+static bool is_blameless(int code)
+{
+    return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_NO_SPACE ||
+           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CONFLICT;
+}
+
+/* Failures that no retry mends. */
+static bool is_hopeless(int code)
+{
+    return code == CLAAS_ERR_INVALID || code == CLAAS_ERR_LIMIT || code == CLAAS_ERR_NOT_FOUND ||
+           code == CLAAS_ERR_UNPROCESSABLE || code == CLAAS_ERR_CORRUPT ||
+           code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED;
+}
+
+void cycle_run_fail(struct cycle_run *run, int code, const char *text)
+{
+    struct failed_run *failed;
+    cJSON *event;
+
+    claas_warning("cycle %s of %s: %s", run->cycle_id, run->lora_id, text);
+    run->publishing = false;
+    if (is_blameless(code)) {
+        requeue(run, code == CLAAS_ERR_NO_SPACE   ? RETRY_FULL_MS
+                     : code == CLAAS_ERR_CONFLICT ? 0
+                                                  : RETRY_FIRST_MS);
+        return;
+    }
+    if (is_hopeless(code)) {
+        park(run, code, text);
+        return;
+    }
+    failed = CLAAS_NEW(struct failed_run);
+    if (!failed) {
+        requeue(run, RETRY_FULL_MS);
+        return;
+    }
+    failed->run = run;
+    failed->code = code;
+    snprintf(failed->text, sizeof(failed->text), "%s", text);
+    event = cJSON_CreateObject();
+    claas_json_set_string(event, "kind", "error");
+    claas_json_set_string(event, "error", text);
+    if (record_jobs(run->scheduler, run->jobs, run->job_count,
+                    &(struct record){.state = "queued",
+                                     .event = event,
+                                     .failure = true,
+                                     .done = struck,
+                                     .arg = failed}) < 0) {
+        free(failed);
+        requeue(run, RETRY_FULL_MS);
+    }
+}
+
+/* --- cancelling
+ * -------------------------------------------------------------------------------------------------------
+ */
+
+bool cycle_run_drop_cancelled(struct cycle_run *run)
+{
+    struct scheduler *scheduler = run->scheduler;
+    int kept = 0;
+    bool dropped = false;
+
+    for (int i = 0; i < run->job_count; i++) {
+        if (run->jobs[i]->cancel) {
+            run->jobs[i]->run = NULL;
+            job_remove(scheduler, run->jobs[i]);
+            dropped = true;
+        } else {
+            run->jobs[kept++] = run->jobs[i];
+        }
+    }
+    run->job_count = kept;
+    if (!dropped)
+        return false;
+    /* What was learnt so far came from the cancelled feedback too: the others begin anew. */
+    cycle_run_abandon(run);
+    jobs_dispatch(scheduler);
+    return true;
+}
+
+/* --- publishing
+ * -------------------------------------------------------------------------------------------------------
+ */
+
+static cJSON *result_object(struct cycle_run *run)
+{
+    cJSON *result = cJSON_CreateObject();
+
+    claas_json_set(result, "metadata",
+                   run->best_metadata ? cJSON_Duplicate(run->best_metadata, true) : NULL);
+    claas_json_set(result, "steps", cJSON_Duplicate(run->steps, true));
+    claas_json_set_int(result, "published_step", run->best_step);
+    if (run->base)
+        claas_json_set(result, "base", cJSON_Duplicate(run->base, true));
+    if (run->last_gate)
+        claas_json_set(result, "gate", cJSON_Duplicate(run->last_gate, true));
+    claas_json_set_int(result, "duration_ms", claas_clock_ms() - run->started_ms);
+    return result;
+}
+
+static void published(void *self, void *arg, claas_message_t *reply)
+{
+    struct scheduler *scheduler = self;
+    struct cycle_run *run = arg;
+    const cJSON *event;
+
+    run->ask = 0;
+    if (reply->error) {
+        cycle_run_fail(run, reply->error, reply->error_text);
+        return;
+    }
+    cJSON_ArrayForEach(event, claas_json_get(reply->body, "events")) watch_event(scheduler, event);
+    close_run(run, CLAAS_METRIC_JOBS_DONE);
+}
+
+static void staged(void *self, void *arg, claas_message_t *reply)
+{
+    struct cycle_run *run = arg;
+    cJSON *body = NULL, *ids;
+    const char *directory = "";
+    int rc;
+
+    (void)self;
+    run->ask = 0;
+    if (reply->error) {
+        cycle_run_fail(run, reply->error, reply->error_text);
+        return;
+    }
+    claas_json_get_string(reply->body, "directory", &directory);
+    body = cJSON_CreateObject();
+    ids = cJSON_CreateArray();
+    for (int i = 0; i < run->job_count; i++)
+        cJSON_AddItemToArray(ids, cJSON_CreateString(run->jobs[i]->id));
+    claas_json_set_string(body, "lora_id", run->lora_id);
+    claas_json_set_int(body, "parent", run->version);
+    claas_json_set_string(body, "directory", directory);
+    claas_json_set(body, "job_ids", ids);
+    claas_json_set(body, "result", result_object(run));
+    rc = cycle_run_ask(run, "storage", CLAAS_MSG_VERSION_PUBLISH, body, 2 * ASK_MS, published);
+    if (rc < 0)
+        cycle_run_fail(run, rc, claas_error_text());
+}
+
+static void stage(struct cycle_run *run)
+{
+    cJSON *body = cJSON_CreateObject();
+    cJSON *event = cJSON_CreateObject();
+    int rc;
+
+    run->publishing = true;
+    claas_json_set_string(event, "kind", "state");
+    record_jobs(run->scheduler, run->jobs, run->job_count,
+                &(struct record){.state = "publishing", .event = event});
+    claas_json_set_string(body, "cycle_id", run->cycle_id);
+    rc = cycle_run_ask(run, "trainer", CLAAS_MSG_CYCLE_STAGE, body, 10 * ASK_MS, staged);
+    if (rc < 0)
+        cycle_run_fail(run, rc, claas_error_text());
+}
+
+static void rejected(struct scheduler *scheduler, void *arg, int error, const char *text,
+                     const cJSON *reply)
+{
+    struct cycle_run *run = arg;
+
+    (void)scheduler;
+    (void)text;
+    (void)reply;
+    if (error && error != CLAAS_ERR_CONFLICT)
+        requeue(run, RETRY_FULL_MS);
+    else
+        close_run(run, CLAAS_METRIC_JOBS_REJECTED);
+}
+
+void cycle_run_finish(struct cycle_run *run)
+{
+    cJSON *event = cJSON_CreateObject();
+    cJSON *result;
+
+    claas_json_set_string(event, "kind", "state");
+    record_jobs(run->scheduler, run->jobs, run->job_count,
+                &(struct record){.state = "gating", .event = event});
+    if (run->best_step > 0) {
+        stage(run);
+        return;
+    }
+    event = cJSON_CreateObject();
+    result = result_object(run);
+    claas_json_set_string(event, "kind", "state");
+    claas_json_set_string(event, "reason", run->last_reason);
+    claas_json_set_string(result, "reason", run->last_reason);
+    if (record_jobs(run->scheduler, run->jobs, run->job_count,
+                    &(struct record){.state = "rejected",
+                                     .event = event,
+                                     .result = result,
+                                     .done = rejected,
+                                     .arg = run}) < 0)
+        requeue(run, RETRY_FULL_MS);
+}

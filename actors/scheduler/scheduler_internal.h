@@ -1,0 +1,128 @@
+/* State shared by the scheduler's files. */
+#ifndef CLAAS_SCHEDULER_INTERNAL_H
+#define CLAAS_SCHEDULER_INTERNAL_H
+
+#include "plan.h"
+#include "scheduler.h"
+
+#define CYCLE_JOBS_MAX 16
+#define ASK_MS         30000
+/* A step on a large model and a slow device takes minutes; a dead trainer is noticed by the runtime
+ * long before. */
+#define STEP_ASK_MS 1800000
+
+struct scheduler;
+
+/* An unfinished job. What it is about stays on disk; here is what is needed to pick the next cycle.
+ */
+struct job {
+    struct job *next; /* in order of arrival */
+    char id[65];
+    char lora_id[257];
+    char principal[CLAAS_NAME_MAX];
+    int items;
+    cJSON *training;                    /* NULL = the default cycle */
+    int64_t accepted_ms, not_before_ms; /* monotonic */
+    struct cycle_run *run;              /* the cycle it is in, NULL while it waits */
+    bool cancel;                        /* asked for while in a cycle */
+};
+
+/* Somebody who gets the events of a job. */
+struct watcher {
+    struct watcher *next;
+    struct scheduler *scheduler;
+    struct claas_reply_to reply_to;
+    char job_id[65];
+    int64_t seq;   /* of the last event sent */
+    bool reading;  /* old events are on their way from storage */
+    bool again;    /* something happened meanwhile: read once more */
+    bool feedback; /* the reply is FEEDBACK's, with job_id beside job */
+    uint64_t ask;
+};
+
+/* A learning cycle under way: the jobs of one adapter, taken together. */
+struct cycle_run {
+    struct scheduler *scheduler;
+    char cycle_id[65];
+    char lora_id[257];
+    struct job *jobs[CYCLE_JOBS_MAX];
+    int job_count;
+    struct plan plan;
+    int64_t version; /* the parent */
+    cJSON *base;     /* the base's gate figures */
+    int step;
+    int best_step; /* 0 = none passed yet */
+    double best_score;
+    cJSON *best_metadata, *steps; /* of the best step; of all steps, for the result */
+    cJSON *last_gate;
+    char last_reason[256];
+    uint64_t seed;
+    uint64_t ask;    /* the request under way, 0 = none */
+    bool publishing; /* too late to cancel */
+    char state[16];  /* last recorded state */
+    int64_t started_ms;
+};
+
+struct scheduler {
+    claas_actor_t *actor;
+    const claas_config_t *config;
+    struct job *jobs;
+    size_t job_count;
+    struct watcher *watchers;
+    struct cycle_run *run;
+    char last_lora_id[257]; /* of the last cycle: others go first */
+    bool loaded;            /* unfinished jobs of the last run are known */
+    bool draining;
+    int timer;
+};
+
+/* jobs.c */
+struct job *job_add(struct scheduler *scheduler, const char *id, const char *lora_id,
+                    const char *principal, int items, const cJSON *training);
+struct job *job_find(struct scheduler *scheduler, const char *id);
+void job_remove(struct scheduler *scheduler, struct job *job);
+/* Starts the next cycle if none runs and a job waits. */
+void jobs_dispatch(struct scheduler *scheduler);
+void jobs_load(struct scheduler *scheduler);
+
+/* submit.c, watch.c */
+int handle_feedback(void *self, claas_message_t *message);
+int handle_job_watch(void *self, claas_message_t *message);
+/* Starts to watch; with `feedback` the final reply is that of FEEDBACK. */
+int watch_start(struct scheduler *scheduler, const struct claas_reply_to *to, const char *job_id,
+                int64_t since, bool feedback);
+/* Sends an event of a job to its watchers. */
+void watch_event(struct scheduler *scheduler, const cJSON *event);
+/* The watchers' request was given up. */
+void watch_cancel(struct scheduler *scheduler, const struct claas_reply_to *to);
+void watch_free_all(struct scheduler *scheduler, bool tell);
+
+/* record.c: JOB_RECORD with its events handed to the watchers. */
+typedef void recorded_fn(struct scheduler *scheduler, void *arg, int error, const char *text,
+                         const cJSON *reply);
+struct record {
+    const char *state; /* NULL: the event alone */
+    cJSON *event;      /* taken */
+    cJSON *result;     /* taken, may be NULL */
+    bool failure;
+    recorded_fn *done; /* may be NULL */
+    void *arg;
+};
+int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
+                const struct record *record);
+
+/* cycle_run.c, cycle_end.c */
+void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int count);
+/* Drops the run; its jobs wait again. `end_trainer`: tell the trainer. */
+void cycle_run_abandon(struct cycle_run *run);
+void cycle_run_free(struct cycle_run *run);
+/* After the last step: publish the best, or reject. */
+void cycle_run_finish(struct cycle_run *run);
+/* The cycle cannot go on. `strike`: it counts against its jobs; after three they are parked. */
+void cycle_run_fail(struct cycle_run *run, int code, const char *text);
+/* Takes cancelled jobs out; true if the run is over by that. */
+bool cycle_run_drop_cancelled(struct cycle_run *run);
+int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, int64_t timeout_ms,
+                  claas_reply_fn *reply);
+
+#endif

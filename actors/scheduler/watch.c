@@ -1,0 +1,183 @@
+/* Watchers of jobs. Old events are read from storage, new ones come from the scheduler's own
+ * records; both carry the event's seq, so that none is sent twice or left out. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "scheduler_internal.h"
+
+static void watcher_free(struct watcher *watcher)
+{
+    struct watcher **link = &watcher->scheduler->watchers;
+
+    while (*link && *link != watcher)
+        link = &(*link)->next;
+    if (*link)
+        *link = watcher->next;
+    if (watcher->ask)
+        claas_actor_cancel(watcher->scheduler->actor, watcher->ask);
+    free(watcher);
+}
+
+static void send_event(struct watcher *watcher, const cJSON *event)
+{
+    int64_t seq = 0;
+    cJSON *body;
+
+    claas_json_get_int(event, "seq", 0, (int64_t)1 << 53, &seq);
+    if (seq <= watcher->seq)
+        return;
+    watcher->seq = seq;
+    body = cJSON_CreateObject();
+    claas_json_set(body, "event", cJSON_Duplicate(event, true));
+    claas_actor_progress(watcher->scheduler->actor, &watcher->reply_to, body);
+}
+
+static bool is_end_state(const char *state)
+{
+    return strcmp(state, "done") == 0 || strcmp(state, "rejected") == 0 ||
+           strcmp(state, "failed") == 0 || strcmp(state, "cancelled") == 0;
+}
+
+static void finish(struct watcher *watcher, const cJSON *job)
+{
+    cJSON *body = cJSON_CreateObject();
+
+    if (watcher->feedback)
+        claas_json_set_string(body, "job_id", watcher->job_id);
+    claas_json_set(body, "job", cJSON_Duplicate(job, true));
+    claas_actor_reply(watcher->scheduler->actor, &watcher->reply_to, body);
+    watcher_free(watcher);
+}
+
+static int read_job(struct watcher *watcher);
+
+static void job_read(void *self, void *arg, claas_message_t *reply)
+{
+    struct scheduler *scheduler = self;
+    struct watcher *watcher = arg;
+    const cJSON *job = claas_json_get(reply->body, "job");
+    const char *state = "";
+    const cJSON *event;
+
+    watcher->ask = 0;
+    watcher->reading = false;
+    if (reply->error) {
+        claas_actor_reply_error(scheduler->actor, &watcher->reply_to, reply->error,
+                                reply->error_text);
+        watcher_free(watcher);
+        return;
+    }
+    cJSON_ArrayForEach(event, claas_json_get(job, "events")) send_event(watcher, event);
+    claas_json_get_string(job, "state", &state);
+    if (is_end_state(state)) {
+        finish(watcher, job);
+        return;
+    }
+    if (watcher->again && read_job(watcher) < 0) {
+        claas_actor_reply_error(scheduler->actor, &watcher->reply_to, CLAAS_ERR_UNAVAILABLE,
+                                claas_error_text());
+        watcher_free(watcher);
+    }
+}
+
+static int read_job(struct watcher *watcher)
+{
+    cJSON *body = cJSON_CreateObject();
+    int rc;
+
+    claas_json_set_string(body, "job_id", watcher->job_id);
+    claas_json_set_int(body, "since", watcher->seq);
+    watcher->again = false;
+    rc = claas_actor_ask(watcher->scheduler->actor,
+                         &(struct claas_ask){
+                             .to = "storage",
+                             .type = CLAAS_MSG_JOB_GET,
+                             .body = body,
+                             .timeout_ms = ASK_MS,
+                             .principal = watcher->reply_to.principal,
+                             .reply = job_read,
+                             .arg = watcher,
+                         },
+                         &watcher->ask);
+    watcher->reading = rc == 0;
+    return rc;
+}
+
+int watch_start(struct scheduler *scheduler, const struct claas_reply_to *to, const char *job_id,
+                int64_t since, bool feedback)
+{
+    struct watcher *watcher = CLAAS_NEW(struct watcher);
+    int rc;
+
+    if (!watcher)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    watcher->scheduler = scheduler;
+    watcher->reply_to = *to;
+    snprintf(watcher->job_id, sizeof(watcher->job_id), "%s", job_id);
+    watcher->seq = since;
+    watcher->feedback = feedback;
+    watcher->next = scheduler->watchers;
+    scheduler->watchers = watcher;
+    rc = read_job(watcher);
+    if (rc < 0)
+        watcher_free(watcher);
+    return rc;
+}
+
+void watch_event(struct scheduler *scheduler, const cJSON *event)
+{
+    const char *job_id = "", *state = "";
+    struct watcher *next;
+
+    claas_json_get_string(event, "job_id", &job_id);
+    claas_json_get_string(event, "state", &state);
+    for (struct watcher *watcher = scheduler->watchers; watcher; watcher = next) {
+        next = watcher->next;
+        if (strcmp(watcher->job_id, job_id) != 0)
+            continue;
+        if (watcher->reading) {
+            watcher->again = true;
+            continue;
+        }
+        send_event(watcher, event);
+        if (is_end_state(state))
+            read_job(watcher); /* the whole job, for the reply */
+    }
+}
+
+void watch_cancel(struct scheduler *scheduler, const struct claas_reply_to *to)
+{
+    for (struct watcher *watcher = scheduler->watchers; watcher; watcher = watcher->next) {
+        if (watcher->reply_to.correlation == to->correlation &&
+            strcmp(watcher->reply_to.to, to->to) == 0) {
+            watcher_free(watcher);
+            return;
+        }
+    }
+}
+
+void watch_free_all(struct scheduler *scheduler, bool tell)
+{
+    while (scheduler->watchers) {
+        struct watcher *watcher = scheduler->watchers;
+
+        if (tell)
+            claas_actor_reply_error(
+                scheduler->actor, &watcher->reply_to, CLAAS_ERR_UNAVAILABLE,
+                "the server is shutting down; the job goes on at its next start");
+        watcher_free(watcher);
+    }
+}
+
+int handle_job_watch(void *self, claas_message_t *message)
+{
+    const char *job_id = "";
+    int64_t since = 0;
+
+    claas_json_get_string(message->body, "job_id", &job_id);
+    claas_json_get_int(message->body, "since", 0, (int64_t)1 << 53, &since);
+    return watch_start(self, &message->reply_to, job_id, since, false);
+}

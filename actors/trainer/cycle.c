@@ -1,0 +1,379 @@
+/* Opening, keeping, staging and closing a cycle. A cycle answers one request at a time; the
+ * optimizer steps are in cycle_step.c. */
+#include "cycle.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "claas/err.h"
+#include "claas/file.h"
+#include "claas/mem.h"
+#include "claas/random.h"
+
+struct cycle *cycle_find(struct trainer *trainer, const char *id)
+{
+    struct cycle *cycle = trainer->cycles;
+
+    while (cycle && strcmp(cycle->id, id) != 0)
+        cycle = cycle->next;
+    return cycle;
+}
+
+static void item_done(struct item *item)
+{
+    cJSON_Delete(item->messages);
+    free(item->feedback);
+    free(item->prompt);
+    free(item->response);
+    free(item->logprobs);
+}
+
+void cycle_free(struct cycle *cycle)
+{
+    struct cycle **link = &cycle->trainer->cycles;
+
+    while (*link && *link != cycle)
+        link = &(*link)->next;
+    if (*link)
+        *link = cycle->next;
+    cycle_step_free(cycle);
+    device_calls_drop(cycle->trainer, cycle);
+    base_figures_forget(cycle->trainer, cycle);
+    for (size_t i = 0; i < cycle->item_count + cycle->replay_count; i++)
+        item_done(&cycle->items[i]);
+    for (size_t i = 0; i < cycle->standing_count; i++)
+        free(cycle->standing[i]);
+    for (size_t i = 0; i < cycle->held_out_count; i++) {
+        free(cycle->held_out[i].student_prompt);
+        free(cycle->held_out[i].teacher_prompt);
+        free(cycle->held_out[i].tokens);
+    }
+    cJSON_Delete(cycle->recent);
+    claas_adapter_unref(&cycle->adapter);
+    claas_adapter_unref(&cycle->kept);
+    free(cycle);
+}
+
+void cycles_free(struct trainer *trainer)
+{
+    while (trainer->cycles)
+        cycle_free(trainer->cycles);
+}
+
+void cycle_fail(struct cycle *cycle, int code, const char *text)
+{
+    cycle->busy = false;
+    claas_actor_reply_error(cycle->trainer->actor, &cycle->reply_to, code, text);
+}
+
+/* --- reading CYCLE_BEGIN
+ * --------------------------------------------------------------------------------------------- */
+
+static int copy_attachment(const claas_message_t *message, int64_t index, void **ret,
+                           size_t *ret_count)
+{
+    const struct claas_attachment *part;
+
+    if (index < 0 || (size_t)index >= message->attachment_count)
+        return claas_fail(CLAAS_ERR_INVALID, "attachment %lld is missing", (long long)index);
+    part = &message->attachments[index];
+    if (part->length % sizeof(int32_t) != 0)
+        return claas_fail(CLAAS_ERR_INVALID, "attachment %lld is no array of 32-bit values",
+                          (long long)index);
+    *ret = claas_alloc(part->length / 4 + 1, 4);
+    if (!*ret)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    memcpy(*ret, part->data, part->length);
+    *ret_count = part->length / 4;
+    return 0;
+}
+
+static int check_tokens(const struct cycle *cycle, const int32_t *tokens, size_t count)
+{
+    int vocab = claas_model_config(cycle->trainer->model)->vocab;
+
+    for (size_t i = 0; i < count; i++) {
+        if (tokens[i] < 0 || tokens[i] >= vocab)
+            return claas_fail(CLAAS_ERR_INVALID, "token %d is not in the vocabulary", tokens[i]);
+    }
+    return 0;
+}
+
+static int read_item(struct cycle *cycle, const claas_message_t *message, const cJSON *json,
+                     struct item *item)
+{
+    const cJSON *messages = NULL;
+    const char *feedback = NULL;
+    int64_t first = -1;
+    size_t logprob_count = 0;
+    int rc;
+
+    if (claas_json_get_string(json, "feedback", &feedback) != 1 ||
+        claas_json_get_array(json, "messages", &messages) != 1 ||
+        claas_json_get_int(json, "attachments", 0, 1 << 20, &first) != 1)
+        return claas_fail(CLAAS_ERR_INVALID, "an item needs feedback, messages and attachments");
+    item->messages = cJSON_Duplicate(messages, true);
+    item->feedback = claas_strdup(feedback);
+    rc = copy_attachment(message, first, (void **)&item->prompt, &item->prompt_count);
+    if (rc == 0)
+        rc = copy_attachment(message, first + 1, (void **)&item->response, &item->response_count);
+    if (rc == 0)
+        rc = copy_attachment(message, first + 2, (void **)&item->logprobs, &logprob_count);
+    if (rc == 0 && (!item->messages || !item->feedback))
+        rc = claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (rc == 0 && (logprob_count != item->response_count || item->prompt_count == 0))
+        rc = claas_fail(CLAAS_ERR_INVALID, "an item's arrays do not fit together");
+    if (rc == 0)
+        rc = check_tokens(cycle, item->prompt, item->prompt_count);
+    if (rc == 0)
+        rc = check_tokens(cycle, item->response, item->response_count);
+    return rc;
+}
+
+static int read_items(struct cycle *cycle, const claas_message_t *message, const char *key,
+                      size_t *count)
+{
+    const cJSON *list = claas_json_get(message->body, key);
+    const cJSON *json;
+
+    cJSON_ArrayForEach(json, list)
+    {
+        size_t index = cycle->item_count + cycle->replay_count;
+        int rc;
+
+        if (index == CYCLE_ITEMS_MAX)
+            return claas_fail(CLAAS_ERR_LIMIT, "more than %d items", CYCLE_ITEMS_MAX);
+        (*count)++; /* first, so that a half-read item is freed too */
+        rc = read_item(cycle, message, json, &cycle->items[index]);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+static int read_standing(struct cycle *cycle, const cJSON *list)
+{
+    const cJSON *text;
+
+    cJSON_ArrayForEach(text, list)
+    {
+        if (!cJSON_IsString(text) || cycle->standing_count == CYCLE_STANDING_MAX)
+            return claas_fail(CLAAS_ERR_INVALID, "standing must hold at most %d texts",
+                              CYCLE_STANDING_MAX);
+        cycle->standing[cycle->standing_count] = claas_strdup(text->valuestring);
+        if (!cycle->standing[cycle->standing_count])
+            return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+        cycle->standing_count++;
+    }
+    return 0;
+}
+
+static int read_begin(struct cycle *cycle, const claas_message_t *message)
+{
+    const cJSON *body = message->body;
+    const char *text = "";
+    int64_t value = 0;
+    int rc;
+
+    claas_json_get_string(body, "cycle_id", &text);
+    rc = claas_copy_text(cycle->id, sizeof(cycle->id), text);
+    claas_json_get_string(body, "lora_id", &text);
+    if (rc == 0)
+        rc = claas_copy_text(cycle->lora_id, sizeof(cycle->lora_id), text);
+    claas_json_get_int(body, "seed", 0, (int64_t)1 << 53, &value);
+    cycle->seed = (uint64_t)value;
+    claas_json_get_int(body, "max_tokens", 1, 4096, &value);
+    cycle->max_tokens = (int)value;
+    claas_json_get_bool(body, "reference", &cycle->reference);
+    if (rc == 0)
+        rc = read_items(cycle, message, "items", &cycle->item_count);
+    if (rc == 0)
+        rc = read_items(cycle, message, "replay", &cycle->replay_count);
+    if (rc == 0)
+        rc = read_standing(cycle, claas_json_get(body, "standing"));
+    cycle->recent = cJSON_Duplicate(claas_json_get(body, "recent"), true);
+    return rc;
+}
+
+/* --- CYCLE_BEGIN: adapter, then the base's figures, then the reply
+ * -------------------------------------------------- */
+
+static void base_measured(struct trainer *trainer, void *arg, int error, const char *text)
+{
+    struct cycle *cycle = arg;
+    int recent = cJSON_GetArraySize(cycle->recent);
+    cJSON *body;
+
+    if (error) {
+        cycle_fail(cycle, error, text);
+        cycle_free(cycle);
+        return;
+    }
+    body = cJSON_CreateObject();
+    claas_json_set(body, "base", gate_figures_json(&trainer->probes->base));
+    claas_json_set_string(body, "model", claas_model_name(trainer->model));
+    claas_json_set_string(body, "fingerprint", claas_model_fingerprint(trainer->model));
+    claas_json_set_int(body, "prompts", recent > 0 ? recent : (int64_t)probes_other_count());
+    cycle->busy = false;
+    claas_actor_reply(trainer->actor, &cycle->reply_to, body);
+}
+
+static void adapter_loaded(struct trainer *trainer, void *arg, struct claas_device_event *event)
+{
+    struct cycle *cycle = arg;
+    int rc;
+
+    if (event->kind != CLAAS_EVENT_ADAPTER) {
+        cycle_fail(cycle, event->error, event->text);
+        cycle_free(cycle);
+        return;
+    }
+    cycle->adapter = CLAAS_TAKE(event->adapter);
+    rc = base_figures_measure(trainer, base_measured, cycle);
+    if (rc < 0) {
+        cycle_fail(cycle, rc, claas_error_text());
+        cycle_free(cycle);
+    }
+}
+
+int handle_cycle_begin(void *self, claas_message_t *message)
+{
+    struct trainer *trainer = self;
+    struct cycle *cycle = CLAAS_NEW(struct cycle);
+    const char *directory = "";
+    uint64_t id;
+    int rc;
+
+    if (!cycle)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    cycle->trainer = trainer;
+    cycle->reply_to = message->reply_to;
+    rc = read_begin(cycle, message);
+    if (rc == 0 && cycle_find(trainer, cycle->id))
+        rc = claas_fail(CLAAS_ERR_EXISTS, "cycle %s is open", cycle->id);
+    claas_json_get_string(message->body, "directory", &directory);
+    if (rc == 0)
+        rc = claas_device_adapter_load(trainer->client, directory, CLAAS_ADAPTER_TRAIN, &id);
+    if (rc == 0)
+        rc = device_call_add(trainer, id, adapter_loaded, cycle);
+    if (rc < 0) {
+        cycle_free(cycle);
+        return rc;
+    }
+    cycle->busy = true;
+    cycle->next = trainer->cycles;
+    trainer->cycles = cycle;
+    return 0;
+}
+
+/* --- keep, stage, end
+ * --------------------------------------------------------------------------------------------------
+ */
+
+int cycle_take(struct trainer *trainer, const claas_message_t *message, struct cycle **ret)
+{
+    const char *id = "";
+    struct cycle *cycle;
+
+    claas_json_get_string(message->body, "cycle_id", &id);
+    cycle = cycle_find(trainer, id);
+    if (!cycle)
+        return claas_fail(CLAAS_ERR_NOT_FOUND, "no cycle %s", id);
+    if (cycle->busy)
+        return claas_fail(CLAAS_ERR_BUSY, "cycle %s is at work", id);
+    cycle->busy = true;
+    cycle->reply_to = message->reply_to;
+    *ret = cycle;
+    return 0;
+}
+
+static void copied(struct trainer *trainer, void *arg, struct claas_device_event *event)
+{
+    struct cycle *cycle = arg;
+
+    if (event->kind != CLAAS_EVENT_ADAPTER) {
+        cycle_fail(cycle, event->error, event->text);
+        return;
+    }
+    claas_adapter_unref(&cycle->kept);
+    cycle->kept = CLAAS_TAKE(event->adapter);
+    cycle->busy = false;
+    claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
+}
+
+int handle_cycle_keep(void *self, claas_message_t *message)
+{
+    struct trainer *trainer = self;
+    struct cycle *cycle = NULL;
+    int64_t step = 0;
+    uint64_t id;
+    int rc = cycle_take(trainer, message, &cycle);
+
+    if (rc < 0)
+        return rc;
+    claas_json_get_int(message->body, "step", 1, 10000, &step);
+    cycle->kept_step = (int)step;
+    rc = claas_device_adapter_copy(trainer->client, cycle->adapter, &id);
+    if (rc == 0)
+        rc = device_call_add(trainer, id, copied, cycle);
+    if (rc < 0)
+        cycle->busy = false;
+    return rc;
+}
+
+static void staged(struct trainer *trainer, void *arg, struct claas_device_event *event)
+{
+    struct cycle *cycle = arg;
+    cJSON *body;
+
+    if (event->kind != CLAAS_EVENT_SAVED) {
+        cycle_fail(cycle, event->error, event->text);
+        return;
+    }
+    body = cJSON_CreateObject();
+    claas_json_set_string(body, "directory", cycle->stage_directory);
+    claas_json_set_int(body, "step", cycle->kept_step);
+    cycle->busy = false;
+    claas_actor_reply(trainer->actor, &cycle->reply_to, body);
+}
+
+int handle_cycle_stage(void *self, claas_message_t *message)
+{
+    struct trainer *trainer = self;
+    struct cycle *cycle = NULL;
+    char hex[17];
+    uint64_t id;
+    int rc = cycle_take(trainer, message, &cycle);
+
+    if (rc < 0)
+        return rc;
+    claas_random_hex(hex, 8);
+    snprintf(cycle->stage_directory, sizeof(cycle->stage_directory), "%s/staging/cycle-%s",
+             claas_config_string(trainer->config, "data"), hex);
+    if (!cycle->kept)
+        rc = claas_fail(CLAAS_ERR_CONFLICT, "cycle %s kept no step", cycle->id);
+    if (rc == 0)
+        rc = claas_device_adapter_save(trainer->client, cycle->kept, cycle->stage_directory, &id);
+    if (rc == 0)
+        rc = device_call_add(trainer, id, staged, cycle);
+    if (rc < 0)
+        cycle->busy = false;
+    return rc;
+}
+
+int handle_cycle_end(void *self, claas_message_t *message)
+{
+    struct trainer *trainer = self;
+    const char *id = "";
+    struct cycle *cycle;
+
+    claas_json_get_string(message->body, "cycle_id", &id);
+    cycle = cycle_find(trainer, id);
+    if (cycle) {
+        if (cycle->busy)
+            cycle_fail(cycle, CLAAS_ERR_CANCELLED, "the cycle was ended");
+        cycle_free(cycle);
+    }
+    return claas_actor_reply(trainer->actor, &message->reply_to, NULL);
+}

@@ -1,0 +1,56 @@
+/* State shared by the trainer's files. */
+#ifndef CLAAS_TRAINER_INTERNAL_H
+#define CLAAS_TRAINER_INTERNAL_H
+
+#include "trainer.h"
+
+struct cycle;
+struct probes;
+struct trainer;
+
+/* What a device request's events are handed to; called for each, the last one is FINISHED, ADAPTER,
+ * SAVED, TRAINED or FAILED. */
+typedef void device_call_fn(struct trainer *trainer, void *arg, struct claas_device_event *event);
+
+struct device_call {
+    struct device_call *next;
+    uint64_t id;
+    device_call_fn *fn;
+    void *arg;
+};
+
+struct trainer {
+    claas_actor_t *actor;
+    const claas_config_t *config;
+    claas_device_t *device;
+    claas_model_t *model;
+    claas_device_client_t *client;
+    struct device_call *calls;
+    struct cycle *cycles;
+    struct probes *probes;
+    int adapters_in_work; /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
+};
+
+/* device_calls.c: remembers who waits for a request. */
+int device_call_add(struct trainer *trainer, uint64_t id, device_call_fn *fn, void *arg);
+/* Forgets every call of `arg`, cancelling generations. */
+void device_calls_drop(struct trainer *trainer, void *arg);
+void device_calls_pump(struct trainer *trainer);
+void device_calls_free(struct trainer *trainer);
+
+/* adapters.c */
+int handle_adapter_init(void *self, claas_message_t *message);
+int handle_adapter_import(void *self, claas_message_t *message);
+/* unpack.c: the files of a PEFT directory out of a zip, into a new directory. Refuses anything
+ * else. */
+int unpack_adapter(const char *zip_path, const char *directory);
+
+/* cycle.c, cycle_step.c */
+int handle_cycle_begin(void *self, claas_message_t *message);
+int handle_cycle_step(void *self, claas_message_t *message);
+int handle_cycle_keep(void *self, claas_message_t *message);
+int handle_cycle_stage(void *self, claas_message_t *message);
+int handle_cycle_end(void *self, claas_message_t *message);
+void cycles_free(struct trainer *trainer);
+
+#endif
