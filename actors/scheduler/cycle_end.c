@@ -28,7 +28,7 @@ void cycle_run_free(struct cycle_run *run)
     cJSON_Delete(run->base);
     cJSON_Delete(run->best_metadata);
     cJSON_Delete(run->steps);
-    cJSON_Delete(run->last_gate);
+    cJSON_Delete(run->gate);
     if (scheduler->run == run)
         scheduler->run = NULL;
     free(run);
@@ -231,8 +231,8 @@ static cJSON *result_object(struct cycle_run *run)
     claas_json_set_int(result, "published_step", run->best_step);
     if (run->base)
         claas_json_set(result, "base", cJSON_Duplicate(run->base, true));
-    if (run->last_gate)
-        claas_json_set(result, "gate", cJSON_Duplicate(run->last_gate, true));
+    if (run->gate)
+        claas_json_set(result, "gate", cJSON_Duplicate(run->gate, true));
     claas_json_set_int(result, "duration_ms", claas_clock_ms() - run->started_ms);
     return result;
 }

@@ -96,6 +96,12 @@ static void kept(void *self, void *arg, claas_message_t *reply)
     send_step(run);
 }
 
+static void keep_gate(struct cycle_run *run, const cJSON *reply)
+{
+    cJSON_Delete(run->gate);
+    run->gate = cJSON_Duplicate(claas_json_get(reply, "gate"), true);
+}
+
 /* A candidate that passed: is it the best so far? Lower score is better; without scores the later
  * one is. */
 static bool is_best(struct cycle_run *run, const cJSON *reply)
@@ -107,6 +113,7 @@ static bool is_best(struct cycle_run *run, const cJSON *reply)
         return false;
     run->best_score = isfinite(score) ? score : INFINITY;
     run->best_step = run->step;
+    keep_gate(run, reply);
     cJSON_Delete(run->best_metadata);
     run->best_metadata = cJSON_Duplicate(claas_json_get(reply, "metadata"), true);
     return true;
@@ -140,8 +147,8 @@ static void stepped(void *self, void *arg, claas_message_t *reply)
     claas_json_get_bool(reply->body, "finite", &finite);
     passed = judge(scheduler->config, finite, run->base, claas_json_get(reply->body, "gate"),
                    run->last_reason, sizeof(run->last_reason));
-    cJSON_Delete(run->last_gate);
-    run->last_gate = cJSON_Duplicate(claas_json_get(reply->body, "gate"), true);
+    if (run->best_step == 0)
+        keep_gate(run, reply->body);
     step = cJSON_Duplicate(claas_json_get(reply->body, "metadata"), true);
     claas_json_set_int(step, "step", run->step);
     claas_json_set_bool(step, "passed", passed);

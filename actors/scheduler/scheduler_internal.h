@@ -54,7 +54,7 @@ struct cycle_run {
     int best_step; /* 0 = none passed yet */
     double best_score;
     cJSON *best_metadata, *steps; /* of the best step; of all steps, for the result */
-    cJSON *last_gate;
+    cJSON *gate; /* figures of the best step, else of the last one */
     char last_reason[256];
     uint64_t seed;
     uint64_t ask;    /* the request under way, 0 = none */

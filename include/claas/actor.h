@@ -43,6 +43,9 @@ struct claas_actor_class {
 
 /* "trainer.0" */
 const char *claas_actor_name(const claas_actor_t *actor);
+/* Ends the actor after the running handler or callback; its supervisor starts it again with back-off and a new
+ * incarnation. For failures from which its state cannot be trusted (a broken device, a damaged file). */
+void claas_actor_fail(claas_actor_t *actor, int code, const char *text);
 
 /* --- answering
  * ------------------------------------------------------------------------------------------------------
@@ -106,5 +109,7 @@ void claas_actor_unwatch(claas_actor_t *actor, int fd);
 void claas_metric_add(int metric, double value);
 void claas_metric_set(int metric, double value);
 void claas_metric_observe(int metric, double value);
+/* The value now (the sum, for a histogram): for health pages and tests. */
+double claas_metric_value(int metric);
 
 #endif

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 typedef struct claas_config claas_config_t;
 
@@ -36,5 +37,8 @@ const struct claas_setting *claas_config_setting_at(size_t index);
 /* Where a value came from: "default", "file", "environment", "command line"; and its text. */
 const char *claas_config_origin(const claas_config_t *config, const char *key);
 const char *claas_config_text(const claas_config_t *config, const char *key);
+/* The table as the generated part of docs/configuration.md, and as a commented sample file. */
+void claas_config_print_markdown(FILE *file);
+void claas_config_print_sample(FILE *file);
 
 #endif

@@ -12,6 +12,8 @@
 
 #include "claas/json.h"
 
+#include <stdio.h>
+
 #define CLAAS_HEADER_BYTES     64
 #define CLAAS_SIGNATURE        0xC1A5u
 #define CLAAS_PROTOCOL_VERSION 1
@@ -50,7 +52,7 @@ int claas_header_decode(const uint8_t *bytes, size_t length, struct claas_header
 
 /* Raw little-endian data beside the body; dtype and shape are told by the body. */
 struct claas_attachment {
-    const void *data;
+    const void *data; /* received ones are 8-byte aligned */
     size_t length;
 };
 
@@ -128,5 +130,7 @@ const struct claas_message_info *claas_message_info_at(size_t index);
 /* Checks one part of a body: every required field there, types and ranges right. Unknown fields are
  * allowed. */
 int claas_message_check(int type, enum claas_field_part part, const cJSON *body);
+/* The catalogue as the generated section of docs/protocol.md. */
+void claas_catalogue_print_markdown(FILE *file);
 
 #endif

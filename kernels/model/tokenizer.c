@@ -5,7 +5,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <uninorm.h>
 #include <unistr.h>
 
 #include "claas/err.h"
@@ -66,28 +65,15 @@ static int encode_normalized(struct run *run, const char *text, size_t length)
     return rc;
 }
 
-/* Characters below U+0300 (lead byte 0xCC) are their own NFC and combine with nothing before them.
- */
-static bool is_surely_nfc(const char *text, size_t length)
-{
-    uint8_t most = 0;
-
-    for (size_t i = 0; i < length; i++)
-        most = (uint8_t)text[i] > most ? (uint8_t)text[i] : most;
-    return most < 0xcc;
-}
-
 static int encode_plain(struct run *run, const char *text, size_t length)
 {
-    CLAAS_AUTO_FREE uint8_t *normal = NULL;
+    CLAAS_AUTO_FREE char *normal = NULL;
     size_t normal_length = 0;
+    int rc = run->tokenizer->normalize_nfc ? claas_nfc(text, length, &normal, &normal_length) : 0;
 
-    if (!run->tokenizer->normalize_nfc || is_surely_nfc(text, length))
-        return encode_normalized(run, text, length);
-    normal = u8_normalize(UNINORM_NFC, (const uint8_t *)text, length, NULL, &normal_length);
-    if (!normal)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    return encode_normalized(run, (const char *)normal, normal_length);
+    if (rc < 0)
+        return rc;
+    return encode_normalized(run, normal ? normal : text, normal ? normal_length : length);
 }
 
 static int encode_text(struct run *run, const char *text, size_t length)

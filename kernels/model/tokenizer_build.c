@@ -6,7 +6,6 @@
  * stand for themselves, the other 68 bytes, in order, for U+0100 to U+0143. */
 #include <stdlib.h>
 #include <string.h>
-#include <uninorm.h>
 #include <unistr.h>
 
 #include "claas/err.h"
@@ -172,16 +171,19 @@ static int read_words_and_merges(struct claas_tokenizer *tokenizer,
 
 static int add_token(struct claas_tokenizer *tokenizer, struct claas_added_token token)
 {
-    CLAAS_AUTO_FREE uint8_t *text = NULL;
+    CLAAS_AUTO_FREE char *text = NULL;
     size_t length = 0;
+    int rc;
 
     if (!token.normalized)
         return claas_added_set_add(&tokenizer->raw_added, &token);
     if (tokenizer->normalize_nfc) {
-        text = u8_normalize(UNINORM_NFC, (const uint8_t *)token.text, token.length, NULL, &length);
-        if (!text)
-            return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-        token.text = (const char *)text;
+        rc = claas_nfc(token.text, token.length, &text, &length);
+        if (rc < 0)
+            return rc;
+    }
+    if (text) {
+        token.text = text;
         token.length = (uint32_t)length;
     }
     return claas_added_set_add(&tokenizer->normalized_added, &token);

@@ -29,6 +29,12 @@ struct claas_id_list {
 int claas_id_list_reserve(struct claas_id_list *list, size_t more);
 void claas_id_list_done(struct claas_id_list *list);
 
+/* --- normalisation (normalize.c) --- */
+
+/* NFC of valid UTF-8. *ret is NULL when the text is its own NFC for sure, else freed with free().
+ */
+int claas_nfc(const char *text, size_t length, char **ret, size_t *ret_length);
+
 /* --- cutting into words (pretokenize.c) --- */
 
 struct claas_pretoken_pattern; /* shared by threads */

@@ -1,0 +1,24 @@
+/* An adapter version as a zip: stored, sorted, without times: the same bytes for the same version.
+ */
+#ifndef CLAAS_STORAGE_EXPORT_H
+#define CLAAS_STORAGE_EXPORT_H
+
+#include <stddef.h>
+
+#define EXPORT_FILES_MAX 8
+
+/* The files of a version, open: they stay readable when retention removes the version meanwhile. */
+struct export_files {
+    int fds[EXPORT_FILES_MAX];
+    const char *names[EXPORT_FILES_MAX];
+    size_t count;
+};
+
+/* Opens what is in the directory. */
+int export_open(const char *directory, struct export_files *ret);
+void export_close(struct export_files *files);
+/* Writes `path`, which must not exist; removes it again on failure. Reads and writes in bulk: not
+ * for an actor's loop. */
+int export_write(const struct export_files *files, const char *path);
+
+#endif

@@ -1,0 +1,173 @@
+/* Zips being written beside the storage actor's loop: a thread each, at most a few. A thread owns
+ * its work until it has put the work's number into the pipe; then the loop joins it and answers. So
+ * nothing is shared and nothing is locked. */
+#include "exports.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "claas/random.h"
+#include "export.h"
+
+#define WORKS_MAX 4
+
+struct work {
+    bool busy;
+    pthread_t thread;
+    int done; /* write end of the pipe */
+    unsigned char index;
+    struct export_order order;
+    struct export_files files;
+    char *path;
+    int rc;
+    char error[512];
+};
+
+struct exports {
+    claas_actor_t *actor;
+    int pipe[2];
+    struct work works[WORKS_MAX];
+};
+
+int exports_new(claas_actor_t *actor, struct exports **ret)
+{
+    CLAAS_AUTO(exports_free) struct exports *exports = CLAAS_NEW(struct exports);
+
+    if (!exports)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    exports->actor = actor;
+    exports->pipe[0] = exports->pipe[1] = -1;
+    if (pipe2(exports->pipe, O_CLOEXEC) < 0)
+        return claas_fail_errno("pipe");
+    *ret = CLAAS_TAKE(exports);
+    return 0;
+}
+
+static void work_done(struct work *work)
+{
+    export_close(&work->files);
+    free(work->path);
+    work->path = NULL;
+    work->busy = false;
+}
+
+void exports_free(struct exports **exports)
+{
+    if (!*exports)
+        return;
+    for (size_t i = 0; i < WORKS_MAX; i++) {
+        struct work *work = &(*exports)->works[i];
+
+        if (!work->busy)
+            continue;
+        pthread_join(work->thread, NULL);
+        if (work->rc == 0)
+            unlink(work->path);
+        work_done(work);
+    }
+    for (int i = 0; i < 2; i++)
+        if ((*exports)->pipe[i] >= 0)
+            close((*exports)->pipe[i]);
+    free(*exports);
+    *exports = NULL;
+}
+
+static void *run(void *arg)
+{
+    struct work *work = arg;
+
+    work->rc = export_write(&work->files, work->path);
+    if (work->rc < 0)
+        snprintf(work->error, sizeof(work->error), "%s", claas_error_text());
+    /* One byte into an empty pipe of 64 KiB: neither short nor blocking. */
+    (void)!write(work->done, &work->index, 1);
+    return NULL;
+}
+
+/* Signals are the main thread's. */
+static int start_thread(struct work *work)
+{
+    sigset_t all, old;
+    int number;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    number = pthread_create(&work->thread, NULL, run, work);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (number != 0)
+        return claas_fail(CLAAS_ERR_UNAVAILABLE, "no thread for an export: %s", strerror(number));
+    return 0;
+}
+
+int exports_start(struct exports *exports, const struct export_order *order, const char *directory,
+                  const char *staging)
+{
+    struct work *work = NULL;
+    char hex[17];
+    int rc;
+
+    for (size_t i = 0; i < WORKS_MAX && !work; i++)
+        if (!exports->works[i].busy)
+            work = &exports->works[i];
+    if (!work)
+        return claas_fail(CLAAS_ERR_OVERLOADED, "%d exports are under way: try again later",
+                          WORKS_MAX);
+    memset(work, 0, sizeof(*work));
+    work->index = (unsigned char)(work - exports->works);
+    work->done = exports->pipe[1];
+    work->order = *order;
+    claas_random_hex(hex, 8);
+    work->path = claas_format("%s/export-%s.zip", staging, hex);
+    rc = work->path ? export_open(directory, &work->files) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (rc == 0)
+        rc = start_thread(work);
+    if (rc < 0)
+        work_done(work);
+    else
+        work->busy = true;
+    return rc;
+}
+
+bool exports_idle(const struct exports *exports)
+{
+    for (size_t i = 0; i < WORKS_MAX; i++)
+        if (exports->works[i].busy)
+            return false;
+    return true;
+}
+
+int exports_fd(const struct exports *exports)
+{
+    return exports->pipe[0];
+}
+
+void exports_finish(struct exports *exports)
+{
+    unsigned char index = WORKS_MAX;
+    struct work *work;
+    cJSON *body;
+
+    if (read(exports->pipe[0], &index, 1) != 1 || index >= WORKS_MAX)
+        return;
+    work = &exports->works[index];
+    pthread_join(work->thread, NULL);
+    if (work->rc < 0) {
+        claas_actor_reply_error(exports->actor, &work->order.reply_to, work->rc, work->error);
+    } else {
+        body = cJSON_CreateObject();
+        claas_json_set_string(body, "path", work->path);
+        claas_json_set_string(body, "lora_id", work->order.lora_id);
+        claas_json_set_int(body, "version", work->order.version);
+        /* Nobody to open it: nobody to unlink it either. */
+        if (claas_actor_reply(exports->actor, &work->order.reply_to, body) < 0)
+            unlink(work->path);
+    }
+    work_done(work);
+}

@@ -1,0 +1,271 @@
+/* Start: one server per directory, and the world put in order after whatever ended the last one.
+ *
+ * Nothing is deleted that the catalogue does not name. A publication writes the directory's final
+ * path to `trash` before it renames, and takes the row back in the transaction that makes the
+ * version; so what a crash leaves behind is known. Directories that nobody knows (a database
+ * restored from a backup) are left alone, only told of. */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "claas/err.h"
+#include "claas/file.h"
+#include "claas/mem.h"
+#include "store_sqlite.h"
+
+#define WARNINGS_MAX 20
+
+void store_warn(const struct store *store, const char *format, ...)
+{
+    char text[1024];
+    va_list args;
+
+    if (!store->options.warn)
+        return;
+    va_start(args, format);
+    vsnprintf(text, sizeof(text), format, args);
+    va_end(args);
+    store->options.warn(store->options.arg, text);
+}
+
+int store_lock_directory(struct store *store)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/lock", store->data);
+    char text[32] = "";
+    int length;
+
+    if (!path)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    store->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (store->lock < 0)
+        return claas_fail_errno("the data directory %s is not writable", store->data);
+    if (flock(store->lock, LOCK_EX | LOCK_NB) < 0) {
+        ssize_t n = errno == EWOULDBLOCK ? pread(store->lock, text, sizeof(text) - 1, 0) : -1;
+
+        if (n < 0)
+            return claas_fail_errno("%s", path);
+        text[strcspn(text, " \n")] = '\0';
+        return claas_fail(CLAAS_ERR_BUSY,
+                          "the data directory %s is in use by another server (process %s)",
+                          store->data, text[0] ? text : "unknown");
+    }
+    /* Always 16 bytes and never truncated: on a full disk the old ones are written over. */
+    length = snprintf(text, sizeof(text), "%-15ld\n", (long)getpid());
+    if (pwrite(store->lock, text, (size_t)length, 0) != length)
+        return claas_fail_errno("%s", path);
+    return 0;
+}
+
+static void close_directory(DIR **dir)
+{
+    if (*dir)
+        closedir(*dir);
+    *dir = NULL;
+}
+
+/* Calls `visit` for every entry. */
+static int each_entry(const char *directory,
+                      int (*visit)(struct store *, const char *, const char *), struct store *store)
+{
+    CLAAS_AUTO(close_directory) DIR *dir = opendir(directory);
+    struct dirent *entry;
+    int rc = 0;
+
+    if (!dir)
+        return errno == ENOENT || errno == ENOTDIR ? 0 : claas_fail_errno("%s", directory);
+    while (rc == 0 && (entry = readdir(dir)) != NULL)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            rc = visit(store, directory, entry->d_name);
+    return rc;
+}
+
+static int sweep_entry(struct store *store, const char *directory, const char *name)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", directory, name);
+
+    (void)store;
+    return path ? claas_remove_all(path) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+int store_empty_trash(struct store *store)
+{
+    CLAAS_AUTO_FREE char *path = NULL;
+    CLAAS_AUTO_FREE char *entry = NULL;
+    DB_STATEMENT *statement = NULL;
+    int rc = db_query(&store->writer, &statement, "SELECT path FROM trash LIMIT 1", "");
+
+    if (rc == 0)
+        rc = db_step(&store->writer, statement);
+    if (rc <= 0)
+        return rc;
+    entry = claas_strdup(db_text(statement, 0));
+    db_statement_done(&statement);
+    path = entry ? claas_format("%s/%s", store->data, entry) : NULL;
+    if (!path)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    rc = claas_remove_all(path);
+    /* The row goes last and after the removal is durable: else a crash between would leave a
+     * directory without a name. */
+    if (rc == 0) {
+        *strrchr(path, '/') = '\0';
+        rc = path_exists(path) ? claas_fsync_path(path) : 0;
+    }
+    if (rc == 0)
+        rc = db_run(&store->writer, "DELETE FROM trash WHERE path = ?", "t", entry);
+    return rc < 0 ? rc : 1;
+}
+
+/* --- versions against directories
+ * -------------------------------------------------------------------------------------- */
+
+struct known_version {
+    const char *name, *dir;
+    int64_t number;
+    bool current;
+    bool sized;
+    int64_t bytes;
+};
+
+/* The current version is read in full (its headers); of the others the size of the weights must be
+ * what it was. */
+static int check_version(const struct store *store, const struct known_version *version)
+{
+    CLAAS_AUTO_FREE char *path = store_version_path(store, version->dir, version->number, false);
+    CLAAS_AUTO_FREE char *weights = path ? claas_format("%s/%s", path, ADAPTER_WEIGHTS) : NULL;
+    struct adapter_facts facts;
+    struct stat info;
+    int rc = 0;
+
+    if (!weights)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (stat(weights, &info) < 0)
+        rc = claas_fail_errno("%s", weights);
+    else if (version->sized && (int64_t)info.st_size != version->bytes)
+        rc = claas_fail(CLAAS_ERR_FORMAT, "%s has %jd bytes instead of %" PRId64, weights,
+                        (intmax_t)info.st_size, version->bytes);
+    else if (version->current)
+        rc = adapter_check(path, false, &facts);
+    return rc;
+}
+
+static int mark_missing(struct store *store, int64_t adapter, int64_t number)
+{
+    int rc = db_run(&store->writer,
+                    "UPDATE versions SET state = 'missing' WHERE adapter = ? AND number = ?", "ii",
+                    adapter, number);
+
+    return rc < 0 ? rc : 0;
+}
+
+static int check_row(struct store *store, sqlite3_stmt *row, int *warnings)
+{
+    struct known_version version = {
+        .name = db_text(row, 1),
+        .dir = db_text(row, 2),
+        .number = db_int(row, 3),
+        .current = db_int(row, 4) != 0,
+        .sized = !db_is_null(row, 5),
+        .bytes = db_int(row, 5),
+    };
+    int rc = check_version(store, &version);
+
+    if (rc == 0 || rc == CLAAS_ERR_NO_MEMORY)
+        return rc;
+    if (version.current)
+        return claas_fail_context(CLAAS_ERR_CORRUPT,
+                                  "the current version %" PRId64
+                                  " of adapter '%s' is missing or damaged, restore its directory "
+                                  "from a backup: ",
+                                  version.number, version.name);
+    if ((*warnings)++ < WARNINGS_MAX)
+        store_warn(store, "version %" PRId64 " of adapter '%s' is lost: %s", version.number,
+                   version.name, claas_error_text());
+    return mark_missing(store, db_int(row, 0), version.number);
+}
+
+static int check_versions(struct store *store)
+{
+    DB_STATEMENT *statement = NULL;
+    int warnings = 0;
+    int rc = db_query(&store->reader, &statement,
+                      "SELECT a.id, a.name, a.dir, v.number, v.number = a.current, v.bytes"
+                      " FROM adapters a JOIN versions v ON v.adapter = a.id"
+                      " WHERE v.state = 'available' ORDER BY a.id, v.number",
+                      "");
+
+    if (rc < 0)
+        return rc;
+    while ((rc = db_step(&store->reader, statement)) > 0) {
+        rc = check_row(store, statement, &warnings);
+        if (rc < 0)
+            return rc;
+    }
+    return rc;
+}
+
+/* --- directories that nobody knows
+ * --------------------------------------------------------------------------------------- */
+
+static int judge_version(struct store *store, const char *directory, const char *name)
+{
+    int64_t known = 0, number;
+    const char *dir = directory + strlen(store->data) + strlen("/adapters/");
+    int rc;
+
+    if (sscanf(name, "v%" SCNd64, &number) != 1)
+        number = -1;
+    rc = db_get_int(&store->reader, &known,
+                    "SELECT count(*) FROM adapters a JOIN versions v ON v.adapter = a.id"
+                    " WHERE a.dir = ? AND v.number = ?",
+                    "ti", dir, number);
+    if (rc >= 0 && !known)
+        store_warn(store, "%s/%s is in no catalogue and was left alone", directory, name);
+    return rc < 0 ? rc : 0;
+}
+
+static int judge_name(struct store *store, const char *directory, const char *name)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", directory, name);
+
+    return path ? each_entry(path, judge_version, store) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+static int judge_tenant(struct store *store, const char *directory, const char *name)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", directory, name);
+
+    return path ? each_entry(path, judge_name, store) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+static int tell_unknown(struct store *store)
+{
+    CLAAS_AUTO_FREE char *adapters = claas_format("%s/adapters", store->data);
+
+    return adapters ? each_entry(adapters, judge_tenant, store)
+                    : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+int store_recover(struct store *store)
+{
+    int rc = each_entry(store->staging, sweep_entry, store);
+
+    if (rc < 0)
+        return claas_fail_context(rc, "staging cannot be emptied: ");
+    while ((rc = store_empty_trash(store)) > 0)
+        continue;
+    /* A leftover that cannot be removed is no reason not to serve; upkeep tries again. */
+    if (rc < 0)
+        store_warn(store, "a leftover cannot be removed: %s", claas_error_text());
+    rc = check_versions(store);
+    if (rc == 0)
+        rc = tell_unknown(store);
+    return rc;
+}

@@ -1,0 +1,140 @@
+/* Upkeep in small pieces while nothing else is to do: old answers, weights of old versions,
+ * moments, the log.
+ *
+ * Each piece is one short transaction. Files go through `trash` like everything that is removed:
+ * first the catalogue says that they are gone, then they go. The current version, version 0 and
+ * pinned ones are never touched. */
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "claas/clock.h"
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "store_sqlite.h"
+
+#define BATCH 256
+
+/* Answers without feedback, beyond the count or the age. Only the oldest are looked at: age and
+ * number grow together, so the scan stops where the first one stays. */
+static int drop_rollouts(struct store *store)
+{
+    return db_run(&store->writer,
+                  "DELETE FROM rollouts WHERE seq IN ("
+                  " SELECT seq FROM ("
+                  "  SELECT seq, created FROM rollouts WHERE kept = 0 ORDER BY seq LIMIT ?1)"
+                  " WHERE created < ?2 OR seq <= (SELECT max(seq) FROM rollouts) - ?3)",
+                  "iii", (int64_t)BATCH, claas_clock_unix_ms() - store->options.keep_rollouts_ms,
+                  store->options.keep_rollouts);
+}
+
+static int expire(struct store *store, int64_t adapter, int64_t number, const char *dir)
+{
+    CLAAS_AUTO_FREE char *path = store_version_path(store, dir, number, true);
+    int rc;
+
+    if (!path)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    rc = store_begin(store);
+    if (rc == 0)
+        rc = db_run(&store->writer,
+                    "UPDATE versions SET state = 'expired', moments = 0"
+                    " WHERE adapter = ? AND number = ?",
+                    "ii", adapter, number);
+    if (rc >= 0)
+        rc = db_run(&store->writer, "INSERT OR IGNORE INTO trash(path) VALUES(?)", "t", path);
+    if (rc < 0)
+        return rc;
+    rc = store->base.ops->commit(&store->base);
+    return rc < 0 ? rc : 1;
+}
+
+/* The newest version that is past keep_versions of its adapter and still has its weights. */
+static int expire_version(struct store *store)
+{
+    CLAAS_AUTO_FREE char *dir = NULL;
+    DB_STATEMENT *statement = NULL;
+    int64_t adapter, number;
+    int rc = db_query(&store->writer, &statement,
+                      "SELECT v.adapter, v.number, a.dir FROM adapters a"
+                      " JOIN versions v ON v.adapter = a.id"
+                      " WHERE v.state = 'available' AND v.number > 0 AND v.number <> a.current"
+                      "  AND NOT v.pinned AND v.number < ("
+                      "   SELECT min(number) FROM (SELECT number FROM versions n"
+                      "    WHERE n.adapter = a.id ORDER BY number DESC LIMIT ?1))"
+                      " LIMIT 1",
+                      "i", store->options.keep_versions);
+
+    if (rc == 0)
+        rc = db_step(&store->writer, statement);
+    if (rc <= 0)
+        return rc;
+    adapter = db_int(statement, 0);
+    number = db_int(statement, 1);
+    dir = claas_strdup(db_text(statement, 2));
+    db_statement_done(&statement);
+    return dir ? expire(store, adapter, number, dir) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+static int drop_moments_of(struct store *store, int64_t adapter, int64_t number, const char *dir)
+{
+    CLAAS_AUTO_FREE char *path = store_version_path(store, dir, number, false);
+    CLAAS_AUTO_FREE char *file = path ? claas_format("%s/%s", path, ADAPTER_MOMENTS) : NULL;
+    int rc;
+
+    if (!file)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    /* The row says so afterwards: a crash between repeats this. */
+    if (unlink(file) < 0 && errno != ENOENT)
+        return claas_fail_errno("%s", file);
+    rc = db_run(&store->writer, "UPDATE versions SET moments = 0 WHERE adapter = ? AND number = ?",
+                "ii", adapter, number);
+    return rc < 0 ? rc : 1;
+}
+
+/* Training goes on from the current version, so its moments stay as long as any are wanted. */
+static int drop_moments(struct store *store)
+{
+    CLAAS_AUTO_FREE char *dir = NULL;
+    DB_STATEMENT *statement = NULL;
+    int64_t adapter, number;
+    int rc = db_query(&store->writer, &statement,
+                      "SELECT v.adapter, v.number, a.dir FROM adapters a"
+                      " JOIN versions v ON v.adapter = a.id"
+                      " WHERE v.state = 'available' AND v.moments AND NOT v.pinned"
+                      "  AND (v.number <> a.current OR ?1 = 0)"
+                      "  AND v.number NOT IN (SELECT number FROM versions n"
+                      "   WHERE n.adapter = a.id ORDER BY number DESC LIMIT ?1)"
+                      " LIMIT 1",
+                      "i", store->options.keep_moments);
+
+    if (rc == 0)
+        rc = db_step(&store->writer, statement);
+    if (rc <= 0)
+        return rc;
+    adapter = db_int(statement, 0);
+    number = db_int(statement, 1);
+    dir = claas_strdup(db_text(statement, 2));
+    db_statement_done(&statement);
+    return dir ? drop_moments_of(store, adapter, number, dir)
+               : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+int store_tend(struct store *store)
+{
+    int rc = store_empty_trash(store);
+
+    if (rc == 0 && store->retention_due) {
+        rc = expire_version(store);
+        if (rc == 0)
+            rc = drop_moments(store);
+        if (rc == 0)
+            store->retention_due = false;
+    }
+    if (rc == 0)
+        rc = drop_rollouts(store);
+    if (rc == 0)
+        sqlite3_wal_checkpoint_v2(store->writer.handle, NULL, SQLITE_CHECKPOINT_PASSIVE, NULL,
+                                  NULL);
+    return rc;
+}

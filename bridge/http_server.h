@@ -1,0 +1,75 @@
+/* The HTTP server: a libmicrohttpd daemon driven by the actor's loop, its connections, and their
+ * deadlines.
+ *
+ * One descriptor is watched by the actor: an own ("outer") epoll set that holds the daemon's epoll
+ * set, a timer for the daemon's time-outs, and hang-up watches on suspended connections. All work
+ * on the daemon is done by the pump, in the actor's thread, never from inside a callback of the
+ * daemon. Why a pump and not one MHD_run: the inner epoll is edge triggered, so a time-out of 0
+ * from MHD_get_timeout left unheeded is a lost wake-up. */
+#ifndef CLAAS_BRIDGE_HTTP_SERVER_H
+#define CLAAS_BRIDGE_HTTP_SERVER_H
+
+#include <microhttpd.h>
+
+#include "claas/actor.h"
+#include "claas/config.h"
+
+struct request;
+
+/* What a connection waits for; each has its own deadline. */
+enum peer_phase {
+    PEER_HEADERS, /* from accept, or the first byte of a further request */
+    PEER_BODY,
+    PEER_WORK, /* with the actors; their deadlines count */
+    PEER_ANSWER,
+    PEER_IDLE, /* keep-alive between requests */
+};
+
+struct peer {
+    struct http_server *server;
+    struct peer *next, **link;
+    uint64_t id; /* told to epoll, so that an event for a closed connection finds nobody */
+    int fd;
+    enum peer_phase phase;
+    int64_t deadline_ms;     /* claas_clock_ms(), 0 = none */
+    uint64_t bytes_received; /* of the socket, when PEER_IDLE began */
+    bool bad_target;         /* of the request whose headers come in */
+    bool watched;
+    struct request *request; /* or NULL */
+};
+
+struct http_server {
+    claas_actor_t *actor;
+    const claas_config_t *config;
+    struct MHD_Daemon *daemon;
+    int outer, timer_fd, listen_fd, port;
+    struct peer *peers;
+    size_t peer_count;
+    uint64_t last_peer;
+    struct request *requests; /* alive, newest first */
+    size_t inflight;          /* of them, those that count against http.max_inflight */
+    size_t body_bytes;        /* request bodies in memory */
+    int64_t max_body, max_import, max_inflight;
+    int64_t header_ms, body_ms, idle_ms, sweep_ms;
+    int sweep_timer;
+    bool pumping; /* inside MHD_run */
+    bool again;   /* one more MHD_run is needed */
+    bool draining;
+};
+
+/* Binds config "listen" (`port_hint` > 0 replaces port 0) and starts serving. */
+int http_server_start(struct http_server *server, claas_actor_t *actor,
+                      const claas_config_t *config, int port_hint);
+/* Stops accepting, closes idle connections; true when no request is left. */
+bool http_server_drain(struct http_server *server);
+/* Cuts off what is left and frees everything; safe on a half-started server. */
+void http_server_stop(struct http_server *server);
+/* Lets the daemon work; after every resume. From inside it only takes note. */
+void http_server_pump(struct http_server *server);
+
+void peer_set_phase(struct peer *peer, enum peer_phase phase);
+/* Hang-up watch of a suspended connection, one shot. */
+void peer_watch(struct peer *peer);
+void peer_unwatch(struct peer *peer);
+
+#endif

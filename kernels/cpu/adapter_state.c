@@ -1,0 +1,316 @@
+/* LoRA adapters on the CPU. Every adapter has *panels*, the rounded A and s*B that forward and
+ * backward passes read; one that trains has float32 *masters* and moments beside them, and the
+ * panels are made from the masters again after every optimizer step.
+ *
+ * Masters are not in the host image's order: A of q, k, v lie together (one product makes all their
+ * S), and B lies transposed, because the gradient comes as S^T dY = [R][N]. Upload and download
+ * translate. An odd rank is padded to an even one: a zero row of A and of B^T has zero gradients,
+ * so it stays zero. */
+#include "cpu/step.h"
+
+#include "claas/err.h"
+#include "claas/mem.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static size_t align_up(size_t bytes)
+{
+    return (bytes + 63) & ~(size_t)63;
+}
+
+static void make_layout(const claas_backend_t *backend, const struct claas_lora_config *lora,
+                        struct cpu_lora_layout *layout)
+{
+    enum claas_precision precision = backend->ops->precision;
+    const struct cpu_layer *layer = &backend->model.layers[0];
+
+    layout->rank = (lora->rank + 1) & ~1;
+    for (int kind = 0; kind < CPU_WEIGHTS; kind++) {
+        const struct cpu_weight *weight = &layer->weights[kind];
+        int rows = 0;
+
+        for (int i = 0; i < weight->part_count; i++) {
+            enum claas_module module = weight->parts[i].module;
+            bool present = lora->modules & (1u << module);
+
+            layout->index[module] = present ? layout->parts[kind]++ : -1;
+        }
+        rows = layout->parts[kind] * layout->rank;
+        layout->a[kind] = layout->layer_floats;
+        layout->a_panels[kind] = layout->layer_bytes;
+        layout->layer_floats += (size_t)rows * (size_t)weight->k;
+        layout->layer_bytes += align_up(claas_panel_bytes(precision, rows, weight->k));
+        for (int i = 0; i < weight->part_count; i++) {
+            enum claas_module module = weight->parts[i].module;
+
+            layout->b[module] = layout->layer_floats;
+            layout->b_panels[module] = layout->layer_bytes;
+            if (layout->index[module] < 0)
+                continue;
+            layout->layer_floats += (size_t)weight->parts[i].n * (size_t)layout->rank;
+            layout->layer_bytes +=
+                align_up(claas_panel_bytes(precision, weight->parts[i].n, layout->rank));
+        }
+    }
+    layout->count = layout->layer_floats * (size_t)backend->model.config.layers;
+}
+
+int claas_cpu_adapter_new(claas_backend_t *backend, const struct claas_lora_config *lora,
+                          enum claas_adapter_use use, claas_backend_adapter_t **ret)
+{
+    size_t layers = (size_t)backend->model.config.layers, bytes = 0;
+    CLAAS_AUTO_FREE claas_backend_adapter_t *adapter = NULL;
+    int code;
+
+    if (lora->rank < 1 || lora->rank > CLAAS_RANK_MAX)
+        return claas_fail(CLAAS_ERR_INVALID, "LoRA rank %d is not in 1 ... %d", lora->rank,
+                          CLAAS_RANK_MAX);
+    if (lora->modules == 0 || (lora->modules & ~CLAAS_MODULE_ALL))
+        return claas_fail(CLAAS_ERR_INVALID, "LoRA modules 0x%x", lora->modules);
+    adapter = CLAAS_NEW(claas_backend_adapter_t);
+    if (!adapter)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    adapter->lora = *lora;
+    adapter->use = use;
+    adapter->scale = lora->alpha / (float)lora->rank;
+    make_layout(backend, lora, &adapter->layout);
+    code =
+        claas_cpu_region_new(&adapter->panels, adapter->layout.layer_bytes * layers, "an adapter");
+    if (code >= 0 && use == CLAAS_ADAPTER_TRAIN) {
+        code = claas_cpu_region_new(&adapter->masters, 3 * adapter->layout.count * sizeof(float),
+                                    "an adapter in training");
+        adapter->parameters = adapter->masters.base;
+        if (code >= 0) {
+            adapter->exp_avg = adapter->parameters + adapter->layout.count;
+            adapter->exp_avg_sq = adapter->exp_avg + adapter->layout.count;
+        }
+    }
+    if (code < 0) {
+        claas_cpu_region_done(&adapter->panels);
+        return code;
+    }
+    bytes = adapter->panels.bytes + adapter->masters.bytes;
+    atomic_fetch_add(&backend->bytes_adapters, bytes);
+    claas_cpu_memory_changed(backend);
+    *ret = CLAAS_TAKE(adapter);
+    return 0;
+}
+
+void claas_cpu_adapter_free(claas_backend_t *backend, claas_backend_adapter_t **adapter)
+{
+    claas_backend_adapter_t *a = *adapter;
+
+    if (!a)
+        return;
+    atomic_fetch_sub(&backend->bytes_adapters, a->panels.bytes + a->masters.bytes);
+    claas_cpu_region_done(&a->panels);
+    claas_cpu_region_done(&a->masters);
+    free(a);
+    *adapter = NULL;
+}
+
+/* --- between the host image and the masters --- */
+
+/* One module of one layer: A [r][K] and B [N][r] of the image; A [R][K] and B^T [R][N] of the
+ * masters. */
+struct module_view {
+    int r, n, k;
+    size_t image_a, image_b, master_a, master_b;
+};
+
+static struct module_view view_module(const claas_backend_t *backend,
+                                      const claas_backend_adapter_t *adapter, int layer,
+                                      enum cpu_weight_kind kind, const struct cpu_part *part)
+{
+    const struct cpu_lora_layout *layout = &adapter->layout;
+    const struct claas_model_config *config = &backend->model.config;
+    size_t base = (size_t)layer * layout->layer_floats;
+    int k = backend->model.layers[layer].weights[kind].k;
+
+    return (struct module_view){
+        .r = adapter->lora.rank,
+        .n = part->n,
+        .k = k,
+        .image_a = claas_lora_offset(config, &adapter->lora, layer, part->module, 0),
+        .image_b = claas_lora_offset(config, &adapter->lora, layer, part->module, 1),
+        .master_a = base + layout->a[kind] +
+                    (size_t)layout->index[part->module] * (size_t)layout->rank * (size_t)k,
+        .master_b = base + layout->b[part->module],
+    };
+}
+
+static void copy_module(const struct module_view *v, float *image, float *master, bool to_image)
+{
+    for (int i = 0; i < v->r; i++) {
+        float *in = image + v->image_a + (size_t)i * (size_t)v->k;
+        float *own = master + v->master_a + (size_t)i * (size_t)v->k;
+
+        memcpy(to_image ? in : own, to_image ? own : in, (size_t)v->k * sizeof(float));
+    }
+    for (int i = 0; i < v->n; i++)
+        for (int j = 0; j < v->r; j++) {
+            float *in = image + v->image_b + (size_t)i * (size_t)v->r + j;
+            float *own = master + v->master_b + (size_t)j * (size_t)v->n + i;
+
+            *(to_image ? in : own) = *(to_image ? own : in);
+        }
+}
+
+static void copy_image(const claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                       float *image, float *master, bool to_image)
+{
+    for (int l = 0; l < backend->model.config.layers; l++)
+        for (int kind = 0; kind < CPU_WEIGHTS; kind++) {
+            const struct cpu_weight *weight = &backend->model.layers[l].weights[kind];
+
+            for (int i = 0; i < weight->part_count; i++) {
+                struct module_view view;
+
+                if (adapter->layout.index[weight->parts[i].module] < 0)
+                    continue;
+                view = view_module(backend, adapter, l, kind, &weight->parts[i]);
+                copy_module(&view, image, master, to_image);
+            }
+        }
+}
+
+/* --- panels --- */
+
+/* A [rows][k] as panels. */
+static void pack_a(const struct claas_ops *ops, const float *a, int rows, int k, void *panels)
+{
+    for (int first = 0; first < rows; first += CLAAS_LANES) {
+        const float *lanes[CLAAS_LANES];
+
+        for (int j = 0; j < CLAAS_LANES; j++)
+            lanes[j] = first + j < rows ? a + (size_t)(first + j) * (size_t)k : NULL;
+        ops->pack_panel(panels, k, first / CLAAS_LANES, lanes);
+    }
+}
+
+/* scale * B from its transpose [rank][n]. */
+static void pack_b(const struct claas_ops *ops, const float *b, int n, int rank, float scale,
+                   void *panels)
+{
+    float rows[CLAAS_LANES][CLAAS_RANK_MAX];
+    const float *lanes[CLAAS_LANES];
+
+    for (int first = 0; first < n; first += CLAAS_LANES) {
+        for (int j = 0; j < CLAAS_LANES; j++)
+            lanes[j] = first + j < n ? rows[j] : NULL;
+        for (int i = 0; i < rank; i++)
+            for (int j = 0; j < CLAAS_LANES && first + j < n; j++)
+                rows[j][i] = scale * b[(size_t)i * (size_t)n + first + j];
+        ops->pack_panel(panels, rank, first / CLAAS_LANES, lanes);
+    }
+}
+
+struct repack_task {
+    const claas_backend_t *backend;
+    const claas_backend_adapter_t *adapter;
+    const float *masters;
+};
+
+/* One weight of one layer. */
+static void repack_weight(void *arg, int index)
+{
+    const struct repack_task *task = arg;
+    const claas_backend_adapter_t *adapter = task->adapter;
+    const struct cpu_lora_layout *layout = &adapter->layout;
+    int layer = index / CPU_WEIGHTS, kind = index % CPU_WEIGHTS;
+    const struct cpu_weight *weight = &task->backend->model.layers[layer].weights[kind];
+    const float *masters = task->masters + (size_t)layer * layout->layer_floats;
+
+    pack_a(task->backend->ops, masters + layout->a[kind], layout->parts[kind] * layout->rank,
+           weight->k, (void *)(uintptr_t)claas_cpu_a_panels(adapter, layer, kind));
+    for (int i = 0; i < weight->part_count; i++) {
+        enum claas_module module = weight->parts[i].module;
+
+        if (layout->index[module] >= 0)
+            pack_b(task->backend->ops, masters + layout->b[module], weight->parts[i].n,
+                   layout->rank, adapter->scale,
+                   (void *)(uintptr_t)claas_cpu_b_panels(adapter, layer, module));
+    }
+}
+
+void claas_cpu_adapter_repack(claas_backend_t *backend, claas_backend_adapter_t *adapter)
+{
+    struct repack_task task = {backend, adapter, adapter->parameters};
+
+    claas_pool_run(backend->pool, backend->model.config.layers * CPU_WEIGHTS, repack_weight, &task);
+}
+
+/* --- upload, download, copy --- */
+
+static bool same_lora(const struct claas_lora_config *a, const struct claas_lora_config *b)
+{
+    return a->rank == b->rank && a->alpha == b->alpha && a->modules == b->modules;
+}
+
+/* Runs on the I/O thread too, so it must not use the pool: a team does one thing at a time. */
+int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
+                             const struct claas_adapter_image *image)
+{
+    struct repack_task task = {backend, adapter, adapter->parameters};
+    CLAAS_AUTO_FREE float *temporary = NULL;
+
+    if (!same_lora(&image->lora, &adapter->lora) || !image->parameters)
+        return claas_fail(CLAAS_ERR_INVALID, "the adapter's image has another shape");
+    if (adapter->use != CLAAS_ADAPTER_TRAIN) {
+        temporary = claas_alloc_aligned(adapter->layout.count * sizeof(float));
+        if (!temporary)
+            return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to upload an adapter");
+        task.masters = temporary;
+    }
+    copy_image(backend, adapter, image->parameters, (float *)(uintptr_t)task.masters, false);
+    if (adapter->use == CLAAS_ADAPTER_TRAIN) {
+        size_t bytes = adapter->layout.count * sizeof(float);
+
+        memset(adapter->exp_avg, 0, bytes);
+        memset(adapter->exp_avg_sq, 0, bytes);
+        adapter->step = 0;
+        if (image->exp_avg && image->exp_avg_sq) {
+            copy_image(backend, adapter, image->exp_avg, adapter->exp_avg, false);
+            copy_image(backend, adapter, image->exp_avg_sq, adapter->exp_avg_sq, false);
+            adapter->step = image->step;
+        }
+    }
+    for (int i = 0; i < backend->model.config.layers * CPU_WEIGHTS; i++)
+        repack_weight(&task, i);
+    return 0;
+}
+
+int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                               struct claas_adapter_image *ret)
+{
+    size_t count = claas_lora_parameter_count(&backend->model.config, &adapter->lora);
+    CLAAS_AUTO(claas_adapter_image_done)
+    struct claas_adapter_image image = {.lora = adapter->lora, .step = adapter->step};
+
+    if (adapter->use != CLAAS_ADAPTER_TRAIN)
+        return claas_fail(CLAAS_ERR_INVALID, "only an adapter in training can be read back");
+    image.parameters = CLAAS_NEW_ARRAY(float, count);
+    image.exp_avg = CLAAS_NEW_ARRAY(float, count);
+    image.exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
+    if (!image.parameters || !image.exp_avg || !image.exp_avg_sq)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to read an adapter back");
+    copy_image(backend, adapter, image.parameters, adapter->parameters, true);
+    copy_image(backend, adapter, image.exp_avg, adapter->exp_avg, true);
+    copy_image(backend, adapter, image.exp_avg_sq, adapter->exp_avg_sq, true);
+    *ret = image;
+    image = (struct claas_adapter_image){0};
+    return 0;
+}
+
+int claas_cpu_adapter_copy(claas_backend_t *backend, claas_backend_adapter_t *to,
+                           const claas_backend_adapter_t *from)
+{
+    if (!same_lora(&to->lora, &from->lora) || to->use != CLAAS_ADAPTER_TRAIN ||
+        from->use != CLAAS_ADAPTER_TRAIN)
+        return claas_fail(CLAAS_ERR_INVALID, "adapters of different shape or use");
+    memcpy(to->masters.base, from->masters.base, 3 * from->layout.count * sizeof(float));
+    memcpy(to->panels.base, from->panels.base, from->panels.bytes);
+    to->step = from->step;
+    return 0;
+}

@@ -1,0 +1,124 @@
+/* The CPU back-end of the engine: opens the model on an operation table and a pool of threads, and
+ * names the functions. */
+#include "cpu/step.h"
+
+#include "claas/err.h"
+#include "claas/mem.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void claas_cpu_memory_changed(claas_backend_t *backend)
+{
+    uint64_t now = backend->model.panels.bytes + backend->model.small.bytes +
+                   backend->model.blocks_bytes + backend->kv.bytes +
+                   atomic_load(&backend->bytes_adapters) + atomic_load(&backend->bytes_workspace);
+    uint64_t peak = atomic_load(&backend->bytes_peak);
+
+    while (now > peak && !atomic_compare_exchange_weak(&backend->bytes_peak, &peak, now))
+        ;
+}
+
+static void close_backend(claas_backend_t **backend)
+{
+    claas_backend_t *b = *backend;
+
+    if (!b)
+        return;
+    claas_cpu_region_done(&b->forward.region);
+    claas_cpu_region_done(&b->step);
+    claas_cpu_region_done(&b->kv);
+    claas_cpu_model_done(&b->model);
+    claas_pool_free(&b->pool);
+    free(b);
+    *backend = NULL;
+}
+
+static int read_precision(const char *name, enum claas_precision *ret)
+{
+    if (!name || strcmp(name, "bf16") == 0)
+        *ret = CLAAS_PRECISION_BF16;
+    else if (strcmp(name, "f32") == 0)
+        *ret = CLAAS_PRECISION_F32;
+    else
+        return claas_fail(CLAAS_ERR_INVALID, "precision '%s' is none of bf16, f32", name);
+    return 0;
+}
+
+static int open_kv(claas_backend_t *backend)
+{
+    const struct claas_model_config *c = &backend->model.config;
+    size_t bytes;
+
+    backend->kv_block_bytes = claas_kv_block_bytes(backend->ops->precision, c->head_dim);
+    bytes = (size_t)c->layers * (size_t)c->kv_heads * backend->kv_block_bytes;
+    if (__builtin_mul_overflow(bytes, (size_t)backend->kv_blocks, &bytes))
+        return claas_fail(CLAAS_ERR_LIMIT, "%d key/value blocks are too many", backend->kv_blocks);
+    return claas_cpu_region_new(&backend->kv, bytes, "keys and values");
+}
+
+static int open_backend(const struct claas_backend_options *options, claas_model_t *model,
+                        claas_backend_t **ret)
+{
+    CLAAS_AUTO(close_backend) claas_backend_t *backend = CLAAS_NEW(claas_backend_t);
+    enum claas_precision precision = CLAAS_PRECISION_BF16;
+    int code = read_precision(options->precision, &precision);
+
+    if (!backend)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (code < 0)
+        return code;
+    if (options->kv_blocks < 1 || options->max_tokens < 1)
+        return claas_fail(CLAAS_ERR_INVALID, "%d key/value blocks, %d tokens in a pass",
+                          options->kv_blocks, options->max_tokens);
+    backend->ops = claas_ops_pick(precision);
+    backend->kv_blocks = options->kv_blocks;
+    backend->max_tokens = options->max_tokens;
+    code = claas_pool_new(options->threads, &backend->pool);
+    if (code >= 0)
+        code = claas_cpu_model_load(&backend->model, backend->ops, backend->pool, model);
+    if (code >= 0)
+        code = open_kv(backend);
+    if (code >= 0)
+        code = claas_cpu_forward_open(backend);
+    if (code < 0)
+        return code;
+    (void)snprintf(backend->name, sizeof(backend->name), "cpu %s x%d", backend->ops->name,
+                   claas_pool_threads(backend->pool));
+    claas_cpu_memory_changed(backend);
+    *ret = CLAAS_TAKE(backend);
+    return 0;
+}
+
+static const char *describe(const claas_backend_t *backend)
+{
+    return backend->name;
+}
+
+static void report_memory(const claas_backend_t *backend, struct claas_backend_memory *ret)
+{
+    *ret = (struct claas_backend_memory){
+        .weights =
+            backend->model.panels.bytes + backend->model.small.bytes + backend->model.blocks_bytes,
+        .kv = backend->kv.bytes,
+        .adapters = atomic_load(&backend->bytes_adapters),
+        .workspace = atomic_load(&backend->bytes_workspace),
+        .peak = atomic_load(&backend->bytes_peak),
+    };
+}
+
+const struct claas_backend_ops claas_backend_cpu = {
+    .name = "cpu",
+    .open = open_backend,
+    .free = close_backend,
+    .describe = describe,
+    .memory = report_memory,
+    .adapter_new = claas_cpu_adapter_new,
+    .adapter_free = claas_cpu_adapter_free,
+    .adapter_upload = claas_cpu_adapter_upload,
+    .adapter_download = claas_cpu_adapter_download,
+    .adapter_copy = claas_cpu_adapter_copy,
+    .forward = claas_cpu_forward,
+    .train = claas_cpu_train,
+};

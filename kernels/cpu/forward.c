@@ -1,0 +1,140 @@
+/* One forward pass of the engine: segments become rows of a pack, the layers run once, and the
+ * wanted rows' logits are turned into tokens or scores, in chunks so that the logits of a large
+ * batch never exist together. Its workspace is its own: the pass may run between two operations of
+ * a training step. */
+#include "cpu/step.h"
+
+#include "claas/err.h"
+
+/* Floats of the logits buffer: 64 rows of a small vocabulary, 27 of a large one. */
+#define LOGITS_FLOATS   ((size_t)4 << 20)
+#define LOGITS_ROWS     64
+#define LOGITS_ROWS_MIN 8
+
+static void place(claas_backend_t *backend, struct cpu_arena *arena)
+{
+    struct cpu_forward_space *space = &backend->forward;
+    const struct claas_model_config *c = &backend->model.config;
+    size_t m = (size_t)backend->max_tokens, vocab = (size_t)c->vocab;
+    size_t rows = LOGITS_FLOATS / vocab;
+
+    rows = rows > LOGITS_ROWS ? LOGITS_ROWS : rows < LOGITS_ROWS_MIN ? LOGITS_ROWS_MIN : rows;
+    space->logits_rows = (int)(rows < m ? rows : m);
+    space->pass.lds[CPU_QKV] = 3 * CLAAS_RANK_MAX;
+    space->pass.lds[CPU_O] = CLAAS_RANK_MAX;
+    space->pass.lds[CPU_GATE_UP] = 2 * CLAAS_RANK_MAX;
+    space->pass.lds[CPU_DOWN] = CLAAS_RANK_MAX;
+    space->pack.tokens = claas_cpu_take(arena, m * sizeof(int32_t));
+    space->pack.pos = claas_cpu_take(arena, m * sizeof(int32_t));
+    space->pack.blocks = claas_cpu_take(arena, m * sizeof(int32_t));
+    space->pack.groups = claas_cpu_take(arena, m * sizeof(struct cpu_group));
+    space->pack.runs = claas_cpu_take(arena, m * sizeof(struct cpu_run));
+    space->tail = claas_cpu_take(arena, m * sizeof(int32_t));
+    claas_cpu_place_pass(backend, arena, (int)m, (int)m, &space->pass);
+    claas_cpu_place_infer(backend, arena, (int)m, (int)m, (int)m, &space->pass, &space->infer);
+    space->hidden = claas_cpu_take(arena, m * (size_t)c->hidden * backend->ops->act_bytes);
+    space->logits = claas_cpu_take(arena, (size_t)space->logits_rows * vocab * sizeof(float));
+    space->sampling = claas_cpu_take(arena, (size_t)claas_pool_threads(backend->pool) *
+                                                claas_cpu_sample_bytes(c->vocab));
+}
+
+int claas_cpu_forward_open(claas_backend_t *backend)
+{
+    struct cpu_forward_space *space = &backend->forward;
+    struct cpu_arena arena = {0};
+    int code;
+
+    place(backend, &arena);
+    code = claas_cpu_region_new(&space->region, arena.used, "the forward pass");
+    if (code < 0)
+        return code;
+    arena = (struct cpu_arena){.base = space->region.base};
+    place(backend, &arena);
+    space->pass.backend = backend;
+    space->pass.pack = &space->pack;
+    space->pass.kv = backend->kv.base;
+    space->pass.kv_layer_bytes = (size_t)backend->kv_blocks *
+                                 (size_t)backend->model.config.kv_heads * backend->kv_block_bytes;
+    space->infer.tail = space->tail;
+    atomic_fetch_add(&backend->bytes_workspace, space->region.bytes);
+    return 0;
+}
+
+static int check_segment(const claas_backend_t *backend, const struct claas_segment *segment)
+{
+    const struct claas_model_config *c = &backend->model.config;
+
+    if (segment->count < 1 || segment->pos < 0 || segment->pos > c->context - segment->count)
+        return claas_fail(CLAAS_ERR_LIMIT, "positions %d ... %d of a context of %d", segment->pos,
+                          segment->pos + segment->count, c->context);
+    if (segment->wanted < 0 || segment->wanted > segment->count)
+        return claas_fail(CLAAS_ERR_INVALID, "%d rows wanted of %d", segment->wanted,
+                          segment->count);
+    for (int i = 0; i < segment->count; i++)
+        if (segment->tokens[i] < 0 || segment->tokens[i] >= c->vocab)
+            return claas_fail(CLAAS_ERR_INVALID, "token %d of a vocabulary of %d",
+                              segment->tokens[i], c->vocab);
+    for (int i = 0; i <= (segment->pos + segment->count - 1) / CLAAS_KV_BLOCK; i++)
+        if (segment->blocks[i] < 0 || segment->blocks[i] >= backend->kv_blocks)
+            return claas_fail(CLAAS_ERR_INVALID, "block %d of %d", segment->blocks[i],
+                              backend->kv_blocks);
+    return 0;
+}
+
+static void add_segment(struct cpu_forward_space *space, const struct claas_segment *segment)
+{
+    struct cpu_pack *pack = &space->pack;
+    struct cpu_group *group = pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
+
+    pack->runs[pack->run_count++] = (struct cpu_run){.first = pack->m,
+                                                     .count = segment->count,
+                                                     .pos = segment->pos,
+                                                     .blocks = segment->blocks,
+                                                     .parent = -1};
+    if (!group || group->adapter != segment->adapter) {
+        group = &pack->groups[pack->group_count++];
+        *group = (struct cpu_group){.first = pack->m, .adapter = segment->adapter};
+    }
+    group->count += segment->count;
+    for (int i = 0; i < segment->count; i++) {
+        pack->tokens[pack->m] = segment->tokens[i];
+        pack->pos[pack->m] = segment->pos + i;
+        pack->blocks[pack->m] = segment->blocks[(segment->pos + i) / CLAAS_KV_BLOCK];
+        if (i >= segment->count - segment->wanted)
+            space->tail[space->infer.tail_count++] = pack->m;
+        pack->m++;
+    }
+}
+
+int claas_cpu_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
+                      struct claas_sample *samples)
+{
+    struct cpu_forward_space *space = &backend->forward;
+    size_t d = (size_t)backend->model.config.hidden;
+    int code = 0;
+
+    space->pack.m = space->pack.group_count = space->pack.run_count = 0;
+    space->infer.tail_count = 0;
+    for (int i = 0; i < count; i++) {
+        code = check_segment(backend, &segments[i]);
+        if (code < 0)
+            return code;
+        if (segments[i].count > backend->max_tokens - space->pack.m)
+            return claas_fail(CLAAS_ERR_LIMIT, "more than %d tokens in one pass",
+                              backend->max_tokens);
+        add_segment(space, &segments[i]);
+    }
+    if (space->pack.m == 0)
+        return 0;
+    code = claas_cpu_infer(&space->pass, &space->infer, space->hidden);
+    for (int row = 0; row < space->infer.tail_count && code >= 0; row += space->logits_rows) {
+        int rows = space->infer.tail_count - row;
+
+        if (rows > space->logits_rows)
+            rows = space->logits_rows;
+        claas_cpu_logits(backend, rows, claas_cpu_at(backend->ops, space->hidden, (size_t)row * d),
+                         space->logits);
+        code = claas_cpu_sample(backend, rows, space->logits, samples + row);
+    }
+    return code;
+}

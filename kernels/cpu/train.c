@@ -1,0 +1,276 @@
+/* One training step, or the same figures without an update:
+ *
+ *   teacher's rows   forward, final hidden rows of the trained positions kept
+ *   base's rows      forward, log-probs of the tokens kept (only if the loss has a KL term)
+ *   student's rows   batch by batch: forward with activations kept, loss in chunks, backward
+ *   update           per adapter: global norm, clip, AdamW, panels again
+ *
+ * Nothing of an adapter changes before all gradients are known to be finite, and from then on the
+ * step does not yield: it happens whole or not at all. */
+#include "cpu/train.h"
+
+#include "claas/err.h"
+#include "claas/mem.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* --- the passes --- */
+
+static int infer_batch(struct cpu_step_space *space, const struct cpu_batch *batch)
+{
+    space->pass.pack = &batch->pack;
+    space->infer.tail = batch->tail;
+    space->infer.tail_count = batch->tail_count;
+    return claas_cpu_infer(&space->pass, &space->infer, space->hidden);
+}
+
+static int run_teacher(claas_backend_t *backend, const struct cpu_plan *plan)
+{
+    struct cpu_step_space space;
+    size_t row = (size_t)backend->model.config.hidden * backend->ops->act_bytes;
+
+    claas_cpu_space_enter(backend, plan, CPU_STAGE_TEACHER, &space);
+    memset(space.teacher_hidden, 0, (size_t)plan->position_count * row);
+    for (int i = 0; i < plan->teacher.batch_count; i++) {
+        const struct cpu_batch *batch = &plan->teacher.batches[i];
+        int code = infer_batch(&space, batch);
+
+        if (code < 0)
+            return code;
+        for (int j = 0; j < batch->scored_count; j++)
+            memcpy((uint8_t *)space.teacher_hidden + (size_t)batch->scored_index[j] * row,
+                   (const uint8_t *)space.hidden + (size_t)batch->scored_tail[j] * row, row);
+    }
+    return 0;
+}
+
+static int run_base(claas_backend_t *backend, const struct cpu_plan *plan)
+{
+    struct cpu_step_space space;
+
+    claas_cpu_space_enter(backend, plan, CPU_STAGE_BASE, &space);
+    for (int i = 0; i < plan->base.batch_count; i++) {
+        int code = infer_batch(&space, &plan->base.batches[i]);
+
+        if (code >= 0)
+            code = claas_cpu_head_logprobs(backend, plan, &plan->base.batches[i], &space);
+        if (code < 0)
+            return code;
+    }
+    return 0;
+}
+
+/* The layers, keeping what the backward pass needs; the last one's second half for the tail alone.
+ */
+static int forward_saved(claas_backend_t *backend, const struct cpu_batch *batch,
+                         struct cpu_step_space *space)
+{
+    const struct claas_model_config *c = &backend->model.config;
+    const struct claas_ops *ops = backend->ops;
+    int last = c->layers - 1, code = 0;
+    struct cpu_acts tail = space->saved[last];
+    struct cpu_pack pack = {.m = batch->tail_count, .groups = &space->tail_group, .group_count = 1};
+
+    claas_cpu_embed(backend, batch->pack.tokens, batch->pack.m, space->saved[0].x_in);
+    for (int l = 0; l < last && code >= 0; l++) {
+        code = claas_cpu_attention_half(&space->pass, l, &space->saved[l]);
+        if (code >= 0)
+            code = claas_cpu_mlp_half(&space->pass, &batch->pack, l, &space->saved[l]);
+    }
+    if (code >= 0)
+        code = claas_cpu_attention_half(&space->pass, last, &tail);
+    if (code < 0)
+        return code;
+    space->tail_group = batch->pack.groups[0];
+    space->tail_group.count = batch->tail_count;
+    claas_cpu_gather(ops, tail.x_in, batch->tail, batch->tail_count, (size_t)c->hidden,
+                     space->tail_x);
+    claas_cpu_gather(ops, tail.attn, batch->tail, batch->tail_count, (size_t)backend->model.nq,
+                     space->tail_attn);
+    tail.x_in = space->tail_x;
+    tail.attn = space->tail_attn;
+    return claas_cpu_mlp_half(&space->pass, &pack, last, &tail);
+}
+
+static int train_batch(claas_backend_t *backend, const struct cpu_plan *plan,
+                       const struct cpu_batch *batch, struct cpu_step_space *space)
+{
+    const struct claas_model_config *c = &backend->model.config;
+    int learner = plan->positions[batch->scored_index[0]].learner, code;
+
+    space->pass.pack = &batch->pack;
+    memset(space->kv, 0, (size_t)c->layers * space->kv_bytes); /* see claas_cpu_space_enter */
+    code = forward_saved(backend, batch, space);
+    memset(space->dx, 0, (size_t)batch->tail_count * (size_t)c->hidden * sizeof(float));
+    if (code >= 0)
+        code = claas_cpu_head(backend, plan, batch, space, true);
+    if (code >= 0)
+        code = claas_cpu_backward(backend, batch, space, plan->learners[learner].grad);
+    return code;
+}
+
+static int run_student(claas_backend_t *backend, const struct cpu_plan *plan,
+                       struct cpu_step_space *space)
+{
+    int code = 0;
+
+    claas_cpu_space_enter(backend, plan, CPU_STAGE_STUDENT, space);
+    for (int i = 0; i < plan->learner_count && plan->request->update; i++)
+        memset(plan->learners[i].grad, 0, plan->learners[i].adapter->layout.count * sizeof(float));
+    for (int i = 0; i < plan->student.batch_count && code >= 0; i++) {
+        const struct cpu_batch *batch = &plan->student.batches[i];
+
+        if (plan->request->update) {
+            code = train_batch(backend, plan, batch, space);
+            continue;
+        }
+        code = infer_batch(space, batch);
+        if (code >= 0)
+            code = claas_cpu_head(backend, plan, batch, space, false);
+    }
+    return code;
+}
+
+/* --- figures --- */
+
+struct sums {
+    double loss, divergence, forward_kl, kl_base, ratio, clipped, logprob, entropy;
+};
+
+static struct claas_train_row_result finish_row(const struct sums *s, int tokens)
+{
+    double n = tokens > 0 ? tokens : 1;
+
+    return (struct claas_train_row_result){
+        .loss = (float)(s->loss / n),
+        .divergence = (float)(s->divergence / n),
+        .forward_kl = (float)(s->forward_kl / n),
+        .kl_base = (float)(s->kl_base / n),
+        .ratio = (float)(s->ratio / n),
+        .clip_fraction = (float)(s->clipped / n),
+        .logprob = (float)(s->logprob / n),
+        .entropy = (float)(s->entropy / n),
+        .tokens = tokens,
+    };
+}
+
+/* Row figures, the loss as trained, and whether everything is finite. */
+static void collect(const struct cpu_plan *plan, const struct claas_loss_result *results,
+                    struct claas_train_result *ret)
+{
+    double loss = 0, worst = 0;
+
+    ret->finite = true;
+    ret->tokens = plan->position_count;
+    for (int i = 0; i < plan->student.seq_count; i++) {
+        const struct cpu_seq *seq = &plan->student.seqs[i];
+        struct sums sums = {0};
+
+        for (int j = seq->scored; j < seq->scored + seq->trained; j++) {
+            const struct claas_loss_result *r = &results[j];
+            const struct cpu_position *position = &plan->positions[j];
+
+            sums.loss += r->loss;
+            sums.divergence += r->divergence;
+            sums.forward_kl += r->forward_kl;
+            sums.kl_base += r->kl_base;
+            sums.ratio += r->ratio;
+            sums.clipped += r->clipped;
+            sums.logprob += r->logprob;
+            sums.entropy += r->entropy;
+            loss += (double)position->weight * r->loss;
+            if (!isnan(position->rollout))
+                worst = fmax(worst, fabs((double)r->logprob - position->rollout));
+            ret->finite = ret->finite && isfinite(r->loss) && isfinite(r->logprob);
+        }
+        ret->rows[seq->row] = finish_row(&sums, seq->trained);
+    }
+    ret->loss = (float)(plan->learner_count > 0 ? loss / plan->learner_count : 0);
+    ret->max_ratio_error = (float)worst;
+}
+
+/* --- the update --- */
+
+static void measure_gradients(claas_backend_t *backend, struct cpu_plan *plan,
+                              struct claas_train_result *ret)
+{
+    for (int i = 0; i < plan->learner_count; i++) {
+        struct cpu_learner *learner = &plan->learners[i];
+
+        learner->norm = sqrt(backend->ops->sum_squares(backend->pool, learner->grad,
+                                                       learner->adapter->layout.count));
+        ret->finite = ret->finite && isfinite(learner->norm);
+        if (!(learner->norm <= ret->grad_norm))
+            ret->grad_norm = (float)learner->norm;
+    }
+}
+
+static void update(claas_backend_t *backend, const struct cpu_plan *plan)
+{
+    const struct claas_adamw_config *config = &plan->request->adamw;
+
+    for (int i = 0; i < plan->learner_count; i++) {
+        const struct cpu_learner *learner = &plan->learners[i];
+        claas_backend_adapter_t *adapter = learner->adapter;
+        double scale = 1;
+
+        if (learner->tokens == 0)
+            continue;
+        if (config->max_grad_norm > 0) /* PyTorch's clip_grad_norm_ */
+            scale = fmin(1, config->max_grad_norm / (learner->norm + 1e-6));
+        adapter->step++;
+        backend->ops->adamw(backend->pool, &(struct claas_adamw_args){
+                                               .count = adapter->layout.count,
+                                               .parameters = adapter->parameters,
+                                               .exp_avg = adapter->exp_avg,
+                                               .exp_avg_sq = adapter->exp_avg_sq,
+                                               .grad = learner->grad,
+                                               .grad_scale = (float)scale,
+                                               .rate = config->rate,
+                                               .beta1 = config->beta1,
+                                               .beta2 = config->beta2,
+                                               .eps = config->eps,
+                                               .weight_decay = config->weight_decay,
+                                               .step = adapter->step,
+                                           });
+        claas_cpu_adapter_repack(backend, adapter);
+    }
+}
+
+int claas_cpu_train(claas_backend_t *backend, const struct claas_backend_train *request,
+                    struct claas_train_result *ret)
+{
+    CLAAS_AUTO(claas_cpu_plan_done) struct cpu_plan plan = {0};
+    CLAAS_AUTO_FREE struct claas_train_row_result *rows =
+        CLAAS_NEW_ARRAY(struct claas_train_row_result, request->row_count);
+    struct claas_train_result result = {.rows = rows, .row_count = request->row_count};
+    struct cpu_step_space space;
+    int code;
+
+    if (!rows)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    code = claas_cpu_plan_new(backend, request, &plan);
+    if (code >= 0)
+        code = claas_cpu_space_reserve(backend, &plan);
+    if (code >= 0)
+        code = run_teacher(backend, &plan);
+    if (code >= 0)
+        code = run_base(backend, &plan);
+    if (code >= 0)
+        code = run_student(backend, &plan, &space);
+    if (code < 0)
+        return code;
+    collect(&plan, space.results, &result);
+    if (request->update)
+        measure_gradients(backend, &plan, &result);
+    if (request->update && result.finite)
+        update(backend, &plan);
+    for (int i = 0; i < plan.learner_count; i++)
+        if (plan.learners[i].adapter && plan.learners[i].adapter->step > result.step)
+            result.step = plan.learners[i].adapter->step;
+    *ret = result;
+    rows = NULL;
+    return 0;
+}

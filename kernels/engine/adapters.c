@@ -1,0 +1,122 @@
+/* Adapter handles. References are counted from any thread; the weights behind a handle are freed on
+ * the compute thread, between two operations of the back-end. A handle's *identity* is a number
+ * that changes with its weights: cached keys and values are found by it, so a trained adapter never
+ * meets what it was before. */
+#include "engine/engine.h"
+
+#include <stdlib.h>
+
+static void link_adapter(claas_device_t *device, claas_adapter_t *adapter)
+{
+    pthread_mutex_lock(&device->lock);
+    adapter->identity = ++device->last_identity;
+    adapter->all_next = device->adapters;
+    if (device->adapters != NULL)
+        device->adapters->all_prev = adapter;
+    device->adapters = adapter;
+    pthread_mutex_unlock(&device->lock);
+}
+
+static void unlink_adapter(claas_device_t *device, claas_adapter_t *adapter)
+{
+    pthread_mutex_lock(&device->lock);
+    if (adapter->all_prev != NULL)
+        adapter->all_prev->all_next = adapter->all_next;
+    else
+        device->adapters = adapter->all_next;
+    if (adapter->all_next != NULL)
+        adapter->all_next->all_prev = adapter->all_prev;
+    pthread_mutex_unlock(&device->lock);
+}
+
+int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
+                      enum claas_adapter_use use, claas_adapter_t **ret)
+{
+    claas_adapter_t *adapter = CLAAS_NEW(claas_adapter_t);
+    int rc;
+
+    if (adapter == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    rc = device->ops->adapter_new(device->backend, lora, use, &adapter->backend);
+    if (rc < 0) {
+        free(adapter);
+        return rc;
+    }
+    adapter->device = device;
+    adapter->lora = *lora;
+    adapter->use = use;
+    atomic_init(&adapter->references, 1);
+    link_adapter(device, adapter);
+    *ret = adapter;
+    return 0;
+}
+
+claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter)
+{
+    atomic_fetch_add(&adapter->references, 1);
+    return adapter;
+}
+
+void claas_adapter_unref(claas_adapter_t **ref)
+{
+    claas_adapter_t *adapter = CLAAS_TAKE(*ref);
+    claas_device_t *device;
+
+    if (adapter == NULL || atomic_fetch_sub(&adapter->references, 1) != 1)
+        return;
+    device = adapter->device;
+    if (device == NULL) {
+        free(adapter);
+        return;
+    }
+    pthread_mutex_lock(&device->lock);
+    adapter->next_dead = device->dead;
+    device->dead = adapter;
+    claas_device_poke(device);
+    pthread_mutex_unlock(&device->lock);
+}
+
+struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter)
+{
+    return adapter->lora;
+}
+
+void claas_adapters_sweep(claas_device_t *device)
+{
+    claas_adapter_t *adapter;
+
+    pthread_mutex_lock(&device->lock);
+    adapter = CLAAS_TAKE(device->dead);
+    pthread_mutex_unlock(&device->lock);
+    while (adapter != NULL) {
+        claas_adapter_t *next = adapter->next_dead;
+
+        claas_kv_forget(device->kv, claas_kv_root(adapter->identity));
+        unlink_adapter(device, adapter);
+        device->ops->adapter_free(device->backend, &adapter->backend);
+        free(adapter);
+        adapter = next;
+    }
+}
+
+void claas_adapters_close(claas_device_t *device)
+{
+    claas_adapters_sweep(device);
+    while (device->adapters != NULL) {
+        claas_adapter_t *adapter = device->adapters;
+
+        unlink_adapter(device, adapter);
+        device->ops->adapter_free(device->backend, &adapter->backend);
+        adapter->device = NULL;
+    }
+}
+
+void claas_adapter_changed(claas_adapter_t *adapter)
+{
+    claas_device_t *device = adapter->device;
+
+    claas_kv_forget(device->kv, claas_kv_root(adapter->identity));
+    pthread_mutex_lock(&device->lock);
+    adapter->identity = ++device->last_identity;
+    pthread_mutex_unlock(&device->lock);
+}

@@ -1,0 +1,108 @@
+/* What a back-end (CPU, CUDA) implements for the engine: packed forward, decode and training steps
+ * over opaque handles. The engine owns the queue, the block tables and the requests; a back-end
+ * owns memory and arithmetic and may fuse what it likes. All calls come from one thread (the
+ * device's compute thread) except adapter_new/free, adapter_upload and adapter_download, which the
+ * I/O thread may make while another *adapter* is in use. */
+#ifndef CLAAS_ENGINE_BACKEND_H
+#define CLAAS_ENGINE_BACKEND_H
+
+#include "claas/device.h"
+
+#define CLAAS_KV_BLOCK_TOKENS 16
+
+typedef struct claas_backend claas_backend_t;
+typedef struct claas_backend_adapter claas_backend_adapter_t;
+
+/* A run of consecutive tokens of one sequence in a forward pack: a decode row has count 1. Keys and
+ * values of earlier positions are already in `blocks`; those of this run are written by the pass.
+ */
+struct claas_segment {
+    const int32_t *tokens;
+    int count;
+    int pos;                          /* position of tokens[0] */
+    const int32_t *blocks;            /* block numbers for positions 0 … pos+count-1 */
+    claas_backend_adapter_t *adapter; /* NULL = base */
+    int wanted; /* how many of the last tokens give a logits row: 0 for all but the last prefill
+                   chunk */
+};
+
+/* What to do with one wanted logits row (in order of segments and tokens). */
+struct claas_sample {
+    float temperature, top_p;
+    int top_k;
+    uint64_t seed;
+    uint64_t index; /* n-th token of its answer: the counter of the random stream */
+    int top_logprobs;
+    int32_t given; /* >= 0: do not sample, score this token */
+    /* results */
+    int32_t token;
+    float logprob; /* temperature 1, whole vocabulary */
+    int32_t top_tokens[CLAAS_TOP_LOGPROBS_MAX];
+    float top_logprob[CLAAS_TOP_LOGPROBS_MAX];
+};
+
+struct claas_backend_options {
+    const char *precision; /* "bf16" or "f32" */
+    int threads;
+    int kv_blocks;  /* blocks of 16 positions in the shared pool */
+    int max_tokens; /* most tokens of one forward pack */
+};
+
+/* A training row as the back-end sees it: claas_train_row with its adapters resolved. */
+struct claas_backend_row {
+    struct claas_train_row row; /* student/teacher fields of it are not used */
+    claas_backend_adapter_t *student, *teacher;
+};
+/* Called between operations of a training step (at least every ~20 ms); may run forward() on the
+ * same back-end, whose workspace is separate from the step's. Nonzero return: give up, the step
+ * ends with CLAAS_ERR_CANCELLED and changes nothing. */
+typedef int claas_yield_fn(void *arg);
+
+struct claas_backend_train {
+    const struct claas_backend_row *rows;
+    size_t row_count;
+    struct claas_loss_config loss;
+    struct claas_adamw_config adamw;
+    bool update;
+    claas_yield_fn *yield; /* may be NULL */
+    void *yield_arg;
+};
+
+struct claas_backend_memory {
+    uint64_t weights, kv, adapters, workspace, peak;
+};
+
+struct claas_backend_ops {
+    const char *name;
+    int (*open)(const struct claas_backend_options *options, claas_model_t *model,
+                claas_backend_t **ret);
+    void (*free)(claas_backend_t **backend);
+    /* "cpu bf16-avx512bf16 x2" */
+    const char *(*describe)(const claas_backend_t *backend);
+    void (*memory)(const claas_backend_t *backend, struct claas_backend_memory *ret);
+
+    int (*adapter_new)(claas_backend_t *backend, const struct claas_lora_config *lora,
+                       enum claas_adapter_use use, claas_backend_adapter_t **ret);
+    void (*adapter_free)(claas_backend_t *backend, claas_backend_adapter_t **adapter);
+    /* From / to a host image. Moments and step are taken if present (TRAIN), else zero. The
+     * download allocates. */
+    int (*adapter_upload)(claas_backend_t *backend, claas_backend_adapter_t *adapter,
+                          const struct claas_adapter_image *image);
+    int (*adapter_download)(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                            struct claas_adapter_image *ret);
+    /* Both of the same configuration and TRAIN. */
+    int (*adapter_copy)(claas_backend_t *backend, claas_backend_adapter_t *to,
+                        const claas_backend_adapter_t *from);
+
+    /* One forward pass. `samples` has one entry per wanted row. */
+    int (*forward)(claas_backend_t *backend, const struct claas_segment *segments, int count,
+                   struct claas_sample *samples);
+    /* One training step or evaluation; ret->rows is allocated by the callee. A non-finite loss or
+     * gradient is success with ret->finite false and nothing changed. */
+    int (*train)(claas_backend_t *backend, const struct claas_backend_train *request,
+                 struct claas_train_result *ret);
+};
+
+extern const struct claas_backend_ops claas_backend_cpu;
+
+#endif

@@ -1,0 +1,267 @@
+/* The device object: its options, its two threads and the compute thread's loop. One turn of the
+ * loop takes what clients sent, runs one request of the training lane if there is one (generation
+ * goes on inside it, train.c) and one pass of generation; with nothing to do it sleeps on a
+ * condition variable. */
+#include "engine/engine.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "claas/clock.h"
+#include "claas/log.h"
+
+#define DEFAULT_KV_TOKENS     8192
+#define DEFAULT_PREFILL_CHUNK 256
+#define DEFAULT_MAX_BATCH     64
+#define DEFAULT_SLICE_MS      50
+
+void claas_device_poke(claas_device_t *device)
+{
+    device->poked = true;
+    pthread_cond_signal(&device->wake);
+}
+
+static void update_stats(claas_device_t *device)
+{
+    struct claas_backend_memory memory = {0};
+
+    device->ops->memory(device->backend, &memory);
+    pthread_mutex_lock(&device->lock);
+    device->stats.bytes_weights = memory.weights;
+    device->stats.bytes_kv = memory.kv;
+    device->stats.bytes_adapters = memory.adapters;
+    device->stats.bytes_workspace = memory.workspace;
+    device->stats.bytes_peak = memory.peak;
+    device->stats.kv_blocks = claas_kv_total(device->kv);
+    device->stats.kv_blocks_free = claas_kv_available(device->kv);
+    device->stats.running = device->running.count;
+    device->stats.waiting = device->waiting.count;
+    pthread_mutex_unlock(&device->lock);
+}
+
+void claas_device_stats(const claas_device_t *device, struct claas_device_stats *ret)
+{
+    pthread_mutex_t *lock = (pthread_mutex_t *)&device->lock;
+
+    pthread_mutex_lock(lock);
+    *ret = device->stats;
+    pthread_mutex_unlock(lock);
+}
+
+claas_model_t *claas_device_model(const claas_device_t *device)
+{
+    return device->model;
+}
+
+/* --- the compute thread
+ * -------------------------------------------------------------------------------------------------
+ */
+
+void claas_device_take_inbox(claas_device_t *device)
+{
+    struct claas_queue inbox;
+    struct claas_request *request;
+    bool reap;
+
+    pthread_mutex_lock(&device->lock);
+    inbox = device->inbox;
+    device->inbox = (struct claas_queue){0};
+    reap = device->cancel_seen;
+    device->cancel_seen = false;
+    pthread_mutex_unlock(&device->lock);
+    while ((request = claas_queue_pop(&inbox)) != NULL)
+        if (request->kind == CLAAS_REQUEST_GENERATE)
+            claas_generate_enqueue(device, (struct claas_sequence *)request);
+        else
+            claas_queue_append(&device->lane, request);
+    if (reap) {
+        claas_generate_reap(device);
+        claas_train_reap(device);
+    }
+    claas_adapters_sweep(device);
+    update_stats(device);
+}
+
+static bool wait_for_work(claas_device_t *device, bool worked)
+{
+    bool stop;
+
+    pthread_mutex_lock(&device->lock);
+    while (!worked && !device->poked && !device->stop)
+        pthread_cond_wait(&device->wake, &device->lock);
+    device->poked = false;
+    stop = device->stop;
+    pthread_mutex_unlock(&device->lock);
+    return !stop;
+}
+
+static void *compute_main(void *arg)
+{
+    claas_device_t *device = arg;
+    bool worked = false;
+
+    claas_log_thread_name("device");
+    while (wait_for_work(device, worked)) {
+        claas_device_take_inbox(device);
+        worked = claas_train_run(device);
+        if (claas_generate_iterate(device))
+            worked = true;
+    }
+    claas_device_take_inbox(device);
+    claas_generate_close(device);
+    claas_train_close(device);
+    return NULL;
+}
+
+/* --- open and free
+ * ------------------------------------------------------------------------------------------------------
+ */
+
+static int take_options(claas_device_t *device, const struct claas_device_options *given)
+{
+    struct claas_device_options *o = &device->options;
+    size_t context = (size_t)device->config.context;
+
+    *o = *given;
+    if (o->precision == NULL)
+        o->precision = "bf16";
+    if (o->threads < 0 || o->prefill_chunk < 0 || o->max_batch < 0 || o->slice_ms < 0 ||
+        o->prefill_chunk > 65536 || o->max_batch > 4096)
+        return claas_fail(CLAAS_ERR_INVALID,
+                          "device options: threads %d, prefill_chunk %d, max_batch %d, slice_ms %d",
+                          o->threads, o->prefill_chunk, o->max_batch, o->slice_ms);
+    if (o->kv_tokens == 0)
+        o->kv_tokens = context > DEFAULT_KV_TOKENS ? context : DEFAULT_KV_TOKENS;
+    if (o->kv_tokens > (size_t)INT32_MAX - CLAAS_KV_BLOCK_TOKENS)
+        return claas_fail(CLAAS_ERR_INVALID, "kv_tokens %zu", o->kv_tokens);
+    if (o->prefill_chunk == 0)
+        o->prefill_chunk = DEFAULT_PREFILL_CHUNK;
+    if (o->prefill_chunk < CLAAS_KV_BLOCK_TOKENS) /* chunks end at block borders */
+        o->prefill_chunk = CLAAS_KV_BLOCK_TOKENS;
+    if (o->max_batch == 0)
+        o->max_batch = DEFAULT_MAX_BATCH;
+    if (o->slice_ms == 0)
+        o->slice_ms = DEFAULT_SLICE_MS;
+    return 0;
+}
+
+static int open_backend(claas_device_t *device)
+{
+    int blocks =
+        (int)((device->options.kv_tokens + CLAAS_KV_BLOCK_TOKENS - 1) / CLAAS_KV_BLOCK_TOKENS);
+    struct claas_backend_options options = {
+        .precision = device->options.precision,
+        .threads = device->options.threads,
+        .kv_blocks = blocks,
+        .max_tokens = device->options.max_batch + device->options.prefill_chunk,
+    };
+    size_t batch = (size_t)device->options.max_batch;
+    int rc = claas_kv_new(blocks, &device->kv);
+
+    if (rc < 0)
+        return rc;
+    device->segments = CLAAS_NEW_ARRAY(struct claas_segment, batch);
+    device->samples = CLAAS_NEW_ARRAY(struct claas_sample, batch);
+    device->planned = CLAAS_NEW_ARRAY(struct claas_sequence *, batch);
+    if (device->segments == NULL || device->samples == NULL || device->planned == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    rc = device->ops->open(&options, device->model, &device->backend);
+    if (rc < 0)
+        return rc;
+    claas_copy_text(device->stats.name, sizeof(device->stats.name),
+                    device->ops->describe(device->backend));
+    update_stats(device);
+    return 0;
+}
+
+/* Signals are the main thread's business: the device's threads, and those the back-end starts,
+ * block all of them. */
+static int start_thread(pthread_t *thread, void *(*main)(void *), claas_device_t *device,
+                        const char *name)
+{
+    int rc = pthread_create(thread, NULL, main, device);
+
+    if (rc != 0)
+        return claas_fail(CLAAS_ERR_UNAVAILABLE, "cannot start a thread: %s", strerror(rc));
+    pthread_setname_np(*thread, name);
+    return 0;
+}
+
+static int start(claas_device_t *device)
+{
+    int rc = start_thread(&device->compute_thread, compute_main, device, "claas-device");
+
+    device->compute_started = rc == 0;
+    if (rc == 0) {
+        rc = start_thread(&device->io_thread, claas_io_main, device, "claas-device-io");
+        device->io_started = rc == 0;
+    }
+    return rc;
+}
+
+int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(void),
+                           const struct claas_device_options *options, claas_model_t *model,
+                           claas_device_t **ret)
+{
+    CLAAS_AUTO(claas_device_free) claas_device_t *device = CLAAS_NEW(claas_device_t);
+    sigset_t all, before;
+    int rc;
+
+    if (device == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    pthread_mutex_init(&device->lock, NULL);
+    pthread_cond_init(&device->wake, NULL);
+    pthread_cond_init(&device->io_wake, NULL);
+    device->ops = ops;
+    device->now = now != NULL ? now : claas_clock_ns;
+    device->model = model;
+    device->config = *claas_model_config(model);
+    rc = take_options(device, options);
+    if (rc < 0)
+        return rc;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    rc = open_backend(device);
+    if (rc == 0)
+        rc = start(device);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (rc < 0)
+        return rc;
+    *ret = CLAAS_TAKE(device);
+    return 0;
+}
+
+void claas_device_free(claas_device_t **ref)
+{
+    claas_device_t *device = CLAAS_TAKE(*ref);
+
+    if (device == NULL)
+        return;
+    pthread_mutex_lock(&device->lock);
+    device->stop = true;
+    claas_device_poke(device);
+    pthread_mutex_unlock(&device->lock);
+    if (device->compute_started)
+        pthread_join(device->compute_thread, NULL);
+    /* The I/O thread last: the compute thread may still have handed saves to it. It empties its
+     * queue before it ends. */
+    pthread_mutex_lock(&device->lock);
+    device->io_stop = true;
+    pthread_cond_signal(&device->io_wake);
+    pthread_mutex_unlock(&device->lock);
+    if (device->io_started)
+        pthread_join(device->io_thread, NULL);
+    if (device->backend != NULL) {
+        claas_adapters_close(device);
+        device->ops->free(&device->backend);
+    }
+    claas_kv_free(&device->kv);
+    free(device->segments);
+    free(device->samples);
+    free(device->planned);
+    pthread_cond_destroy(&device->wake);
+    pthread_cond_destroy(&device->io_wake);
+    pthread_mutex_destroy(&device->lock);
+    free(device);
+}

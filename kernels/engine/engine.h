@@ -1,0 +1,274 @@
+/* What the files of the engine share. Who owns what:
+ *
+ *   device->lock   the inbox, the I/O queue, the list of live requests, adapters without
+ * references, `poked`, `stats` client->lock   the client's event queue compute thread everything
+ * under "the compute thread's own" below, and all calls of the back-end but those that backend.h
+ * allows the I/O thread
+ *
+ * A request lives in exactly one place at a time (inbox, lane, waiting, running, I/O queue) and
+ * ends by claas_request_finish, which sends its last event and gives back its references. Locks are
+ * never nested but for device->lock over client->lock. */
+#ifndef CLAAS_ENGINE_ENGINE_H
+#define CLAAS_ENGINE_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "engine/backend.h"
+#include "engine/kv.h"
+
+#define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
+
+enum claas_request_kind {
+    CLAAS_REQUEST_GENERATE,
+    CLAAS_REQUEST_TRAIN,
+    CLAAS_REQUEST_LOAD,
+    CLAAS_REQUEST_INIT,
+    CLAAS_REQUEST_COPY,
+    CLAAS_REQUEST_SAVE,
+};
+
+/* An event as it waits in a client's queue: small, since there is one per generated token. */
+struct claas_event_node {
+    struct claas_event_node *next;
+    enum claas_device_event_kind kind;
+    uint64_t id;
+    int32_t token;
+    float logprob;
+    int top_count;
+    enum claas_finish finish;
+    int error;
+    size_t prompt_tokens, cached_tokens, generated_tokens;
+    claas_adapter_t *adapter;
+    struct claas_train_result trained;
+    char *text;
+    struct {
+        int32_t token;
+        float logprob;
+    } top[]; /* [top_count] */
+};
+
+/* The head of every request. */
+struct claas_request {
+    struct claas_request *next, *prev;           /* in the queue it is in */
+    struct claas_request *live_next, *live_prev; /* device->live */
+    enum claas_request_kind kind;
+    uint64_t id;
+    claas_device_client_t *client; /* one reference */
+    atomic_bool cancelled;
+    bool begun; /* no longer counted as waiting */
+    struct claas_event_node
+        *last; /* room for the last event, so that running out of memory loses no request */
+};
+
+struct claas_queue {
+    struct claas_request *first, *last;
+    int count;
+};
+
+struct claas_device_client {
+    claas_device_t *device;
+    atomic_int references;
+    pthread_mutex_t lock;
+    int fd; /* eventfd; readable exactly while events wait */
+    bool closed;
+    struct claas_event_node *first, *last;
+    uint64_t lane_scan; /* compute thread: the last scan of the lane that met one of its requests */
+};
+
+struct claas_adapter {
+    claas_device_t *device; /* NULL once the device is gone */
+    atomic_int references;
+    claas_backend_adapter_t *backend;
+    struct claas_lora_config lora;
+    enum claas_adapter_use use;
+    claas_adapter_t *next_dead;
+    claas_adapter_t *all_next, *all_prev; /* device->adapters */
+    /* Of the compute thread: */
+    uint64_t identity; /* new with every change of the weights: names the cached keys and values */
+    bool training;     /* a step is under way */
+};
+
+/* A generation. */
+struct claas_sequence {
+    struct claas_request request;
+    claas_adapter_t *adapter; /* NULL = base */
+    struct claas_sample sample;
+    enum claas_priority priority;
+    int32_t *stops;
+    size_t stop_count;
+    int limit; /* longest prompt + answer */
+    int prompt_count;
+    int32_t *tokens; /* prompt, then answer */
+    int count, capacity;
+    int computed; /* tokens whose keys and values are in `blocks` */
+    int32_t *blocks;
+    int block_count, block_capacity;
+    int registered; /* leading blocks whose chain is known: found or registered */
+    uint64_t identity, chain;
+    int cached; /* prompt tokens found instead of computed, before any preemption */
+    bool preempted;
+    int planned; /* tokens in the pass being built */
+    bool wanted; /* the pass gives it a token */
+};
+
+/* One training step or evaluation; copies of all that the rows point to are in `storage`. */
+struct claas_training {
+    struct claas_request request;
+    struct claas_backend_train train;
+    struct claas_backend_row *rows;
+    claas_adapter_t **adapters; /* [2 * row_count] references: student, teacher of each row */
+    void *storage;
+};
+
+/* Load, init, copy or save. */
+struct claas_adapter_job {
+    struct claas_request request;
+    claas_adapter_t *adapter; /* copy, save: the source */
+    char *directory;
+    enum claas_adapter_use use;
+    struct claas_lora_config lora;
+    uint64_t seed;
+    struct claas_adapter_image image; /* save: the snapshot */
+};
+
+struct claas_device {
+    const struct claas_backend_ops *ops;
+    claas_backend_t *backend;
+    claas_model_t *model;
+    struct claas_model_config config;
+    struct claas_device_options options; /* defaults filled in */
+    int64_t (*now)(void);                /* nanoseconds */
+    pthread_t compute_thread, io_thread;
+    bool compute_started, io_started;
+
+    pthread_mutex_t lock;
+    pthread_cond_t wake, io_wake;
+    bool stop, io_stop, poked;
+    bool cancel_seen; /* some request was cancelled since the compute thread looked */
+    uint64_t last_id;
+    struct claas_queue inbox, io;
+    struct claas_request *live;
+    int waiting_count, lane_count, io_count; /* requests not begun, by kind */
+    claas_adapter_t *dead, *adapters;
+    struct claas_device_stats stats;
+
+    /* The compute thread's own: */
+    claas_kv_t *kv;
+    struct claas_queue waiting, running; /* sequences, by priority, then age */
+    struct claas_queue lane;             /* training, copies, saves, by age */
+    uint64_t lane_scan;
+    struct claas_training *current; /* the training step under way */
+    int64_t slice_start, last_yield;
+    uint64_t last_identity;
+    bool streaming; /* the pass being built delays a chat's next token */
+    /* Prompt tokens of a pass while a chat streams, steered so that the pass takes about two
+     * slices; 0 = not known. */
+    double streaming_tokens;
+    double ns_per_token; /* of the last pass that read a prompt: where streaming_tokens starts */
+    struct claas_segment *segments;
+    struct claas_sample *samples;
+    struct claas_sequence **planned;
+};
+
+/* --- open.c, device.c
+ * -----------------------------------------------------------------------------------------------
+ */
+
+/* claas_device_open on any back-end and clock (NULL = the real one). */
+int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(void),
+                           const struct claas_device_options *options, claas_model_t *model,
+                           claas_device_t **ret);
+/* Moves what clients sent to the compute thread's queues, ends what was cancelled, frees dead
+ * adapters. */
+void claas_device_take_inbox(claas_device_t *device);
+/* Wakes the compute thread. Caller holds device->lock. */
+void claas_device_poke(claas_device_t *device);
+
+/* --- requests.c: queues and the life of a request
+ * -------------------------------------------------------------------- */
+
+void claas_queue_append(struct claas_queue *queue, struct claas_request *request);
+void claas_queue_insert_after(struct claas_queue *queue, struct claas_request *where,
+                              struct claas_request *request);
+void claas_queue_remove(struct claas_queue *queue, struct claas_request *request);
+struct claas_request *claas_queue_pop(struct claas_queue *queue);
+
+/* A zeroed request of `size` bytes with its reference on the client and its last event's memory. */
+struct claas_request *claas_request_new(claas_device_client_t *client, enum claas_request_kind kind,
+                                        size_t size);
+/* Numbers it, puts it into the inbox (or the I/O queue) and wakes whoever works there. OVERLOADED
+ * when too many of its kind wait; the request then still belongs to the caller. */
+int claas_request_submit(struct claas_request *request, uint64_t *ret_id);
+/* Hands a request from the compute thread to the I/O thread. */
+void claas_request_to_io(struct claas_request *request);
+/* It has begun: no longer counted as waiting. May be called again. */
+void claas_request_begin(struct claas_request *request);
+/* Frees a request with its references, without an event. */
+void claas_request_free(struct claas_request *request);
+/* Its last event (request->last, filled in by the caller), then the end of the request. */
+void claas_request_finish(struct claas_request *request);
+/* The end of a request by FAILED: `code` with this thread's error text. */
+void claas_request_fail(struct claas_request *request, int code);
+/* The end of a request that was cancelled, whatever its kind. */
+void claas_request_cancel(struct claas_request *request);
+
+/* --- client.c
+ * -----------------------------------------------------------------------------------------------------------
+ */
+
+void claas_client_unref(claas_device_client_t *client);
+/* Takes over the node: queued, or dropped when the client was freed. */
+void claas_client_push(claas_device_client_t *client, struct claas_event_node *node);
+void claas_event_node_free(struct claas_event_node *node);
+
+/* --- adapters.c
+ * ---------------------------------------------------------------------------------------------------------
+ */
+
+/* A handle with one reference around a new adapter of the back-end. */
+int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
+                      enum claas_adapter_use use, claas_adapter_t **ret);
+/* Frees the adapters without references. Compute thread. */
+void claas_adapters_sweep(claas_device_t *device);
+/* Frees every adapter; handles still held elsewhere stay valid but empty. Only while the device
+ * closes. */
+void claas_adapters_close(claas_device_t *device);
+/* The weights changed: nothing cached under the old ones is found again. Compute thread. */
+void claas_adapter_changed(claas_adapter_t *adapter);
+
+/* --- generate.c
+ * ---------------------------------------------------------------------------------------------------------
+ */
+
+/* Takes a new or preempted sequence into the waiting queue, by priority and age. */
+void claas_generate_enqueue(claas_device_t *device, struct claas_sequence *sequence);
+/* One forward pass over all that can run; false if nothing can. */
+bool claas_generate_iterate(claas_device_t *device);
+/* Whether a sequence of CHAT priority waits or runs. */
+bool claas_generate_has_chat(const claas_device_t *device);
+/* Ends sequences that were cancelled. */
+void claas_generate_reap(claas_device_t *device);
+/* Ends all of them. */
+void claas_generate_close(claas_device_t *device);
+
+/* --- train.c
+ * --------------------------------------------------------------------------------------------------------------
+ */
+
+/* Runs the next request of the lane that may run now; false if none may. */
+bool claas_train_run(claas_device_t *device);
+/* Whether an earlier training step of the sequence's client on its adapter is still to be made. */
+bool claas_train_precedes(const claas_device_t *device, const struct claas_sequence *sequence);
+void claas_train_reap(claas_device_t *device);
+void claas_train_close(claas_device_t *device);
+
+/* --- io.c
+ * -------------------------------------------------------------------------------------------------------------------
+ */
+
+void *claas_io_main(void *device);
+
+#endif

@@ -1,0 +1,480 @@
+/* Continuous batching. Every pass runs the next token of all running sequences together with prompt
+ * tokens up to a budget, so a long prompt is worked off in chunks beside the others' decoding, and
+ * sequences come and go between passes.
+ *
+ * A sequence is its tokens (prompt and answer so far) and the number of them that are computed;
+ * whatever is left is what the next passes have to run. That makes preemption trivial: when blocks
+ * run out, the last sequence (lowest priority, youngest) gives its blocks back and later computes
+ * the same tokens again. The sample of the n-th token of an answer depends on the seed and n only,
+ * and a row's result not on its neighbours, so nothing of this shows in the tokens. */
+#include "engine/engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define BLOCK CLAAS_KV_BLOCK_TOKENS
+
+static struct claas_sequence *as_sequence(struct claas_request *request)
+{
+    return (struct claas_sequence *)request;
+}
+
+static claas_device_t *device_of(const struct claas_sequence *seq)
+{
+    return seq->request.client->device;
+}
+
+static int blocks_for(int tokens)
+{
+    return (tokens + BLOCK - 1) / BLOCK;
+}
+
+/* --- queues
+ * -----------------------------------------------------------------------------------------------------------
+ */
+
+/* Sorted by priority, then age; the youngest is searched first, where nearly all belong. */
+static void insert_sorted(struct claas_queue *queue, struct claas_sequence *seq)
+{
+    struct claas_request *where = queue->last;
+
+    while (where != NULL &&
+           (as_sequence(where)->priority > seq->priority ||
+            (as_sequence(where)->priority == seq->priority && where->id > seq->request.id)))
+        where = where->prev;
+    claas_queue_insert_after(queue, where, &seq->request);
+}
+
+void claas_generate_enqueue(claas_device_t *device, struct claas_sequence *seq)
+{
+    insert_sorted(&device->waiting, seq);
+}
+
+bool claas_generate_has_chat(const claas_device_t *device)
+{
+    return (device->running.first != NULL &&
+            as_sequence(device->running.first)->priority == CLAAS_PRIORITY_CHAT) ||
+           (device->waiting.first != NULL &&
+            as_sequence(device->waiting.first)->priority == CLAAS_PRIORITY_CHAT);
+}
+
+/* Gives the blocks back, the last one first: the head of a prefix is what others are most likely to
+ * share, so it shall be the last to go. */
+static void drop_blocks(struct claas_sequence *seq)
+{
+    while (seq->block_count > 0)
+        claas_kv_drop(device_of(seq)->kv, seq->blocks[--seq->block_count]);
+    seq->computed = 0;
+    seq->registered = 0;
+}
+
+/* Takes a sequence that ends out of its queue and counts its tokens into its last event. */
+static void retire(struct claas_queue *queue, struct claas_sequence *seq)
+{
+    drop_blocks(seq);
+    claas_queue_remove(queue, &seq->request);
+    seq->request.last->prompt_tokens = (size_t)seq->prompt_count;
+    seq->request.last->cached_tokens = (size_t)seq->cached;
+    seq->request.last->generated_tokens = (size_t)(seq->count - seq->prompt_count);
+}
+
+static void cancel_in(struct claas_queue *queue, bool all)
+{
+    struct claas_request *request = queue->first;
+
+    while (request != NULL) {
+        struct claas_request *next = request->next;
+
+        if (all || atomic_load(&request->cancelled)) {
+            retire(queue, as_sequence(request));
+            claas_request_cancel(request);
+        }
+        request = next;
+    }
+}
+
+void claas_generate_reap(claas_device_t *device)
+{
+    cancel_in(&device->running, false);
+    cancel_in(&device->waiting, false);
+}
+
+void claas_generate_close(claas_device_t *device)
+{
+    cancel_in(&device->running, true);
+    cancel_in(&device->waiting, true);
+}
+
+static void preempt(struct claas_sequence *seq)
+{
+    claas_device_t *device = device_of(seq);
+
+    drop_blocks(seq);
+    seq->preempted = true;
+    claas_queue_remove(&device->running, &seq->request);
+    insert_sorted(&device->waiting, seq);
+}
+
+/* --- shared prefixes
+ * ----------------------------------------------------------------------------------------------------
+ */
+
+/* Whether what the sequence computes is what its adapter's present weights would compute. */
+static bool is_current(const struct claas_sequence *seq)
+{
+    return seq->adapter == NULL ||
+           (!seq->adapter->training && seq->adapter->identity == seq->identity);
+}
+
+/* Appends the blocks that are already computed for the tokens to come. The last token is always
+ * left to run, since it gives the logits. */
+static int attach_found(struct claas_sequence *seq)
+{
+    int attached = 0;
+
+    if (!is_current(seq) || seq->registered != seq->block_count ||
+        seq->computed != seq->block_count * BLOCK)
+        return 0;
+    while (seq->computed + BLOCK < seq->count) {
+        int32_t block =
+            claas_kv_find(device_of(seq)->kv, seq->chain, seq->tokens + seq->computed, &seq->chain);
+
+        if (block < 0)
+            break;
+        seq->blocks[seq->block_count++] = block;
+        seq->registered++;
+        seq->computed += BLOCK;
+        attached += BLOCK;
+    }
+    return attached;
+}
+
+/* Counts tokens that were found, once they are certain to be used. */
+static void count_found(struct claas_sequence *seq, int tokens)
+{
+    claas_device_t *device = device_of(seq);
+
+    if (tokens == 0)
+        return;
+    if (!seq->preempted)
+        seq->cached += tokens;
+    pthread_mutex_lock(&device->lock);
+    device->stats.prefix_tokens_shared += (uint64_t)tokens;
+    pthread_mutex_unlock(&device->lock);
+}
+
+static void register_computed(struct claas_sequence *seq)
+{
+    if (!is_current(seq))
+        return;
+    while ((seq->registered + 1) * BLOCK <= seq->computed) {
+        seq->chain = claas_kv_register(device_of(seq)->kv, seq->blocks[seq->registered],
+                                       claas_kv_root(seq->identity), seq->chain,
+                                       seq->tokens + seq->registered * BLOCK);
+        seq->registered++;
+    }
+}
+
+/* Whether an earlier sequence is about to compute the very block that this one needs next: then
+ * this one waits a pass and finds it. Equal chains mean equal tokens so far. */
+static bool is_led(const struct claas_sequence *seq)
+{
+    if (seq->registered * BLOCK != seq->computed || seq->computed + BLOCK >= seq->count ||
+        !is_current(seq))
+        return false;
+    for (struct claas_request *r = seq->request.prev; r != NULL; r = r->prev) {
+        const struct claas_sequence *leader = as_sequence(r);
+
+        if (leader->computed == seq->computed && leader->chain == seq->chain &&
+            leader->registered == seq->registered && leader->computed + BLOCK <= leader->count &&
+            leader->identity == seq->identity &&
+            memcmp(leader->tokens + leader->computed, seq->tokens + seq->computed,
+                   BLOCK * sizeof(*seq->tokens)) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* --- admission
+ * ------------------------------------------------------------------------------------------------------------
+ */
+
+/* Blocks that running sequences still need for what they have to compute. */
+static int count_promised(const claas_device_t *device)
+{
+    int promised = 0;
+
+    for (struct claas_request *r = device->running.first; r != NULL; r = r->next)
+        promised += blocks_for(as_sequence(r)->count) - as_sequence(r)->block_count;
+    return promised;
+}
+
+/* Memory for all the sequence may become, once: nothing can fail for want of it later. */
+static int reserve(struct claas_sequence *seq)
+{
+    int32_t *tokens, *blocks;
+
+    if (seq->blocks != NULL)
+        return 0;
+    tokens = claas_realloc(seq->tokens, (size_t)seq->limit, sizeof(*tokens));
+    if (tokens == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    seq->tokens = tokens;
+    blocks = CLAAS_NEW_ARRAY(int32_t, (size_t)blocks_for(seq->limit));
+    if (blocks == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    seq->blocks = blocks;
+    return 0;
+}
+
+/* Moves a waiting sequence to the running ones if the blocks for its tokens, and one more, are
+ * there. */
+static bool admit_if_fits(claas_device_t *device, struct claas_sequence *seq)
+{
+    int found;
+
+    seq->identity = seq->adapter != NULL ? seq->adapter->identity : 0;
+    seq->chain = claas_kv_root(seq->identity);
+    found = attach_found(seq);
+    if (count_promised(device) + blocks_for(seq->count + 1) - seq->block_count >
+        claas_kv_available(device->kv)) {
+        drop_blocks(seq);
+        return false;
+    }
+    count_found(seq, found);
+    claas_queue_remove(&device->waiting, &seq->request);
+    claas_request_begin(&seq->request);
+    insert_sorted(&device->running, seq);
+    return true;
+}
+
+/* A chat does not wait for room that a rollout holds. */
+static bool make_room(claas_device_t *device, const struct claas_sequence *seq)
+{
+    struct claas_request *last = device->running.last;
+
+    if (seq->priority != CLAAS_PRIORITY_CHAT || last == NULL ||
+        as_sequence(last)->priority == CLAAS_PRIORITY_CHAT)
+        return false;
+    preempt(as_sequence(last));
+    return true;
+}
+
+/* In order and without overtaking, so that a long prompt gets its turn; only those that wait for a
+ * training step of their own client are stepped over. */
+static void admit(claas_device_t *device)
+{
+    struct claas_request *next;
+
+    for (struct claas_request *r = device->waiting.first; r != NULL; r = next) {
+        struct claas_sequence *seq = as_sequence(r);
+
+        next = r->next;
+        if (claas_train_precedes(device, seq))
+            continue;
+        if (reserve(seq) < 0) {
+            retire(&device->waiting, seq);
+            claas_request_fail(&seq->request, CLAAS_ERR_NO_MEMORY);
+            continue;
+        }
+        while (device->running.count >= device->options.max_batch)
+            if (!make_room(device, seq))
+                return;
+        for (;;) {
+            next = r->next;
+            if (admit_if_fits(device, seq))
+                break;
+            if (!make_room(device, seq))
+                return;
+        }
+    }
+}
+
+/* --- a pass
+ * -----------------------------------------------------------------------------------------------------------------
+ */
+
+/* How many of its tokens the sequence runs: all that are left, or whole blocks within the budget.
+ */
+static int find_run(const struct claas_sequence *seq, int budget)
+{
+    int left = seq->count - seq->computed;
+
+    if (left == 1 || left <= budget)
+        return left;
+    return (seq->computed + budget) / BLOCK * BLOCK - seq->computed;
+}
+
+/* Blocks for the first `tokens` tokens, at the cost of the last sequences if need be. False if it
+ * was itself the last. */
+static bool take_blocks(claas_device_t *device, struct claas_sequence *seq, int tokens)
+{
+    while (seq->block_count < blocks_for(tokens)) {
+        int32_t block = claas_kv_take(device->kv);
+
+        if (block >= 0) {
+            seq->blocks[seq->block_count++] = block;
+            continue;
+        }
+        struct claas_sequence *victim = as_sequence(device->running.last);
+
+        preempt(victim);
+        if (victim == seq)
+            return false;
+    }
+    return true;
+}
+
+/* Chooses who runs how many tokens: device->planned[0 … ret). Running sequences are walked in their
+ * order, so whoever is preempted on the way was not chosen yet. */
+static int plan(claas_device_t *device)
+{
+    int budget = claas_budget_find(device);
+    int count = 0;
+
+    for (struct claas_request *r = device->running.first; r != NULL; r = r->next) {
+        struct claas_sequence *seq = as_sequence(r);
+
+        count_found(seq, attach_found(seq));
+        seq->planned = is_led(seq) ? 0 : find_run(seq, budget);
+        if (seq->planned <= 0)
+            continue;
+        if (!take_blocks(device, seq, seq->computed + seq->planned))
+            break;
+        if (seq->count - seq->computed > 1)
+            budget -= seq->planned;
+        device->planned[count++] = seq;
+    }
+    return count;
+}
+
+static int run_pass(claas_device_t *device, int count)
+{
+    int samples = 0;
+
+    for (int i = 0; i < count; i++) {
+        struct claas_sequence *seq = device->planned[i];
+
+        seq->wanted = seq->computed + seq->planned == seq->count;
+        device->segments[i] = (struct claas_segment){
+            .tokens = seq->tokens + seq->computed,
+            .count = seq->planned,
+            .pos = seq->computed,
+            .blocks = seq->blocks,
+            .adapter = seq->adapter != NULL ? seq->adapter->backend : NULL,
+            .wanted = seq->wanted ? 1 : 0,
+        };
+        if (seq->wanted) {
+            device->samples[samples] = seq->sample;
+            device->samples[samples++].index = (uint64_t)(seq->count - seq->prompt_count);
+        }
+    }
+    return device->ops->forward(device->backend, device->segments, count, device->samples);
+}
+
+static bool is_stop(const struct claas_sequence *seq, int32_t token)
+{
+    for (size_t i = 0; i < seq->stop_count; i++)
+        if (seq->stops[i] == token)
+            return true;
+    return false;
+}
+
+static int send_token(struct claas_sequence *seq, const struct claas_sample *sample)
+{
+    int top = sample->top_logprobs;
+    struct claas_event_node *node =
+        claas_alloc(1, sizeof(*node) + (size_t)top * sizeof(node->top[0]));
+
+    if (node == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    node->kind = CLAAS_EVENT_TOKEN;
+    node->id = seq->request.id;
+    node->token = sample->token;
+    node->logprob = sample->logprob;
+    node->top_count = top;
+    for (int i = 0; i < top; i++) {
+        node->top[i].token = sample->top_tokens[i];
+        node->top[i].logprob = sample->top_logprob[i];
+    }
+    claas_client_push(seq->request.client, node);
+    return 0;
+}
+
+static void take_token(claas_device_t *device, struct claas_sequence *seq,
+                       const struct claas_sample *sample)
+{
+    bool stop = is_stop(seq, sample->token);
+    int rc = send_token(seq, sample);
+
+    seq->tokens[seq->count++] = sample->token;
+    if (rc == 0 && !stop && seq->count < seq->limit)
+        return;
+    retire(&device->running, seq);
+    if (rc < 0) {
+        claas_request_fail(&seq->request, rc);
+        return;
+    }
+    seq->request.last->kind = CLAAS_EVENT_FINISHED;
+    seq->request.last->finish = stop ? CLAAS_FINISH_STOP : CLAAS_FINISH_LENGTH;
+    claas_request_finish(&seq->request);
+}
+
+static void fail_pass(claas_device_t *device, int count, int rc)
+{
+    for (int i = 0; i < count; i++) {
+        struct claas_sequence *seq = device->planned[i];
+
+        retire(&device->running, seq);
+        claas_request_fail(&seq->request, rc);
+    }
+}
+
+/* Figures of a pass: what it computed, and how long that took. */
+static void account(claas_device_t *device, int count, int64_t ns)
+{
+    int prefilled = 0, all = 0, rows = 0, decoded = 0;
+
+    for (int i = 0; i < count; i++) {
+        const struct claas_sequence *seq = device->planned[i];
+        int prompt = seq->prompt_count - seq->computed;
+
+        all += seq->planned;
+        rows += seq->planned == 1;
+        if (prompt > 0)
+            prefilled += prompt < seq->planned ? prompt : seq->planned;
+        decoded += seq->wanted;
+    }
+    claas_budget_learn(device, all - rows, ns);
+    pthread_mutex_lock(&device->lock);
+    device->stats.tokens_prefilled += (uint64_t)prefilled;
+    device->stats.tokens_decoded += (uint64_t)decoded;
+    pthread_mutex_unlock(&device->lock);
+}
+
+bool claas_generate_iterate(claas_device_t *device)
+{
+    int64_t start;
+    int count, rc, sample = 0;
+
+    admit(device);
+    count = plan(device);
+    if (count == 0)
+        return false;
+    start = device->now();
+    rc = run_pass(device, count);
+    if (rc < 0) {
+        fail_pass(device, count, rc);
+        return true;
+    }
+    account(device, count, device->now() - start);
+    for (int i = 0; i < count; i++) {
+        struct claas_sequence *seq = device->planned[i];
+
+        seq->computed += seq->planned;
+        register_computed(seq);
+        if (seq->wanted)
+            take_token(device, seq, &device->samples[sample++]);
+    }
+    return true;
+}

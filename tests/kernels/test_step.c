@@ -1,0 +1,365 @@
+/* The promises of the CPU back-end that are about bits: decode, chunked prefill and training agree
+ * exactly, whatever shares a pass or a step; two runs and any number of threads agree; save, load
+ * and continue equals never having stopped; a step that fails or is given up changes nothing. */
+#include "step_fixture.h"
+
+#include "claas/err.h"
+#include "claas/mem.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h>
+
+#define LENGTH   75 /* no multiple of a block, of a chunk or of a tile */
+#define ADAPTERS 3  /* base, and two of different shape */
+
+static const struct claas_lora_config wide = {.rank = 8, .alpha = 16, .modules = CLAAS_MODULE_ALL};
+/* An odd rank, and modules missing from both fused weights. */
+static const struct claas_lora_config narrow = {
+    .rank = 3,
+    .alpha = 6,
+    .modules = 1u << CLAAS_MODULE_Q | 1u << CLAAS_MODULE_V | 1u << CLAAS_MODULE_UP |
+               1u << CLAAS_MODULE_DOWN,
+};
+static const struct claas_loss_config forward_kl = {.variant = CLAAS_LOSS_FULL, .is_clip = 2};
+
+static char quantised_path[512];
+
+static const struct variant {
+    const char *precision, *cpu;
+} variants[] = {{"f32", "ref"}, {"f32", NULL}, {"bf16", "ref"}, {"bf16", NULL}};
+
+struct bits {
+    struct step_fixture f;
+    claas_backend_adapter_t *adapters[ADAPTERS];
+    int32_t tokens[ADAPTERS][LENGTH];
+    float scores[ADAPTERS][LENGTH]; /* decoded one by one */
+};
+
+static void open_bits(struct bits *b, const char *model, const char *precision, int threads,
+                      const char *cpu)
+{
+    struct claas_adapter_image image;
+
+    *b = (struct bits){0};
+    step_open(&b->f, model, precision, threads, cpu);
+    image = step_image(&b->f, &wide, 11, 0.1f);
+    b->adapters[1] = step_adapter(&b->f, &image, CLAAS_ADAPTER_TRAIN);
+    claas_adapter_image_done(&image);
+    image = step_image(&b->f, &narrow, 12, 0.1f);
+    b->adapters[2] = step_adapter(&b->f, &image, CLAAS_ADAPTER_TRAIN);
+    claas_adapter_image_done(&image);
+    for (int i = 0; i < ADAPTERS; i++)
+        step_random_tokens(&b->f, 20 + (uint64_t)i, LENGTH, b->tokens[i]);
+}
+
+static void close_bits(struct bits *b)
+{
+    for (int i = 0; i < ADAPTERS; i++)
+        b->f.ops->adapter_free(b->f.backend, &b->adapters[i]);
+    step_close(&b->f);
+}
+
+static void expect_same(const float *a, const float *b, int count, const char *what, int adapter)
+{
+    for (int i = 0; i < count; i++)
+        if (memcmp(&a[i], &b[i], sizeof(float)) != 0)
+            fail_msg("%s, adapter %d, position %d: %.9g, decoded %.9g", what, adapter, i, a[i],
+                     b[i]);
+}
+
+/* --- decode = prefill = training --- */
+
+static void check_chunks(struct bits *b)
+{
+    static const int chunks[] = {7, 16, 64, LENGTH};
+    float scores[LENGTH];
+
+    for (int a = 0; a < ADAPTERS; a++) {
+        step_score(&b->f, b->adapters[a], b->tokens[a], LENGTH, 1, 0, b->scores[a]);
+        for (size_t i = 0; i < CLAAS_COUNT(chunks); i++) {
+            step_score(&b->f, b->adapters[a], b->tokens[a], LENGTH, chunks[i], 20, scores);
+            expect_same(scores, b->scores[a], LENGTH - 1, "chunked", a);
+        }
+    }
+}
+
+/* All three sequences side by side, in pieces of different size, so that packs mix adapters in
+ * every way. */
+static void check_mixed(struct bits *b)
+{
+    static const int pieces[][ADAPTERS] = {{1, 1, 1}, {5, 1, 2}, {16, 3, 1}, {30, 30, 30}};
+    int32_t blocks[ADAPTERS][8];
+
+    for (int a = 0; a < ADAPTERS; a++)
+        for (int i = 0; i < 8; i++)
+            blocks[a][i] = 3 * i + a;
+    for (size_t p = 0; p < CLAAS_COUNT(pieces); p++) {
+        int pos[ADAPTERS] = {0};
+        float scores[ADAPTERS][LENGTH];
+
+        for (;;) {
+            struct claas_segment segments[ADAPTERS];
+            struct claas_sample samples[ADAPTERS * LENGTH] = {0};
+            int count = 0, wanted = 0;
+
+            for (int a = 0; a < ADAPTERS; a++) {
+                int left = LENGTH - 1 - pos[a];
+                int take = left < pieces[p][a] ? left : pieces[p][a];
+
+                if (take == 0)
+                    continue;
+                segments[count++] = (struct claas_segment){.tokens = b->tokens[a] + pos[a],
+                                                           .count = take,
+                                                           .pos = pos[a],
+                                                           .blocks = blocks[a],
+                                                           .adapter = b->adapters[a],
+                                                           .wanted = take};
+                for (int i = 0; i < take; i++)
+                    samples[wanted++].given = b->tokens[a][pos[a] + i + 1];
+            }
+            if (count == 0)
+                break;
+            CHECK(b->f.ops->forward(b->f.backend, segments, count, samples));
+            wanted = 0;
+            for (int a = 0, s = 0; a < ADAPTERS; a++) {
+                if (s == count || segments[s].adapter != b->adapters[a])
+                    continue;
+                for (int i = 0; i < segments[s].count; i++)
+                    scores[a][pos[a]++] = samples[wanted++].logprob;
+                s++;
+            }
+        }
+        for (int a = 0; a < ADAPTERS; a++)
+            expect_same(scores[a], b->scores[a], LENGTH - 1, "mixed", a);
+    }
+}
+
+/* A row per adapter and split of its tokens into prompt and response; some share their prompt. */
+static size_t make_rows(struct bits *b, int first_adapter, struct claas_backend_row *rows)
+{
+    static const int splits[][2] = {{16, 40}, {16, LENGTH}, {16, 17}, {33, LENGTH}, {5, 6}};
+    size_t count = 0;
+
+    for (size_t i = 0; i < CLAAS_COUNT(splits); i++)
+        for (int a = first_adapter; a < ADAPTERS; a++) {
+            struct claas_backend_row *row = &rows[count++];
+
+            *row = (struct claas_backend_row){.student = b->adapters[a]};
+            row->row.student_prompt = b->tokens[a];
+            row->row.student_count = (size_t)splits[i][0];
+            row->row.teacher_prompt = b->tokens[(a + 1) % ADAPTERS];
+            row->row.teacher_count = 20 + i % 2;
+            row->row.response = b->tokens[a] + splits[i][0];
+            row->row.response_count = (size_t)(splits[i][1] - splits[i][0]);
+            row->row.rollout_logprobs = b->scores[a] + splits[i][0] - 1;
+        }
+    return count;
+}
+
+static void check_training(struct bits *b)
+{
+    struct claas_backend_row rows[5 * ADAPTERS];
+    struct claas_adamw_config still = {.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f};
+
+    for (int update = 0; update < 2; update++) {
+        size_t count = make_rows(b, update, rows);
+        struct claas_train_result result =
+            step_train(&b->f, rows, count, &forward_kl, &still, update);
+
+        assert_true(result.finite);
+        if (!(result.max_ratio_error == 0))
+            fail_msg("%s: a log-prob differs by %g", update ? "training" : "evaluation",
+                     result.max_ratio_error);
+        for (size_t i = 0; i < count; i++)
+            assert_true(result.rows[i].ratio == 1);
+        free(result.rows);
+    }
+}
+
+static void decode_prefill_and_training_agree_bit_for_bit(void **state)
+{
+    /* the last one is read from its quantised blocks when it decodes */
+    const char *const models[] = {"random:tiny-llama", "random:tiny-qwen2-untied",
+                                  "random:tiny-qwen3", quantised_path};
+
+    for (size_t m = 0; m < CLAAS_COUNT(models); m++)
+        for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+            struct bits b;
+
+            open_bits(&b, models[m], variants[v].precision, 2, variants[v].cpu);
+            print_message("%s on %s\n", models[m], b.f.ops->describe(b.f.backend));
+            check_chunks(&b);
+            check_mixed(&b);
+            check_training(&b);
+            close_bits(&b);
+        }
+}
+
+static void a_new_adapter_is_the_base_model(void **state)
+{
+    for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+        struct bits b;
+        struct claas_adapter_image image;
+        claas_backend_adapter_t *fresh;
+        float base[LENGTH], adapted[LENGTH];
+
+        open_bits(&b, "random:tiny-llama", variants[v].precision, 1, variants[v].cpu);
+        image = step_image(&b.f, &wide, 5, 0);
+        fresh = step_adapter(&b.f, &image, CLAAS_ADAPTER_SERVE);
+        step_score(&b.f, NULL, b.tokens[0], LENGTH, 8, 0, base);
+        step_score(&b.f, fresh, b.tokens[0], LENGTH, 8, 0, adapted);
+        expect_same(adapted, base, LENGTH - 1, "untrained", 0);
+        claas_adapter_image_done(&image);
+        b.f.ops->adapter_free(b.f.backend, &fresh);
+        close_bits(&b);
+    }
+}
+
+/* --- the same again --- */
+
+/* Adapters after a few steps over rows of both. */
+static void run_steps(struct bits *b, int steps, struct claas_adapter_image images[ADAPTERS])
+{
+    struct claas_backend_row rows[5 * ADAPTERS];
+    struct claas_adamw_config adamw = step_adamw(1e-3f);
+
+    for (int i = 0; i < steps; i++) {
+        size_t count = make_rows(b, 1, rows);
+        struct claas_train_result result =
+            step_train(&b->f, rows, count, &forward_kl, &adamw, true);
+
+        assert_true(result.finite);
+        free(result.rows);
+    }
+    for (int a = 1; a < ADAPTERS; a++)
+        images[a] = step_download(&b->f, b->adapters[a]);
+}
+
+static void done_images(struct claas_adapter_image images[ADAPTERS])
+{
+    for (int a = 1; a < ADAPTERS; a++)
+        claas_adapter_image_done(&images[a]);
+}
+
+static void runs_and_thread_counts_agree(void **state)
+{
+    static const int threads[] = {1, 2, 2, 3};
+
+    for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+        struct claas_adapter_image first[ADAPTERS], again[ADAPTERS];
+
+        for (size_t t = 0; t < CLAAS_COUNT(threads); t++) {
+            struct bits b;
+
+            open_bits(&b, "random:tiny-qwen3", variants[v].precision, threads[t], variants[v].cpu);
+            run_steps(&b, 2, t == 0 ? first : again);
+            for (int a = 1; a < ADAPTERS && t > 0; a++)
+                assert_true(step_same_image(&b.f, &first[a], &again[a]));
+            if (t > 0)
+                done_images(again);
+            close_bits(&b);
+        }
+        done_images(first);
+    }
+}
+
+/* An adapter's step does not depend on who else is in it. */
+static void together_is_alone(void **state)
+{
+    for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+        struct claas_backend_row rows[5 * ADAPTERS], own[5 * ADAPTERS];
+        struct claas_adamw_config adamw = step_adamw(1e-3f);
+        struct claas_adapter_image together[ADAPTERS];
+        struct bits b;
+
+        open_bits(&b, "random:tiny-llama", variants[v].precision, 2, variants[v].cpu);
+        run_steps(&b, 1, together);
+        close_bits(&b);
+        open_bits(&b, "random:tiny-llama", variants[v].precision, 2, variants[v].cpu);
+        for (int a = 1; a < ADAPTERS; a++) {
+            size_t all = make_rows(&b, 1, rows), count = 0;
+            struct claas_adapter_image alone;
+
+            for (size_t i = 0; i < all; i++)
+                if (rows[i].student == b.adapters[a])
+                    own[count++] = rows[i];
+            free(step_train(&b.f, own, count, &forward_kl, &adamw, true).rows);
+            alone = step_download(&b.f, b.adapters[a]);
+            assert_true(step_same_image(&b.f, &alone, &together[a]));
+            claas_adapter_image_done(&alone);
+        }
+        done_images(together);
+        close_bits(&b);
+    }
+}
+
+static void saved_and_loaded_goes_on_as_never_stopped(void **state)
+{
+    for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+        struct claas_adapter_image whole[ADAPTERS], half[ADAPTERS], resumed[ADAPTERS];
+        struct bits b;
+
+        open_bits(&b, "random:tiny-qwen2", variants[v].precision, 2, variants[v].cpu);
+        run_steps(&b, 4, whole);
+        close_bits(&b);
+        open_bits(&b, "random:tiny-qwen2", variants[v].precision, 2, variants[v].cpu);
+        run_steps(&b, 2, half);
+        close_bits(&b);
+        open_bits(&b, "random:tiny-qwen2", variants[v].precision, 2, variants[v].cpu);
+        for (int a = 1; a < ADAPTERS; a++)
+            CHECK(b.f.ops->adapter_upload(b.f.backend, b.adapters[a], &half[a]));
+        run_steps(&b, 2, resumed);
+        for (int a = 1; a < ADAPTERS; a++) {
+            assert_int_equal(resumed[a].step, 4);
+            assert_true(step_same_image(&b.f, &whole[a], &resumed[a]));
+        }
+        close_bits(&b);
+        done_images(whole);
+        done_images(half);
+        done_images(resumed);
+    }
+}
+
+static void a_copy_is_the_same_adapter(void **state)
+{
+    struct bits b;
+    claas_backend_adapter_t *copy = NULL;
+    struct claas_adapter_image original, copied;
+    float scores[2][LENGTH];
+
+    open_bits(&b, "random:tiny-llama", "bf16", 1, NULL);
+    CHECK(b.f.ops->adapter_new(b.f.backend, &wide, CLAAS_ADAPTER_TRAIN, &copy));
+    CHECK(b.f.ops->adapter_copy(b.f.backend, copy, b.adapters[1]));
+    original = step_download(&b.f, b.adapters[1]);
+    copied = step_download(&b.f, copy);
+    assert_true(step_same_image(&b.f, &original, &copied));
+    step_score(&b.f, b.adapters[1], b.tokens[0], LENGTH, 8, 0, scores[0]);
+    step_score(&b.f, copy, b.tokens[0], LENGTH, 8, 0, scores[1]);
+    expect_same(scores[1], scores[0], LENGTH - 1, "copied", 1);
+    assert_int_equal(b.f.ops->adapter_copy(b.f.backend, copy, b.adapters[2]), CLAAS_ERR_INVALID);
+    claas_adapter_image_done(&original);
+    claas_adapter_image_done(&copied);
+    b.f.ops->adapter_free(b.f.backend, &copy);
+    close_bits(&b);
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(decode_prefill_and_training_agree_bit_for_bit),
+        cmocka_unit_test(a_new_adapter_is_the_base_model),
+        cmocka_unit_test(runs_and_thread_counts_agree),
+        cmocka_unit_test(together_is_alone),
+        cmocka_unit_test(saved_and_loaded_goes_on_as_never_stopped),
+        cmocka_unit_test(a_copy_is_the_same_adapter),
+    };
+
+    (void)snprintf(quantised_path, sizeof(quantised_path), "%s/step/quantised.gguf",
+                   argc > 1 ? argv[1] : "tests/golden");
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

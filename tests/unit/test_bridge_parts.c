@@ -1,0 +1,302 @@
+/* The bridge's pure parts: the header guard, body schemas, contents of messages, the route table,
+ * the listen address. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "http_guard.h"
+#include "listen.h"
+#include "openai.h"
+#include "routes.h"
+#include "schema.h"
+
+/* --- guard --- */
+
+struct header {
+    const char *name, *value;
+};
+
+static const char *verdict(const char *version, const struct header *headers)
+{
+    struct http_guard guard = {0};
+
+    for (; headers->name; headers++)
+        http_guard_header(&guard, headers->name, strlen(headers->name), headers->value,
+                          strlen(headers->value));
+    return http_guard_verdict(&guard, version);
+}
+
+#define HOST                                                                                       \
+    {                                                                                              \
+        "Host", "localhost:8080"                                                                   \
+    }
+#define ASK(...) verdict("HTTP/1.1", (const struct header[]){__VA_ARGS__, {NULL, NULL}})
+
+static void test_guard_passes(void **state)
+{
+    (void)state;
+    assert_null(ASK(HOST));
+    assert_null(ASK(HOST, {"Content-Length", "0"}));
+    assert_null(ASK(HOST, {"content-length", "123456789012345678"}));
+    assert_null(ASK(HOST, {"Transfer-Encoding", "Chunked"}));
+    assert_null(ASK(HOST, {"X-Any", "tab\tand \xc3\xa9"}));
+    assert_null(ASK(HOST, {"x!#$%&'*+-.^_`|~9", ""}));
+    assert_null(ASK({"host", "[::1]:80"}));
+    assert_null(verdict("HTTP/1.0", (const struct header[]){{NULL, NULL}}));
+    assert_null(verdict("HTTP/1.0", (const struct header[]){HOST, {NULL, NULL}}));
+}
+
+static void test_guard_refuses(void **state)
+{
+    (void)state;
+    assert_string_equal(ASK({"X", "y"}), "no Host");
+    assert_string_equal(ASK(HOST, HOST), "more than one Host");
+    assert_string_equal(ASK({"Host", "a b"}), "malformed Host");
+    assert_string_equal(ASK({"Host", "a/b"}), "malformed Host");
+    assert_string_equal(ASK(HOST, {"Content-Length", "1"}, {"Content-Length", "1"}),
+                        "more than one Content-Length");
+    assert_string_equal(ASK(HOST, {"Content-Length", "1, 1"}), "Content-Length is not a number");
+    assert_string_equal(ASK(HOST, {"Content-Length", "+1"}), "Content-Length is not a number");
+    assert_string_equal(ASK(HOST, {"Content-Length", "-1"}), "Content-Length is not a number");
+    assert_string_equal(ASK(HOST, {"Content-Length", "0x10"}), "Content-Length is not a number");
+    assert_string_equal(ASK(HOST, {"Content-Length", ""}), "Content-Length is not a number");
+    assert_string_equal(ASK(HOST, {"Content-Length", "99999999999999999999"}),
+                        "Content-Length is not a number");
+    assert_string_equal(ASK(HOST, {"Content-Length", "1"}, {"Transfer-Encoding", "chunked"}),
+                        "both Content-Length and Transfer-Encoding");
+    assert_string_equal(ASK(HOST, {"Transfer-Encoding", "xchunked"}),
+                        "Transfer-Encoding other than chunked");
+    assert_string_equal(ASK(HOST, {"Transfer-Encoding", "gzip, chunked"}),
+                        "Transfer-Encoding other than chunked");
+    assert_string_equal(
+        ASK(HOST, {"Transfer-Encoding", "chunked"}, {"Transfer-Encoding", "chunked"}),
+        "more than one Transfer-Encoding");
+    assert_string_equal(ASK(HOST, {"Content-Length ", "1"}), "malformed header name");
+    assert_string_equal(ASK(HOST, {"", "1"}), "malformed header name");
+    assert_string_equal(ASK(HOST, {"a(b", "1"}), "malformed header name");
+    assert_string_equal(ASK(HOST, {"X", "a\rb"}), "control character in a header");
+    assert_string_equal(ASK(HOST, {"X", "a\x7f"}), "control character in a header");
+    assert_string_equal(verdict("HTTP/2.0", (const struct header[]){HOST, {NULL, NULL}}),
+                        "unsupported HTTP version");
+    assert_string_equal(
+        verdict("HTTP/1.0",
+                (const struct header[]){{"Transfer-Encoding", "chunked"}, {NULL, NULL}}),
+        "Transfer-Encoding in HTTP/1.0");
+}
+
+static void test_guard_embedded_nul(void **state)
+{
+    struct http_guard guard = {0};
+
+    (void)state;
+    http_guard_header(&guard, "X", 1, "a\0b", 3);
+    assert_string_equal(guard.reason, "control character in a header");
+    guard = (struct http_guard){0};
+    http_guard_header(&guard, "X\0y", 3, "a", 1);
+    assert_string_equal(guard.reason, "malformed header name");
+}
+
+static void test_guard_target(void **state)
+{
+    (void)state;
+    assert_true(http_guard_target_ok("/v1/lora?lora_id=a%2Fb"));
+    assert_false(http_guard_target_ok(""));
+    assert_false(http_guard_target_ok("/a%00b"));
+    assert_false(http_guard_target_ok("/a b"));
+    assert_false(http_guard_target_ok("/a\x01"));
+    assert_false(http_guard_target_ok("/a\x7f"));
+}
+
+/* --- schema --- */
+
+static const struct schema_field fields[] = {
+    {"name", SCHEMA_STRING, true, 1, 5},   {"count", SCHEMA_INT, false, 4, 128},
+    {"rate", SCHEMA_NUMBER, false, 0, 2},  {"on", SCHEMA_BOOL, false, 0, 0},
+    {"list", SCHEMA_ARRAY, false, 1, 2},   {"object", SCHEMA_OBJECT, false, 0, 0},
+    {"anything", SCHEMA_ANY, false, 0, 0},
+};
+
+static void check_fault(const char *text, const char *expected)
+{
+    static const struct schema_place body = {NULL, "body", 0};
+    CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
+    CLAAS_AUTO(claas_json_free) cJSON *faults = cJSON_CreateArray();
+    CLAAS_AUTO_FREE char *printed = NULL;
+
+    assert_int_equal(claas_json_parse(text, strlen(text), 1 << 16, &json), 0);
+    schema_check(faults, &body, json, fields, CLAAS_COUNT(fields));
+    printed = claas_json_print(faults);
+    assert_string_equal(printed, expected);
+}
+
+static void test_schema(void **state)
+{
+    (void)state;
+    check_fault("{\"name\":\"a\",\"other\":[]}", "[]");
+    check_fault("{\"name\":\"\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\"}", "[]");
+    check_fault("{\"name\":\"a\",\"count\":4,\"rate\":2,\"on\":false,\"list\":[1],\"object\":{}}",
+                "[]");
+    check_fault("{\"name\":\"a\",\"count\":null}", "[]");
+    check_fault("[]", "[{\"loc\":[\"body\"],\"msg\":\"Input should be a valid dictionary\","
+                      "\"type\":\"dict_type\"}]");
+    check_fault("{}", "[{\"loc\":[\"body\",\"name\"],\"msg\":\"Field required\","
+                      "\"type\":\"missing\"}]");
+    check_fault("{\"name\":\"\"}",
+                "[{\"loc\":[\"body\",\"name\"],\"msg\":\"String should have at least 1 "
+                "character\",\"type\":\"string_too_short\"}]");
+    check_fault("{\"name\":7}", "[{\"loc\":[\"body\",\"name\"],\"msg\":\"Input should be a valid "
+                                "string\",\"type\":\"string_type\"}]");
+    check_fault("{\"name\":\"a\",\"count\":3}",
+                "[{\"loc\":[\"body\",\"count\"],\"msg\":\"Input should be greater than or equal to "
+                "4\",\"type\":\"greater_than_equal\"}]");
+    check_fault("{\"name\":\"a\",\"count\":129}",
+                "[{\"loc\":[\"body\",\"count\"],\"msg\":\"Input should be less than or equal to "
+                "128\",\"type\":\"less_than_equal\"}]");
+    check_fault("{\"name\":\"a\",\"count\":4.5}",
+                "[{\"loc\":[\"body\",\"count\"],\"msg\":\"Input should be a valid integer\","
+                "\"type\":\"int_type\"}]");
+    check_fault("{\"name\":\"a\",\"rate\":\"1\"}",
+                "[{\"loc\":[\"body\",\"rate\"],\"msg\":\"Input should be a valid number\","
+                "\"type\":\"float_type\"}]");
+    check_fault("{\"name\":\"a\",\"on\":1}",
+                "[{\"loc\":[\"body\",\"on\"],\"msg\":\"Input should be a valid boolean\","
+                "\"type\":\"bool_type\"}]");
+    check_fault("{\"name\":\"a\",\"list\":[1,2,3]}",
+                "[{\"loc\":[\"body\",\"list\"],\"msg\":\"List should have at most 2 items after "
+                "validation, not 3\",\"type\":\"too_long\"}]");
+    check_fault("{\"name\":\"a\",\"object\":[]}",
+                "[{\"loc\":[\"body\",\"object\"],\"msg\":\"Input should be a valid dictionary\","
+                "\"type\":\"dict_type\"}]");
+}
+
+/* --- contents --- */
+
+static void check_content(const char *json_text, const char *expected)
+{
+    CLAAS_AUTO(claas_json_free) cJSON *json = cJSON_Parse(json_text);
+    CLAAS_AUTO_FREE char *text = openai_content_text(json);
+
+    assert_string_equal(text, expected);
+}
+
+static void test_content(void **state)
+{
+    CLAAS_AUTO_FREE char *absent = openai_content_text(NULL);
+
+    (void)state;
+    assert_string_equal(absent, "");
+    check_content("null", "");
+    check_content("\"a\"", "a");
+    check_content("[]", "");
+    check_content(
+        "[\"a\",{\"type\":\"text\",\"text\":\"b\"},{\"content\":\"c\"},{\"type\":\"image\"},"
+        "7]",
+        "a\nb\nc");
+    check_content("[\"\",\"a\"]", "\na");
+    check_content("{\"text\":\"t\"}", "t");
+    check_content("{\"x\":\"t\"}", "");
+    check_content("5", "5");
+    check_content("true", "True");
+}
+
+/* --- routes --- */
+
+static void check_route(const char *method, const char *path, const char *pattern,
+                        const char *expected_tail)
+{
+    CLAAS_AUTO_FREE char *tail = NULL;
+    const struct route *route = routes_find(method, path, &tail);
+
+    if (!pattern) {
+        assert_null(route);
+        return;
+    }
+    assert_non_null(route);
+    assert_string_equal(route->path, pattern);
+    if (expected_tail)
+        assert_string_equal(tail, expected_tail);
+    else
+        assert_null(tail);
+}
+
+static void test_routes(void **state)
+{
+    (void)state;
+    check_route("GET", "/", "/", NULL);
+    check_route("HEAD", "/health", "/health", NULL);
+    check_route("POST", "/health", NULL, NULL);
+    check_route("GET", "/v1/models", "/v1/models", NULL);
+    check_route("GET", "/v1/models/", NULL, NULL);
+    check_route("GET", "/v1/models/user/name@7", "/v1/models/**", "user/name@7");
+    check_route("GET", "/v1/jobs/job-1", "/v1/jobs/*", "job-1");
+    check_route("GET", "/v1/jobs/job-1/events", "/v1/jobs/*/events", "job-1");
+    check_route("GET", "/v1/jobs/job-1/other", NULL, NULL);
+    check_route("GET", "/v1/jobs/", NULL, NULL);
+    check_route("DELETE", "/v1/jobs/job-1", "/v1/jobs/*", "job-1");
+    check_route("GET", "/v1", NULL, NULL);
+    check_route("GET", "", NULL, NULL);
+}
+
+/* --- listening --- */
+
+static void check_listen(const char *address, int code)
+{
+    int fd = -1, port = 0;
+    int rc = listen_open(address, 0, 1, &fd, &port);
+
+    assert_int_equal(rc, code);
+    if (rc < 0)
+        return;
+    assert_true(port > 0);
+    close(fd);
+}
+
+static void test_listen(void **state)
+{
+    char address[32];
+    int fd, port, other;
+
+    (void)state;
+    check_listen("127.0.0.1:0", 0);
+    check_listen("localhost:0", 0);
+    check_listen("127.0.0.1", CLAAS_ERR_INVALID);
+    check_listen(":80", CLAAS_ERR_INVALID);
+    check_listen("127.0.0.1:", CLAAS_ERR_INVALID);
+    check_listen("127.0.0.1:65536", CLAAS_ERR_INVALID);
+    check_listen("127.0.0.1:-1", CLAAS_ERR_INVALID);
+    check_listen("127.0.0.1:8o", CLAAS_ERR_INVALID);
+    check_listen("example.com:80", CLAAS_ERR_INVALID);
+    check_listen("[::1:80", CLAAS_ERR_INVALID);
+    check_listen("0.0.0.0:0", CLAAS_ERR_DENIED);
+    check_listen("192.168.1.1:0", CLAAS_ERR_DENIED);
+    check_listen("[::]:0", CLAAS_ERR_DENIED);
+    assert_int_equal(listen_open("127.0.0.1:0", 0, 1, &fd, &port), 0);
+    snprintf(address, sizeof(address), "127.0.0.1:%d", port);
+    assert_int_equal(listen_open(address, 0, 1, &other, &port), CLAAS_ERR_CONFLICT);
+    assert_non_null(strstr(claas_error_text(), "in use"));
+    close(fd);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_guard_passes),
+        cmocka_unit_test(test_guard_refuses),
+        cmocka_unit_test(test_guard_embedded_nul),
+        cmocka_unit_test(test_guard_target),
+        cmocka_unit_test(test_schema),
+        cmocka_unit_test(test_content),
+        cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_listen),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

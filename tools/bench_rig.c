@@ -1,0 +1,221 @@
+/* The ground of the benchmarks: a device on a model, its sizes, random tokens, and one way to print
+ * a result. */
+#include "bench.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "claas/random.h"
+
+/* A bare name of a known shape ("smollm2-135m") means random weights of that shape. */
+static int open_model(const char *path, claas_model_t **ret)
+{
+    CLAAS_AUTO_FREE char *random = NULL;
+    struct claas_model_options options = {.path = path};
+
+    if (strncmp(path, "random:", 7) != 0 && access(path, F_OK) != 0 && strchr(path, '/') == NULL) {
+        random = claas_format("random:%s", path);
+        if (random == NULL)
+            return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+        options.path = random;
+    }
+    return claas_model_open(&options, ret);
+}
+
+/* Random models have no file: their weights count as bfloat16. */
+static double tensor_bytes(const struct claas_tensor *tensor)
+{
+    return tensor->data != NULL ? (double)tensor->bytes : 2.0 * tensor->rows * tensor->columns;
+}
+
+static void measure_model(struct bench_rig *rig)
+{
+    const struct claas_model_config *c = rig->config;
+    const struct claas_tensor *head = claas_model_tensor(rig->model, "lm_head.weight");
+
+    if (c->tied || head == NULL)
+        head = claas_model_tensor(rig->model, "model.embed_tokens.weight");
+    rig->head = (double)c->vocab * c->hidden;
+    rig->weight_bytes = head != NULL ? tensor_bytes(head) : 2 * rig->head;
+    for (int module = 0; module < CLAAS_MODULE_COUNT; module++) {
+        double rows = claas_module_rows(c, (enum claas_module)module);
+        double columns = claas_module_columns(c, (enum claas_module)module);
+
+        rig->body += c->layers * rows * columns;
+        rig->lora_per_rank += c->layers * (rows + columns);
+        for (int layer = 0; layer < c->layers; layer++) {
+            const struct claas_tensor *tensor;
+            char name[128];
+
+            snprintf(name, sizeof(name), "model.layers.%d.%s.%s.weight", layer,
+                     module <= CLAAS_MODULE_O ? "self_attn" : "mlp",
+                     claas_module_name((enum claas_module)module));
+            tensor = claas_model_tensor(rig->model, name);
+            rig->weight_bytes += tensor != NULL ? tensor_bytes(tensor) : 2 * rows * columns;
+        }
+    }
+}
+
+int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens)
+{
+    struct claas_device_options options = {
+        .device = "cpu",
+        .precision = args->precision != NULL ? args->precision : "bf16",
+        .threads = args->threads,
+        .kv_tokens = kv_tokens,
+    };
+    int rc;
+
+    memset(rig, 0, sizeof(*rig));
+    for (int i = 0; i < args->batch_count; i++)
+        if (args->batch[i] > options.max_batch)
+            options.max_batch = args->batch[i];
+    rc = open_model(args->model, &rig->model);
+    if (rc < 0)
+        return rc;
+    rig->config = claas_model_config(rig->model);
+    claas_copy_text(rig->name, sizeof(rig->name), claas_model_name(rig->model));
+    measure_model(rig);
+    rc = claas_device_open(&options, rig->model, &rig->device);
+    if (rc == 0)
+        rc = claas_device_client_new(rig->device, &rig->client);
+    if (rc < 0)
+        return rc;
+    claas_model_release_weights(rig->model);
+    return 0;
+}
+
+void bench_close(struct bench_rig *rig)
+{
+    claas_device_client_free(&rig->client);
+    claas_device_free(&rig->device);
+    claas_model_free(&rig->model);
+}
+
+int bench_wait(struct bench_rig *rig, struct claas_device_event *ret)
+{
+    int rc = claas_device_client_wait(rig->client, -1, ret);
+
+    if (rc < 0)
+        return rc;
+    if (ret->kind == CLAAS_EVENT_FAILED)
+        return claas_fail(ret->error, "%s", ret->text);
+    return 0;
+}
+
+int32_t *bench_tokens(const struct bench_rig *rig, uint64_t stream, size_t count)
+{
+    int32_t *tokens = CLAAS_NEW_ARRAY(int32_t, count + 1);
+
+    for (size_t i = 0; tokens != NULL && i < count; i++) {
+        uint32_t words[4];
+
+        claas_philox(1, stream, i, words);
+        tokens[i] = (int32_t)(words[0] % (uint32_t)rig->config->vocab);
+    }
+    if (tokens == NULL)
+        claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    return tokens;
+}
+
+int bench_adapter(struct bench_rig *rig, int rank, claas_adapter_t **ret)
+{
+    struct claas_lora_config lora = {
+        .rank = rank, .alpha = 2.0f * (float)rank, .modules = CLAAS_MODULE_ALL};
+    struct claas_device_event event;
+    uint64_t id;
+    int rc = claas_device_adapter_init(rig->client, &lora, 1, &id);
+
+    if (rc == 0)
+        rc = bench_wait(rig, &event);
+    if (rc == 0)
+        *ret = event.adapter;
+    return rc;
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+double bench_median(double *values, int count)
+{
+    qsort(values, (size_t)count, sizeof(*values), compare);
+    return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
+}
+
+uint64_t bench_peak_bytes(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_SELF, &usage);
+    return (uint64_t)usage.ru_maxrss * 1024;
+}
+
+/* --- printing
+ * ---------------------------------------------------------------------------------------------------------
+ */
+
+cJSON *bench_line(struct bench_rig *rig, const char *what)
+{
+    struct claas_device_stats stats;
+    cJSON *line = cJSON_CreateObject();
+
+    claas_device_stats(rig->device, &stats);
+    claas_json_set_string(line, "bench", what);
+    claas_json_set_string(line, "model", rig->name);
+    claas_json_set_string(line, "device", stats.name);
+    return line;
+}
+
+static void print_row(const cJSON *line, bool heads)
+{
+    for (const cJSON *item = line->child; item != NULL; item = item->next) {
+        int width = (int)strlen(item->string);
+        char text[80];
+
+        if (cJSON_IsString(item)) {
+            snprintf(text, sizeof(text), "%s", item->valuestring);
+            width = strlen(text) > (size_t)width ? (int)strlen(text) : width;
+        } else if (item->valuedouble == floor(item->valuedouble)) {
+            snprintf(text, sizeof(text), "%.0f", item->valuedouble);
+            width = width < 10 ? 10 : width;
+        } else {
+            snprintf(text, sizeof(text), "%.4g", item->valuedouble);
+            width = width < 8 ? 8 : width;
+        }
+        printf("%*s%s", cJSON_IsString(item) ? -width : width, heads ? item->string : text,
+               item->next != NULL ? "  " : "\n");
+    }
+}
+
+int bench_print(const struct bench_args *args, cJSON *line)
+{
+    static bool printed;
+    int rc = 0;
+
+    if (args->json) {
+        CLAAS_AUTO_FREE char *text = claas_json_print(line);
+
+        if (text == NULL)
+            rc = claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+        else
+            puts(text);
+    } else if (line != NULL) {
+        if (!printed)
+            print_row(line, true);
+        printed = true;
+        print_row(line, false);
+    }
+    fflush(stdout);
+    cJSON_Delete(line);
+    return rc;
+}

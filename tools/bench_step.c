@@ -1,0 +1,158 @@
+/* `claas bench step`: optimizer steps on random rows whose prompts and responses have nothing in
+ * common, so that nothing can be computed once for two rows.
+ *
+ * Counted work, in FLOP, N weights of the layers, H of the head, A of the adapter, tokens s of the
+ * student and t of the teacher, p scored positions: forward and the gradient of the inputs (the
+ * weights are frozen) for the student, forward for the teacher, the same for the head on scored
+ * positions, the adapter's forward, input gradient and own gradient, and causal attention, whose
+ * backward has 2.5 times the products of its forward: 4 N s + 2 N t + 6 H p + 6 A s + attention(s)
+ * (1 + 2.5) + attention(t) */
+#include "bench.h"
+
+#include <stdlib.h>
+
+#include "claas/clock.h"
+#include "claas/err.h"
+#include "claas/mem.h"
+
+#define WARM_UP 2
+
+struct step_rows {
+    int count;
+    struct claas_train_row *rows;
+    int32_t **owned; /* [3 * count] */
+};
+
+static void free_rows(struct step_rows *rows)
+{
+    for (int i = 0; rows->owned != NULL && i < 3 * rows->count; i++)
+        free(rows->owned[i]);
+    free(rows->owned);
+    free(rows->rows);
+}
+
+static int make_rows(const struct bench_rig *rig, const struct bench_args *args,
+                     claas_adapter_t *adapter, struct step_rows *ret)
+{
+    ret->count = args->batch[0];
+    ret->rows = CLAAS_NEW_ARRAY(struct claas_train_row, (size_t)ret->count);
+    ret->owned = CLAAS_NEW_ARRAY(int32_t *, 3 * (size_t)ret->count);
+    if (ret->rows == NULL || ret->owned == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    for (int i = 0; i < ret->count; i++) {
+        size_t counts[3] = {(size_t)args->prompt[0], (size_t)(args->prompt[0] + args->hint),
+                            (size_t)args->response};
+        int32_t **tokens = &ret->owned[3 * i];
+
+        for (int j = 0; j < 3; j++) {
+            tokens[j] = bench_tokens(rig, (uint64_t)(3 * i + j), counts[j]);
+            if (tokens[j] == NULL)
+                return CLAAS_ERR_NO_MEMORY;
+        }
+        ret->rows[i] = (struct claas_train_row){
+            .student_prompt = tokens[0],
+            .student_count = counts[0],
+            .teacher_prompt = tokens[1],
+            .teacher_count = counts[1],
+            .response = tokens[2],
+            .response_count = counts[2],
+            .student = adapter,
+        };
+    }
+    return 0;
+}
+
+/* Scores and weighted sums over all earlier positions: 4 d per head, query and key. */
+static double attention_flop(const struct claas_model_config *c, double tokens)
+{
+    return 4.0 * c->layers * c->heads * c->head_dim * tokens * (tokens + 1) / 2;
+}
+
+static double count_flop(const struct bench_rig *rig, const struct bench_args *args)
+{
+    double rows = args->batch[0], response = args->response;
+    double student = args->prompt[0] + response, teacher = student + args->hint;
+
+    return rows *
+           (4 * rig->body * student + 2 * rig->body * teacher + 6 * rig->head * response +
+            6 * rig->lora_per_rank * args->rank * student +
+            3.5 * attention_flop(rig->config, student) + attention_flop(rig->config, teacher));
+}
+
+static int run_steps(struct bench_rig *rig, const struct bench_args *args,
+                     const struct step_rows *rows, double *times, float *loss)
+{
+    struct claas_train_request request = {
+        .rows = rows->rows,
+        .row_count = (size_t)rows->count,
+        .loss = {.variant = CLAAS_LOSS_FULL, .alpha = (float)args->alpha},
+        .adamw = {.rate = 1e-4f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .max_grad_norm = 1},
+        .update = true,
+    };
+
+    for (int i = -WARM_UP; i < args->iterations; i++) {
+        int64_t start = claas_clock_ns();
+        struct claas_device_event event;
+        uint64_t id;
+        int rc = claas_device_train(rig->client, &request, &id);
+
+        if (rc == 0)
+            rc = bench_wait(rig, &event);
+        if (rc < 0)
+            return rc;
+        if (i >= 0)
+            times[i] = (double)(claas_clock_ns() - start) * 1e-6;
+        *loss = event.trained.loss;
+        claas_device_event_done(&event);
+    }
+    return 0;
+}
+
+static int report(struct bench_rig *rig, const struct bench_args *args, double *times, float loss)
+{
+    double median = bench_median(times, args->iterations), peak = 0;
+    double flop = count_flop(rig, args);
+    uint64_t bytes = bench_peak_bytes(); /* before the matrices of the peak */
+    int rc = bench_gemm_peak(args, &peak);
+    cJSON *line;
+
+    if (rc < 0)
+        return rc;
+    line = bench_line(rig, "step");
+    claas_json_set_int(line, "batch", args->batch[0]);
+    claas_json_set_int(line, "prompt", args->prompt[0]);
+    claas_json_set_int(line, "response", args->response);
+    claas_json_set_int(line, "hint", args->hint);
+    claas_json_set_int(line, "rank", args->rank);
+    claas_json_set_number(line, "median_ms", median);
+    claas_json_set_number(line, "min_ms", times[0]);
+    claas_json_set_int(line, "peak_bytes", (int64_t)bytes);
+    claas_json_set_number(line, "student_tok_s",
+                          args->batch[0] * (args->prompt[0] + args->response) / median * 1e3);
+    claas_json_set_number(line, "gflop", flop * 1e-9);
+    claas_json_set_number(line, "gflop_s", flop / median * 1e-6);
+    claas_json_set_number(line, "gemm_peak_gflop_s", peak * 1e-9);
+    claas_json_set_number(line, "share_of_peak", flop / median * 1e3 / peak);
+    claas_json_set_number(line, "loss", (double)loss);
+    return bench_print(args, line);
+}
+
+int bench_step(const struct bench_args *args)
+{
+    CLAAS_AUTO(bench_close) struct bench_rig rig = {0};
+    CLAAS_AUTO(claas_adapter_unref) claas_adapter_t *adapter = NULL;
+    CLAAS_AUTO(free_rows) struct step_rows rows = {0};
+    CLAAS_AUTO_FREE double *times = CLAAS_NEW_ARRAY(double, (size_t)args->iterations);
+    float loss = 0;
+    int rc = bench_open(&rig, args, 16);
+
+    if (rc == 0 && times == NULL)
+        rc = claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (rc == 0)
+        rc = bench_adapter(&rig, args->rank, &adapter);
+    if (rc == 0)
+        rc = make_rows(&rig, args, adapter, &rows);
+    if (rc == 0)
+        rc = run_steps(&rig, args, &rows, times, &loss);
+    return rc < 0 ? rc : report(&rig, args, times, loss);
+}

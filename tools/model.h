@@ -1,0 +1,8 @@
+/* The verbs below `claas model`. */
+#ifndef CLAAS_TOOLS_MODEL_H
+#define CLAAS_TOOLS_MODEL_H
+
+int model_show(int argc, char **argv);
+int model_calibrate(int argc, char **argv);
+
+#endif

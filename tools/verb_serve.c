@@ -1,0 +1,339 @@
+/* `claas serve`: puts a process together - configuration, model, device, runtime, actors - and runs
+ * it until a signal. */
+#include <argp.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "../actors/sampler/sampler.h"
+#include "../actors/scheduler/scheduler.h"
+#include "../actors/storage/storage.h"
+#include "../actors/trainer/trainer.h"
+#include "../bridge/bridge.h"
+#include "claas/chat_template.h"
+#include "claas/config.h"
+#include "claas/err.h"
+#include "claas/file.h"
+#include "claas/log.h"
+#include "claas/mem.h"
+#include "claas/runtime.h"
+#include "verbs.h"
+
+#define OVERRIDES_MAX 128
+
+struct serve_args {
+    const char *config_path;
+    const char *overrides[OVERRIDES_MAX]; /* "key=value", in order */
+    char *owned[OVERRIDES_MAX];           /* those made from options */
+    size_t count;
+};
+
+enum {
+    OPTION_LISTEN = 256,
+    OPTION_DATA,
+    OPTION_MODEL,
+    OPTION_TEMPLATE,
+    OPTION_ROLES,
+    OPTION_CONNECT
+};
+
+static const struct argp_option options[] = {
+    {"listen", OPTION_LISTEN, "ADDR:PORT", 0, "where HTTP is served; port 0 = any free one", 0},
+    {"data", OPTION_DATA, "DIR", 0, "directory of everything durable", 0},
+    {"model", OPTION_MODEL, "PATH", 0, "GGUF file, Hugging Face directory, or random:NAME", 0},
+    {"config", 'c', "FILE", 0, "settings (YAML); docs/configuration.md lists them", 0},
+    {"set", 's', "KEY=VALUE", 0, "one setting; may be given again", 0},
+    {"chat-template", OPTION_TEMPLATE, "NAME", 0, "template family instead of the model's own", 0},
+    {"roles", OPTION_ROLES, "A,B", 0, "actors of this process", 0},
+    {"connect", OPTION_CONNECT, "ENDPOINT", 0, "join the node at this ipc:// address", 0},
+    {0},
+};
+
+static void add_override(struct argp_state *state, const char *key, const char *value)
+{
+    struct serve_args *args = state->input;
+
+    if (args->count == OVERRIDES_MAX)
+        argp_error(state, "more than %d settings", OVERRIDES_MAX);
+    if (key) {
+        args->owned[args->count] = claas_format("%s=%s", key, value);
+        args->overrides[args->count] = args->owned[args->count];
+    } else {
+        args->overrides[args->count] = value;
+    }
+    args->count++;
+}
+
+static error_t parse_option(int key, char *value, struct argp_state *state)
+{
+    struct serve_args *args = state->input;
+
+    switch (key) {
+    case 'c':
+        args->config_path = value;
+        break;
+    case 's':
+        if (!strchr(value, '='))
+            argp_error(state, "--set wants KEY=VALUE, not '%s'", value);
+        add_override(state, NULL, value);
+        break;
+    case OPTION_LISTEN:
+        add_override(state, "listen", value);
+        break;
+    case OPTION_DATA:
+        add_override(state, "data", value);
+        break;
+    case OPTION_MODEL:
+        add_override(state, "model", value);
+        break;
+    case OPTION_TEMPLATE:
+        add_override(state, "chat_template", value);
+        break;
+    case OPTION_ROLES:
+        add_override(state, "roles", value);
+        break;
+    case OPTION_CONNECT:
+        add_override(state, "connect", value);
+        break;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument '%s'", value);
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static const struct argp serve_argp = {
+    .options = options,
+    .parser = parse_option,
+    .doc = "Runs the server: chat and feedback over HTTP and ZeroMQ.\v"
+           "Prints one line `listening on http://ADDR:PORT` when it is ready. SIGTERM drains and "
+           "ends it. "
+           "Settings come from, in rising order: the defaults, --config, CLAAS_* of the "
+           "environment, the "
+           "command line.",
+};
+
+/* Everything a serving process owns; freed in reverse order of its making. */
+struct process {
+    claas_config_t *config;
+    claas_model_t *model;
+    claas_device_t *device;
+    claas_runtime_t *runtime;
+    int port;
+    struct claas_storage_args storage;
+    struct claas_trainer_args trainer;
+    struct claas_sampler_args sampler;
+    struct claas_scheduler_args scheduler;
+    struct claas_bridge_args bridge;
+};
+
+static void process_done(struct process *process)
+{
+    claas_runtime_free(&process->runtime);
+    claas_device_free(&process->device);
+    claas_model_free(&process->model);
+    claas_config_free(&process->config);
+}
+
+/* --- signals
+ * ----------------------------------------------------------------------------------------------------------
+ */
+
+static char crash_marker[4096];
+
+/* A crash of our own making counts against the job that ran; the marker tells the next start.
+ * Async-signal-safe only. */
+static void on_crash(int number)
+{
+    int fd = open(crash_marker, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    char text[] = "signal 00\n";
+
+    text[7] = (char)('0' + number / 10);
+    text[8] = (char)('0' + number % 10);
+    if (fd >= 0) {
+        (void)!write(fd, text, sizeof(text) - 1);
+        close(fd);
+    }
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+/* Before any thread: SIGTERM and SIGINT are read by the runtime alone. */
+static void prepare_signals(const char *data)
+{
+    sigset_t wanted;
+
+    snprintf(crash_marker, sizeof(crash_marker), "%s/crash-marker", data);
+    sigemptyset(&wanted);
+    sigaddset(&wanted, SIGTERM);
+    sigaddset(&wanted, SIGINT);
+    sigaddset(&wanted, SIGHUP);
+    sigprocmask(SIG_BLOCK, &wanted, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGSEGV, on_crash);
+    signal(SIGABRT, on_crash);
+    signal(SIGBUS, on_crash);
+}
+
+/* --- putting it together
+ * ------------------------------------------------------------------------------------------------
+ */
+
+static bool has_role(const struct process *process, const char *role)
+{
+    return claas_config_list_has(process->config, "roles", role);
+}
+
+static int load_config(struct serve_args *args, struct process *process)
+{
+    CLAAS_AUTO_FREE char *absolute = NULL;
+    int rc = claas_config_load(args->config_path, args->overrides, args->count, &process->config);
+    const char *data;
+
+    if (rc < 0)
+        return rc;
+    /* Paths travel in messages to other processes, so the directory is named absolutely from here
+     * on. */
+    data = claas_config_string(process->config, "data");
+    rc = claas_mkdir_all(data);
+    if (rc < 0)
+        return rc;
+    absolute = realpath(data, NULL);
+    if (!absolute)
+        return claas_fail_errno("data directory %s", data);
+    if (args->count == OVERRIDES_MAX)
+        return claas_fail(CLAAS_ERR_LIMIT, "more than %d settings", OVERRIDES_MAX - 1);
+    args->owned[args->count] = claas_format("data=%s", absolute);
+    args->overrides[args->count] = args->owned[args->count];
+    args->count++;
+    claas_config_free(&process->config);
+    return claas_config_load(args->config_path, args->overrides, args->count, &process->config);
+}
+
+static int open_device(struct process *process)
+{
+    const claas_config_t *config = process->config;
+    const char *template_name = claas_config_string(config, "chat_template");
+    struct claas_model_options model = {
+        .path = claas_config_string(config, "model"),
+        .chat_template = template_name[0] ? template_name : NULL,
+    };
+    struct claas_device_options device = {
+        .device = claas_config_string(config, "device.name"),
+        .precision = claas_config_string(config, "device.precision"),
+        .threads = (int)claas_config_int(config, "device.threads"),
+        .kv_tokens = (size_t)claas_config_int(config, "device.kv_tokens"),
+        .prefill_chunk = (int)claas_config_int(config, "device.prefill_chunk"),
+        .max_batch = (int)claas_config_int(config, "device.max_batch"),
+        .slice_ms = (int)claas_config_int(config, "device.slice"),
+    };
+    const char *warning;
+    int rc;
+
+    if (!model.path[0])
+        return claas_fail(CLAAS_ERR_INVALID,
+                          "no model: give --model PATH (a GGUF file or a Hugging Face directory)");
+    rc = claas_model_open(&model, &process->model);
+    if (rc < 0)
+        return claas_fail_context(rc, "model %s: ", model.path);
+    warning = claas_chat_template_warning(claas_model_chat_template(process->model));
+    if (warning)
+        claas_warning("%s", warning);
+    rc = claas_device_open(&device, process->model, &process->device);
+    if (rc == 0)
+        claas_model_release_weights(process->model);
+    return rc;
+}
+
+static int start_actor(struct process *process, const char *role,
+                       const struct claas_actor_class *actor_class, const void *args)
+{
+    char name[64];
+    bool numbered = strcmp(role, "trainer") == 0 || strcmp(role, "sampler") == 0;
+
+    if (!has_role(process, role))
+        return 0;
+    snprintf(name, sizeof(name), numbered ? "%s.0" : "%s", role);
+    return claas_runtime_start(process->runtime, actor_class, name, args);
+}
+
+static int start_actors(struct process *process)
+{
+    const claas_config_t *config = process->config;
+    int rc;
+
+    process->storage = (struct claas_storage_args){.config = config};
+    process->trainer = (struct claas_trainer_args){config, process->device};
+    process->sampler = (struct claas_sampler_args){config, process->device};
+    process->scheduler = (struct claas_scheduler_args){config};
+    process->bridge = (struct claas_bridge_args){.config = config, .ret_port = &process->port};
+    rc = start_actor(process, "storage", &claas_storage_class, &process->storage);
+    if (rc == 0)
+        rc = start_actor(process, "trainer", &claas_trainer_class, &process->trainer);
+    if (rc == 0)
+        rc = start_actor(process, "sampler", &claas_sampler_class, &process->sampler);
+    if (rc == 0)
+        rc = start_actor(process, "scheduler", &claas_scheduler_class, &process->scheduler);
+    if (rc == 0)
+        rc = start_actor(process, "bridge", &claas_bridge_class, &process->bridge);
+    return rc;
+}
+
+static void announce(const struct process *process)
+{
+    const char *listen = claas_config_string(process->config, "listen");
+    const char *colon = strrchr(listen, ':');
+
+    if (has_role(process, "bridge"))
+        printf("listening on http://%.*s:%d\n", (int)(colon ? colon - listen : 0), listen,
+               process->port);
+    else
+        printf("ready\n");
+    fflush(stdout);
+}
+
+static int run(struct serve_args *args, struct process *process)
+{
+    enum claas_log_level level = CLAAS_LOG_INFO;
+    int rc = load_config(args, process);
+
+    if (rc == 0)
+        rc = claas_log_level_parse(claas_config_string(process->config, "log.level"), &level);
+    if (rc < 0)
+        return rc;
+    claas_log_setup(level, claas_config_string(process->config, "log.format"));
+    prepare_signals(claas_config_string(process->config, "data"));
+    if (has_role(process, "trainer") || has_role(process, "sampler"))
+        rc = open_device(process);
+    if (rc == 0)
+        rc = claas_runtime_new(process->config, &process->runtime);
+    if (rc == 0)
+        rc = start_actors(process);
+    if (rc < 0)
+        return rc;
+    announce(process);
+    return claas_runtime_wait(process->runtime);
+}
+
+int verb_serve(int argc, char **argv)
+{
+    struct serve_args args = {0};
+    struct process process = {0};
+    int rc;
+
+    argp_parse(&serve_argp, argc, argv, 0, NULL, &args);
+    rc = run(&args, &process);
+    if (rc < 0)
+        fprintf(stderr, "claas serve: %s\n", claas_error_text());
+    process_done(&process);
+    for (size_t i = 0; i < args.count; i++)
+        free(args.owned[i]);
+    if (rc == CLAAS_ERR_FORMAT && !process.runtime)
+        return EXIT_CODE_CONFIG;
+    return rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK;
+}
