@@ -230,6 +230,18 @@ static int parse(struct reading *reading)
     return rc;
 }
 
+/* Comments and blanks only: libfyaml calls that an error. */
+static bool is_blank(const char *text)
+{
+    while (*text) {
+        text += strspn(text, " \t\r\n");
+        if (*text && *text != '#')
+            return false;
+        text += strcspn(text, "\n");
+    }
+    return true;
+}
+
 int config_read_file(claas_config_t *config, const char *path)
 {
     struct reading reading = {.config = config, .path = path};
@@ -241,6 +253,8 @@ int config_read_file(claas_config_t *config, const char *path)
         return rc;
     if (!claas_utf8_valid(text, length))
         return claas_fail(CLAAS_ERR_FORMAT, "%s: not UTF-8 text", path);
+    if (is_blank(text))
+        return 0;
     claas_buf_init(&reading.report, 64 << 10);
     rc = parse(&reading);
     claas_buf_done(&reading.report);

@@ -1,13 +1,15 @@
 /* Backward of attention in the fast tables. Part of ops_fast.c.
  *
- *   p = exp(scale q.k - lse), dp = dout.v, ds = p (dp - dout.out) scale        for position t <=
- * query dq[q] = sum_t ds k[t]     dk[t] = sum_q ds q[q]     dv[t] = sum_q p dout[q]
+ *   p = exp(scale q.k - lse), dp = dout.v, ds = p (dp - dout.out) scale   for positions t <= q
+ *   dq[q] = sum_t ds k[t]     dk[t] = sum_q ds q[q]     dv[t] = sum_q p dout[q]
  *
- * Two kinds of parts, none of which writes what another one writes, so nothing is combined
- * afterwards: key parts    64 positions of a kv head: walk over all later queries of the group's
- * heads, give dk and dv query parts  some queries of a kv head's group: walk over all earlier
- * positions, give dq Scores are computed in both: 7 products in place of 5, paid for by needing no
- * per-thread sums of the whole sequence.
+ * Two kinds of parts, none of which writes what another one writes, so nothing is combined later:
+ *
+ *   key parts    64 positions of a kv head, over all later queries of its heads: dk and dv
+ *   query parts  some queries of a kv head's heads, over all earlier positions: dq
+ *
+ * Scores are computed in both: 7 products in place of 5, which buys that no thread needs sums of
+ * the whole sequence.
  *
  * Every product is a tile. With the bfloat16 dot instruction p and ds are rounded to bfloat16 for
  * it; the other variants widen everything to float first and use the float tiles. A "g" is that
@@ -58,6 +60,12 @@ struct bwd_tile {
     g_elem *p_out, *ds_out;  /* the same as operands */
     float lse[BWD_ROWS], delta[BWD_ROWS];
 };
+
+_Static_assert(2 * BWD_ROWS * BWD_KEYS * (sizeof(float) + sizeof(g_elem)) +
+                       (4 * BWD_ROWS + 3 * BWD_KEYS) * CLAAS_HEAD_DIM_MAX * sizeof(g_elem) +
+                       BWD_ROWS * CLAAS_HEAD_DIM_MAX * sizeof(float) <=
+                   CLAAS_POOL_SCRATCH,
+               "a part's state fits the scratch memory");
 
 static void g_multiply(int rows, struct operand x, int panels, const g_elem *w, size_t stride,
                        int steps, float *out, int ldo)

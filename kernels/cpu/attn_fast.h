@@ -48,6 +48,13 @@ struct attn_tile {
     float max[ATTN_ROWS];
 };
 
+_Static_assert(ATTN_ROWS *(ATTN_GROUP + 16 + CLAAS_HEAD_DIM_MAX) * sizeof(float) +
+                       ATTN_ROWS * ATTN_GROUP * sizeof(weight) +
+                       (ATTN_GROUP + ATTN_ROWS) * CLAAS_HEAD_DIM_MAX * sizeof(act) +
+                       ATTN_ROWS * (CLAAS_HEAD_DIM_MAX * sizeof(float) + 64) <=
+                   CLAAS_POOL_SCRATCH,
+               "a part's state fits the scratch memory");
+
 static const act *kv_block(const struct attn_tile *t, int block)
 {
     const size_t number = (size_t)t->run->blocks[block] * t->a->kv_heads + t->kv_head;

@@ -9,6 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Activations that a training step may keep: as much as half of the weights, and never less than
+ * this (1300 tokens of a 135M model). */
+#define SAVED_BYTES ((size_t)512 << 20)
+
 void claas_cpu_memory_changed(claas_backend_t *backend)
 {
     uint64_t now = backend->model.panels.bytes + backend->model.small.bytes +
@@ -84,6 +88,9 @@ static int open_backend(const struct claas_backend_options *options, claas_model
         code = claas_cpu_forward_open(backend);
     if (code < 0)
         return code;
+    backend->saved_limit = backend->model.panels.bytes / 2;
+    if (backend->saved_limit < SAVED_BYTES)
+        backend->saved_limit = SAVED_BYTES;
     (void)snprintf(backend->name, sizeof(backend->name), "cpu %s x%d", backend->ops->name,
                    claas_pool_threads(backend->pool));
     claas_cpu_memory_changed(backend);

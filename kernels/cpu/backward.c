@@ -137,7 +137,7 @@ static struct claas_attn_bwd_args attention_args(const struct backward *bw,
         .kv_heads = model->config.kv_heads,
         .head_dim = model->config.head_dim,
         .scale = 1.0f / sqrtf((float)model->config.head_dim),
-        .kv = (const uint8_t *)bw->space->kv + (size_t)bw->layer * bw->space->kv_bytes,
+        .kv = (const uint8_t *)bw->space->kv + (size_t)bw->layer * bw->space->pass.kv_layer_bytes,
         .kv_block_bytes = backend->kv_block_bytes,
         .count = run->pos + run->count,
         .blocks = run->blocks,
@@ -374,7 +374,10 @@ int claas_cpu_backward(claas_backend_t *backend, const struct cpu_batch *batch,
         bw.layer = l;
         bw.acts = &space->saved[l];
         bw.grad = grad + (size_t)l * bw.adapter->layout.layer_floats;
-        code = mlp_backward(&bw);
+        if (space->recompute && l < backend->model.config.layers - 1)
+            code = claas_cpu_layer_saved(backend, batch, space, l);
+        if (code >= 0)
+            code = mlp_backward(&bw);
         if (code < 0)
             break;
         output_backward(&bw);

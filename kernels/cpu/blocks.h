@@ -1,19 +1,20 @@
-/* The layout of quantised weights that decoding reads (blocks.c packs it, blocks_fast.h multiplies
- * it).
+/* The layout of quantised weights that decoding reads: blocks.c packs it, blocks_fast.h multiplies.
  *
  * Decoding reads every weight once per token, so its speed is the number of bytes; a bfloat16 panel
- * has 2 to 3 times those of the file. Rows are regrouped so that 16 rows' weights of a pair (k,
- * k+1) become one vector of a bfloat16 panel with a handful of instructions and no shuffle between
- * lanes. Two panels at a time, because one chain of sums would wait for its own latency:
+ * has 2 to 3 times those of the file. Rows are regrouped so that 16 rows' weights of a pair
+ * (k, k+1) become one vector of a bfloat16 panel with a handful of instructions and no shuffle
+ * between lanes. Two panels at a time, because one chain of sums would wait for its own latency:
  *
  *   [group of 32 rows][section of 16 or 32 k]
- *     scales   d[32]: float16 as in the file, or float32 where the file's scale is itself a product
- * (K types) minima   m[32], same type, where the type has them [section/8][half: 16 rows]  four
- * pairs of k: nibbles  [16 lanes j][4 pairs]: q of (row j/2, k + j%2) | q of (row 8+j/2, k + j%2)
- * << 4; one 64-byte load bytes    [4 pairs][32]: q of (row j/2, k + j%2) as int8, uint8 where there
- * are minima
+ *       scales  d[32]: float16 as in the file; float32 where it is itself a product (K types)
+ *       minima  m[32]: same type, where the type has them
+ *       [section/8][half: 16 rows]: four pairs of k
+ *           nibbles  [16 lanes j][4 pairs], one 64-byte load: low nibble = q of row j/2,
+ *                    high nibble = q of row 8 + j/2, both of k + j%2
+ *           bytes    [4 pairs][2][16 lanes j]: q of row j/2, then of row 8 + j/2, of k + j%2;
+ *                    int8, or uint8 where there are minima
  *
- * so that memory is read strictly forward: the processor's prefetching loses two interleaved
+ * so that memory is read strictly forward: prefetching by the processor loses two interleaved
  * streams.
  *
  * weight = bf16(d (q - zero) + m). d (q - zero) is exact in float32 for every type that has minima,

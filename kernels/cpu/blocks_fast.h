@@ -93,7 +93,6 @@ typedef void block_tile_fn(const uint8_t *group, int k, const char *const x[BLOC
 #define BLOCK_STORE(i)                                                                             \
     _mm512_storeu_ps(acc + (i) * TILE_WIDTH, a##i##_0);                                            \
     _mm512_storeu_ps(acc + (i) * TILE_WIDTH + 16, a##i##_1);
-/* clang-format on */
 
 #define BLOCK_TILE(name, ROWS, bits, minima, wide, section, zero)                                  \
     static void block_##name##_##ROWS(const uint8_t *q, int k, const char *const x[BLOCK_ROWS],    \
@@ -101,16 +100,16 @@ typedef void block_tile_fn(const uint8_t *group, int k, const char *const x[BLOC
     {                                                                                              \
         const __m512 table = nibble_table(zero);                                                   \
                                                                                                    \
-        ROWS_##ROWS(BLOCK_LOAD) for (int at = 0; at < k; at += section)                            \
-        {                                                                                          \
+        ROWS_##ROWS(BLOCK_LOAD)                                                                    \
+        for (int at = 0; at < k; at += section) {                                                  \
             struct section_scales s0, s1;                                                          \
                                                                                                    \
             take_scales(q, 0, minima, wide, &s0);                                                  \
             take_scales(q, 1, minima, wide, &s1);                                                  \
             q += scale_bytes(minima, wide);                                                        \
             for (int four = 0; four < section / 8; four++, q += 32 * bits) {                       \
-                _Pragma("GCC unroll 4") for (int pair = 0; pair < 4; pair++)                       \
-                {                                                                                  \
+                _Pragma("GCC unroll 4")                                                            \
+                for (int pair = 0; pair < 4; pair++) {                                             \
                     const __m512i w0 = expand_pair(q, pair, bits, minima, table, &s0);             \
                     const __m512i w1 = expand_pair(q + 16 * bits, pair, bits, minima, table, &s1); \
                                                                                                    \
@@ -128,6 +127,7 @@ typedef void block_tile_fn(const uint8_t *group, int k, const char *const x[BLOC
     BLOCK_TILE(name, 8, bits, minima, wide, section, zero)
 CLAAS_BLOCK_FORMS(X)
 #undef X
+/* clang-format on */
 
 static block_tile_fn *const block_tiles[FORM_COUNT][4] = {
 #define X(name, bits, minima, wide, section, zero)                                                 \

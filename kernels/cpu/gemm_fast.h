@@ -175,6 +175,10 @@ static void gemm(claas_pool_t *pool, const struct claas_gemm_args *a)
 #define DX_SUMS    SUMS_BYTES
 #define DX_W_BYTES (DX_PANELS * DX_CHUNK * CLAAS_LANES * sizeof(act))
 
+_Static_assert(DX_SUMS + DX_W_BYTES + TILE_ROWS * (DX_CHUNK * WIDTH_OF_STEP + 128) <=
+                   CLAAS_POOL_SCRATCH,
+               "a part's panels and operands fit the scratch memory");
+
 struct dx_job {
     const struct claas_gemm_dx_args *a;
     claas_pool_t *pool;
@@ -289,6 +293,12 @@ static void gemm_dx(claas_pool_t *pool, const struct claas_gemm_dx_args *a)
 #define TN_CHUNK  256 /* rows at a time (even: pairs of rows never straddle chunks) */
 #define TN_ROWS   256 /* r at a time */
 #define TN_WIDTH  (TN_PANELS * CLAAS_LANES)
+
+_Static_assert(TN_ROWS *TN_WIDTH * sizeof(float) +
+                       TN_PANELS * TN_CHUNK * CLAAS_LANES * sizeof(act) +
+                       TN_CHUNK / STEP_K * TN_ROWS * WIDTH_OF_STEP <=
+                   CLAAS_POOL_SCRATCH,
+               "a part's sums and operands fit the scratch memory");
 
 struct tn_job {
     const struct claas_gemm_tn_args *a;

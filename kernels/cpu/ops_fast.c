@@ -1,7 +1,11 @@
-/* One fast operation table. Compiled once per variant (see meson.build) with the instruction set's
- * flags and CLAAS_OPS_F32 or CLAAS_OPS_BF16   the precision CLAAS_OPS_TABLE, CLAAS_OPS_NAME   the
- * exported table and its name so the templates below see one element type and one vector width, and
- * everything but the table is static. */
+/* One fast operation table. Compiled once per variant (see meson.build) with the flags of its
+ * instruction set and
+ *
+ *   CLAAS_OPS_F32 or CLAAS_OPS_BF16    the precision
+ *   CLAAS_OPS_TABLE, CLAAS_OPS_NAME    the exported table and its name
+ *
+ * so the files included here see one element type and one vector width, and everything but the
+ * table is static. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdbool.h>

@@ -1,6 +1,6 @@
 /* The reference tables, "bf16-ref" and "f32-ref": the specification of every operation in plain C,
- * and what runs on a CPU without AVX2. The loops are in ops_ref_tmpl.h, included once per
- * precision; the optimizer, which is float32 in both, is here. */
+ * and what runs on a CPU without AVX2. The loops are in ops_ref_tmpl.h and ops_ref_attn_tmpl.h,
+ * included once per precision; the optimizer, which is float32 in both, is here. */
 #include <math.h>
 #include <string.h>
 
@@ -77,6 +77,7 @@ static void adamw(claas_pool_t *pool, const struct claas_adamw_args *args)
 #define TABLE              claas_ops_bf16_ref
 #define TABLE_NAME         "bf16-ref"
 #define PRECISION          CLAAS_PRECISION_BF16
+#include "cpu/ops_ref_attn_tmpl.h"
 #include "cpu/ops_ref_tmpl.h"
 #undef NAME
 #undef act
@@ -101,4 +102,5 @@ static void adamw(claas_pool_t *pool, const struct claas_adamw_args *args)
 #define TABLE              claas_ops_f32_ref
 #define TABLE_NAME         "f32-ref"
 #define PRECISION          CLAAS_PRECISION_F32
+#include "cpu/ops_ref_attn_tmpl.h"
 #include "cpu/ops_ref_tmpl.h"

@@ -5,10 +5,13 @@
 
 #include <string.h>
 
-/* Floats of one logits buffer of the loss: 128 rows of a small vocabulary, 55 of a large one. */
+/* Floats of one logits buffer of the loss: 64 rows of a small vocabulary, 55 of a large one. */
 #define LOSS_FLOATS   ((size_t)8 << 20)
-#define LOSS_ROWS     128
+#define LOSS_ROWS     64
 #define LOSS_ROWS_MIN 16
+/* A region up to this size waits for the next step; a larger one goes back to the system at once:
+ * touching its pages again costs a hundredth of the step that needs them. */
+#define KEPT_BYTES ((size_t)384 << 20)
 
 /* The largest of everything over a list of batches. */
 struct extent {
@@ -58,6 +61,7 @@ static void place_kv(const claas_backend_t *backend, struct cpu_arena *arena, in
     space->kv = claas_cpu_take(arena, (size_t)layers * space->kv_bytes);
     space->pass.kv = space->kv;
     space->pass.kv_layer_bytes = layers > 1 ? space->kv_bytes : 0;
+    space->kv_layers = layers;
 }
 
 static void place_infer_side(const claas_backend_t *backend, struct cpu_arena *arena,
@@ -98,34 +102,51 @@ static void place_head(const claas_backend_t *backend, struct cpu_arena *arena,
     space->grad_row = claas_cpu_take(arena, members * vocab * sizeof(float));
 }
 
-/* The activations that the backward pass needs, of every layer; a layer's x_out is the next one's
- * x_in. */
-static void place_saved(const claas_backend_t *backend, struct cpu_arena *arena, size_t m,
-                        struct cpu_step_space *space)
+/* What the backward pass needs of one layer, but for the residual stream. */
+static struct cpu_acts place_layer(const claas_backend_t *backend, struct cpu_arena *arena,
+                                   size_t m, const struct cpu_step_space *space)
 {
     const struct cpu_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
     size_t act = m * backend->ops->act_bytes, d = (size_t)c->hidden, real = m * sizeof(float);
-    void *x = claas_cpu_take(arena, act * d);
+    struct cpu_acts acts = {0};
 
+    acts.rstd_in = claas_cpu_take(arena, real);
+    acts.qkv = claas_cpu_take(arena, act * (size_t)model->nqkv);
+    if (c->qk_norm) {
+        acts.qk_raw = claas_cpu_take(arena, act * (size_t)(model->nq + model->nk));
+        acts.rstd_q = claas_cpu_take(arena, real * (size_t)c->heads);
+        acts.rstd_k = claas_cpu_take(arena, real * (size_t)c->kv_heads);
+    }
+    acts.attn = claas_cpu_take(arena, act * (size_t)model->nq);
+    acts.lse = claas_cpu_take(arena, real * (size_t)c->heads);
+    acts.x_mid = claas_cpu_take(arena, act * d);
+    acts.rstd_mid = claas_cpu_take(arena, real);
+    acts.gate_up = claas_cpu_take(arena, act * 2 * (size_t)c->intermediate);
+    for (int kind = 0; kind < CPU_WEIGHTS; kind++)
+        acts.s[kind] = claas_cpu_take(arena, act * (size_t)space->pass.lds[kind]);
+    return acts;
+}
+
+/* Every layer's activations if they fit the limit; else only the residual stream between the layers
+ * (a tenth), and one set that each layer is computed into a second time on the way back. A layer's
+ * x_out is the next one's x_in. */
+static void place_saved(const claas_backend_t *backend, struct cpu_arena *arena, size_t m,
+                        struct cpu_step_space *space)
+{
+    const struct claas_model_config *c = &backend->model.config;
+    size_t stream = m * backend->ops->act_bytes * (size_t)c->hidden;
+    struct cpu_arena one = {0};
+    struct cpu_acts acts;
+    void *x = claas_cpu_take(arena, stream);
+
+    (void)place_layer(backend, &one, m, space);
+    space->recompute = (one.used + stream) * (size_t)c->layers > backend->saved_limit;
     for (int l = 0; l < c->layers; l++) {
-        struct cpu_acts acts = {.x_in = x};
-
-        acts.rstd_in = claas_cpu_take(arena, real);
-        acts.qkv = claas_cpu_take(arena, act * (size_t)model->nqkv);
-        if (c->qk_norm) {
-            acts.qk_raw = claas_cpu_take(arena, act * (size_t)(model->nq + model->nk));
-            acts.rstd_q = claas_cpu_take(arena, real * (size_t)c->heads);
-            acts.rstd_k = claas_cpu_take(arena, real * (size_t)c->kv_heads);
-        }
-        acts.attn = claas_cpu_take(arena, act * (size_t)model->nq);
-        acts.lse = claas_cpu_take(arena, real * (size_t)c->heads);
-        acts.x_mid = claas_cpu_take(arena, act * d);
-        acts.rstd_mid = claas_cpu_take(arena, real);
-        acts.gate_up = claas_cpu_take(arena, act * 2 * (size_t)c->intermediate);
-        for (int kind = 0; kind < CPU_WEIGHTS; kind++)
-            acts.s[kind] = claas_cpu_take(arena, act * (size_t)space->pass.lds[kind]);
-        acts.x_out = x = claas_cpu_take(arena, act * d);
+        if (l == 0 || !space->recompute)
+            acts = place_layer(backend, arena, m, space);
+        acts.x_in = x;
+        acts.x_out = x = claas_cpu_take(arena, stream);
         if (arena->base)
             space->saved[l] = acts;
     }
@@ -165,7 +186,7 @@ static void place_train_side(const claas_backend_t *backend, struct cpu_arena *a
     space->branch_dout = claas_cpu_take(arena, longest * nq * act);
     space->branch_lse = claas_cpu_take(arena, longest * (size_t)c->heads * sizeof(float));
     space->branch_d = claas_cpu_take(arena, longest * nqkv * sizeof(float));
-    place_kv(backend, arena, e.blocks, c->layers, space);
+    place_kv(backend, arena, e.blocks, space->recompute ? 1 : c->layers, space);
 }
 
 /* What lives through the whole step. */
@@ -227,18 +248,22 @@ int claas_cpu_space_reserve(claas_backend_t *backend, const struct cpu_plan *pla
     return 0;
 }
 
+void claas_cpu_space_leave(claas_backend_t *backend)
+{
+    if (backend->step.bytes <= KEPT_BYTES)
+        return;
+    atomic_fetch_sub(&backend->bytes_workspace, backend->step.bytes);
+    claas_cpu_region_done(&backend->step);
+}
+
 void claas_cpu_space_enter(claas_backend_t *backend, const struct cpu_plan *plan,
                            enum cpu_stage stage, struct cpu_step_space *space)
 {
     struct cpu_arena arena = {.base = backend->step.base};
-    bool train = stage == CPU_STAGE_STUDENT && plan->request->update;
 
     *space = (struct cpu_step_space){0};
     place_stage(backend, plan, stage, &arena, space);
     space->pass.backend = backend;
     space->pass.yield = plan->request->yield;
     space->pass.yield_arg = plan->request->yield_arg;
-    /* positions that are never written are masked, but must be finite */
-    if (!train)
-        memset(space->kv, 0, space->kv_bytes);
 }

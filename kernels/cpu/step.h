@@ -266,6 +266,8 @@ struct claas_backend {
     struct cpu_region kv;  /* [L][kv_blocks][G] */
     struct cpu_forward_space forward;
     struct cpu_region step; /* of training; grown when a step needs more */
+    size_t
+        saved_limit; /* bytes of activations to keep; a batch with more computes its layers twice */
     char name[64];
     _Atomic uint64_t bytes_adapters, bytes_workspace, bytes_peak;
 };

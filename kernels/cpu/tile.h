@@ -7,9 +7,9 @@
  * than latency times throughput of any CPU here, and measured 98% of the peak. The sum of an
  * element is one chain over the steps, so tile shape never changes a result.
  *
- *   row i's operand at step s: x + i*ldx + s*xstep   (bytes; a step's 4 bytes, or 8 when pairs were
- * widened) panel p at step s:         w + p*second + s*64 sums:                      acc + i*ldacc
- * + 16*p   (floats), loaded first and stored last
+ *   operand of row i, step s   x + i*ldx + s*xstep    bytes; 4 of them, or 8 of widened pairs
+ *   panel p, step s            w + p*second + s*64    bytes
+ *   sums of row i, panel p     acc + i*ldacc + 16*p   floats, loaded first and stored last
  *
  * Local arrays would be kept in memory by the compilers (they unroll after they have decided what
  * lives in registers), hence one variable per sum, made by macros. Rows are addressed from a base

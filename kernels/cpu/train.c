@@ -18,8 +18,15 @@
 
 /* --- the passes --- */
 
+/* Positions that are never written are masked, but must be finite. */
+static void clear_kv(const struct cpu_step_space *space)
+{
+    memset(space->kv, 0, (size_t)space->kv_layers * space->kv_bytes);
+}
+
 static int infer_batch(struct cpu_step_space *space, const struct cpu_batch *batch)
 {
+    clear_kv(space);
     space->pass.pack = &batch->pack;
     space->infer.tail = batch->tail;
     space->infer.tail_count = batch->tail_count;
@@ -62,47 +69,40 @@ static int run_base(claas_backend_t *backend, const struct cpu_plan *plan)
     return 0;
 }
 
-/* The layers, keeping what the backward pass needs; the last one's second half for the tail alone.
- */
-static int forward_saved(claas_backend_t *backend, const struct cpu_batch *batch,
-                         struct cpu_step_space *space)
+int claas_cpu_layer_saved(claas_backend_t *backend, const struct cpu_batch *batch,
+                          struct cpu_step_space *space, int layer)
 {
     const struct claas_model_config *c = &backend->model.config;
-    const struct claas_ops *ops = backend->ops;
-    int last = c->layers - 1, code = 0;
-    struct cpu_acts tail = space->saved[last];
-    struct cpu_pack pack = {.m = batch->tail_count, .groups = &space->tail_group, .group_count = 1};
+    struct cpu_acts acts = space->saved[layer];
+    struct cpu_pack tail = {.m = batch->tail_count, .groups = &space->tail_group, .group_count = 1};
+    int code = claas_cpu_attention_half(&space->pass, layer, &acts);
 
-    claas_cpu_embed(backend, batch->pack.tokens, batch->pack.m, space->saved[0].x_in);
-    for (int l = 0; l < last && code >= 0; l++) {
-        code = claas_cpu_attention_half(&space->pass, l, &space->saved[l]);
-        if (code >= 0)
-            code = claas_cpu_mlp_half(&space->pass, &batch->pack, l, &space->saved[l]);
-    }
-    if (code >= 0)
-        code = claas_cpu_attention_half(&space->pass, last, &tail);
     if (code < 0)
         return code;
+    if (layer < c->layers - 1)
+        return claas_cpu_mlp_half(&space->pass, &batch->pack, layer, &acts);
     space->tail_group = batch->pack.groups[0];
     space->tail_group.count = batch->tail_count;
-    claas_cpu_gather(ops, tail.x_in, batch->tail, batch->tail_count, (size_t)c->hidden,
+    claas_cpu_gather(backend->ops, acts.x_in, batch->tail, batch->tail_count, (size_t)c->hidden,
                      space->tail_x);
-    claas_cpu_gather(ops, tail.attn, batch->tail, batch->tail_count, (size_t)backend->model.nq,
-                     space->tail_attn);
-    tail.x_in = space->tail_x;
-    tail.attn = space->tail_attn;
-    return claas_cpu_mlp_half(&space->pass, &pack, last, &tail);
+    claas_cpu_gather(backend->ops, acts.attn, batch->tail, batch->tail_count,
+                     (size_t)backend->model.nq, space->tail_attn);
+    acts.x_in = space->tail_x;
+    acts.attn = space->tail_attn;
+    return claas_cpu_mlp_half(&space->pass, &tail, layer, &acts);
 }
 
 static int train_batch(claas_backend_t *backend, const struct cpu_plan *plan,
                        const struct cpu_batch *batch, struct cpu_step_space *space)
 {
     const struct claas_model_config *c = &backend->model.config;
-    int learner = plan->positions[batch->scored_index[0]].learner, code;
+    int learner = plan->positions[batch->scored_index[0]].learner, code = 0;
 
     space->pass.pack = &batch->pack;
-    memset(space->kv, 0, (size_t)c->layers * space->kv_bytes); /* see claas_cpu_space_enter */
-    code = forward_saved(backend, batch, space);
+    clear_kv(space);
+    claas_cpu_embed(backend, batch->pack.tokens, batch->pack.m, space->saved[0].x_in);
+    for (int l = 0; l < c->layers && code >= 0; l++)
+        code = claas_cpu_layer_saved(backend, batch, space, l);
     memset(space->dx, 0, (size_t)batch->tail_count * (size_t)c->hidden * sizeof(float));
     if (code >= 0)
         code = claas_cpu_head(backend, plan, batch, space, true);
@@ -239,6 +239,27 @@ static void update(claas_backend_t *backend, const struct cpu_plan *plan)
     }
 }
 
+static int run_step(claas_backend_t *backend, struct cpu_plan *plan, struct claas_train_result *ret)
+{
+    struct cpu_step_space space;
+    int code = claas_cpu_space_reserve(backend, plan);
+
+    if (code >= 0)
+        code = run_teacher(backend, plan);
+    if (code >= 0)
+        code = run_base(backend, plan);
+    if (code >= 0)
+        code = run_student(backend, plan, &space);
+    if (code < 0)
+        return code;
+    collect(plan, space.results, ret);
+    if (plan->request->update)
+        measure_gradients(backend, plan, ret);
+    if (plan->request->update && ret->finite)
+        update(backend, plan);
+    return 0;
+}
+
 int claas_cpu_train(claas_backend_t *backend, const struct claas_backend_train *request,
                     struct claas_train_result *ret)
 {
@@ -246,27 +267,17 @@ int claas_cpu_train(claas_backend_t *backend, const struct claas_backend_train *
     CLAAS_AUTO_FREE struct claas_train_row_result *rows =
         CLAAS_NEW_ARRAY(struct claas_train_row_result, request->row_count);
     struct claas_train_result result = {.rows = rows, .row_count = request->row_count};
-    struct cpu_step_space space;
     int code;
 
     if (!rows)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     code = claas_cpu_plan_new(backend, request, &plan);
-    if (code >= 0)
-        code = claas_cpu_space_reserve(backend, &plan);
-    if (code >= 0)
-        code = run_teacher(backend, &plan);
-    if (code >= 0)
-        code = run_base(backend, &plan);
-    if (code >= 0)
-        code = run_student(backend, &plan, &space);
+    if (code >= 0) {
+        code = run_step(backend, &plan, &result);
+        claas_cpu_space_leave(backend);
+    }
     if (code < 0)
         return code;
-    collect(&plan, space.results, &result);
-    if (request->update)
-        measure_gradients(backend, &plan, &result);
-    if (request->update && result.finite)
-        update(backend, &plan);
     for (int i = 0; i < plan.learner_count; i++)
         if (plan.learners[i].adapter && plan.learners[i].adapter->step > result.step)
             result.step = plan.learners[i].adapter->step;

@@ -82,7 +82,8 @@ struct cpu_step_space {
     struct cpu_infer infer;
     void *hidden; /* act [tail][D]: final norm of an inference batch */
     void *kv;
-    size_t kv_bytes; /* of one layer; training keeps all of them */
+    size_t kv_bytes; /* of one layer */
+    int kv_layers;   /* all of them when activations are kept, else 1 */
     /* kept through the step */
     void *teacher_hidden;              /* act [positions][D] */
     float *base_logprobs;              /* [positions] */
@@ -91,6 +92,7 @@ struct cpu_step_space {
      * rows are computed, so there, in the head and back through it, rows are numbered along the
      * tail. */
     struct cpu_acts *saved; /* [L] */
+    bool recompute;         /* all layers but for x_in and x_out share one set of buffers */
     void *tail_x,
         *tail_attn; /* act [tail][D], [tail][Nq]: the last layer's x_in and attn, gathered */
     struct cpu_group tail_group;
@@ -116,6 +118,8 @@ struct cpu_step_space {
 enum cpu_stage { CPU_STAGE_TEACHER, CPU_STAGE_BASE, CPU_STAGE_STUDENT };
 /* Makes the back-end's step region large enough for every stage. */
 int claas_cpu_space_reserve(claas_backend_t *backend, const struct cpu_plan *plan);
+/* After a step: gives an unusually large region back. */
+void claas_cpu_space_leave(claas_backend_t *backend);
 /* Places a stage's buffers; what is kept stays where it is. */
 void claas_cpu_space_enter(claas_backend_t *backend, const struct cpu_plan *plan,
                            enum cpu_stage stage, struct cpu_step_space *space);
@@ -125,6 +129,9 @@ void claas_cpu_space_enter(claas_backend_t *backend, const struct cpu_plan *plan
  * with the gradient in space->dx. */
 int claas_cpu_head(claas_backend_t *backend, const struct cpu_plan *plan,
                    const struct cpu_batch *batch, struct cpu_step_space *space, bool saved);
+/* One layer with the activations in space->saved; the last one's second half for the tail alone. */
+int claas_cpu_layer_saved(claas_backend_t *backend, const struct cpu_batch *batch,
+                          struct cpu_step_space *space, int layer);
 /* Log-probs of a batch's tokens from space->hidden into space->base_logprobs. */
 int claas_cpu_head_logprobs(claas_backend_t *backend, const struct cpu_plan *plan,
                             const struct cpu_batch *batch, struct cpu_step_space *space);

@@ -18,8 +18,8 @@ static void transpose_block(const act *in, act *out)
         r[i] = _mm512_unpacklo_ps(a, b);
         r[i + 1] = _mm512_unpackhi_ps(a, b);
     }
-    for (int i = 0; i < 16;
-         i += 4) /* pairs of pairs: t[4g+j] holds columns j, 4+j, 8+j, 12+j of rows 4g … 4g+3 */
+    /* Pairs of pairs: t[4g+j] holds columns j, 4+j, 8+j, 12+j of rows 4g … 4g+3. */
+    for (int i = 0; i < 16; i += 4)
         for (int j = 0; j < 2; j++) {
             const __m512d a = _mm512_castps_pd(r[i + j]), b = _mm512_castps_pd(r[i + 2 + j]);
 

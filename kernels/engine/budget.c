@@ -23,8 +23,6 @@ static bool is_streaming(const claas_device_t *device)
     return false;
 }
 
-/* Prompt tokens in the next pass: all that are allowed, but about two slices' worth while a chat
- * streams. */
 int claas_budget_find(claas_device_t *device)
 {
     int most = device->options.prefill_chunk;

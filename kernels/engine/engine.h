@@ -254,6 +254,15 @@ void claas_generate_reap(claas_device_t *device);
 /* Ends all of them. */
 void claas_generate_close(claas_device_t *device);
 
+/* --- budget.c
+ * -----------------------------------------------------------------------------------------------------------
+ */
+
+/* Most prompt tokens of the next pass; at least a block. */
+int claas_budget_find(claas_device_t *device);
+/* Learns from a pass with `tokens` prompt tokens. */
+void claas_budget_learn(claas_device_t *device, int tokens, int64_t ns);
+
 /* --- train.c
  * --------------------------------------------------------------------------------------------------------------
  */

@@ -804,7 +804,7 @@ static int stop(void **state)
     return 0;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_root),
@@ -836,6 +836,8 @@ int main(void)
     int failed;
 
     signal(SIGPIPE, SIG_IGN);
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     failed = cmocka_run_group_tests(tests, start, stop);
     return failed + cmocka_run_group_tests(drain_tests, NULL, NULL);
 }

@@ -13,6 +13,7 @@
 
 #include "claas/clock.h"
 #include "claas/err.h"
+#include "claas/file.h"
 #include "claas/log.h"
 #include "claas/mem.h"
 #include "claas/metrics.h"
@@ -66,7 +67,7 @@ static int run_child(const char *dir, const char *connect_to, const char *name, 
 
 static pid_t spawn(const char *verb, const char *dir, const char *name, const char *actor)
 {
-    char *arguments[] = {"test_runtime_node", (char *)verb, (char *)dir, (char *)name,
+    char *arguments[] = {(char *)"test_runtime_node", (char *)verb, (char *)dir, (char *)name,
                          (char *)actor, NULL};
     pid_t pid;
 
@@ -137,8 +138,8 @@ static double child_sum(const struct fixture *fixture, const char *name)
     return sum;
 }
 
-/* Over all processes every message sent has one end. `before` is this process's sum at the start,
- * which is 0: here the sum counts what was asked of the node and ended there. */
+/* Over all processes every message sent has one end: what this process sent and did not end is what
+ * the other one ended and did not send. */
 static void ask_a_node(void **state)
 {
     struct fixture *fixture = *state;
@@ -241,21 +242,41 @@ static void restart_on_the_node(void **state)
     claas_metric_add(CLAAS_METRIC_MESSAGES_HANDLED, messages_unaccounted());
 }
 
+static void write_token(const struct fixture *node, const char *token)
+{
+    char path[128];
+
+    snprintf(path, sizeof(path), "%s/keys", node->dir);
+    assert_int_equal(claas_mkdir_all(path), 0);
+    snprintf(path, sizeof(path), "%s/keys/node.token", node->dir);
+    assert_int_equal(claas_file_write(path, token, strlen(token)), 0);
+}
+
+/* Nodes of one host share the data directory; here each has its own, with a copy of the token. */
+static void share_token(const struct fixture *from, const struct fixture *to)
+{
+    int64_t until = claas_clock_ms() + 10000;
+    CLAAS_AUTO_FREE char *token = NULL;
+    char path[128];
+
+    snprintf(path, sizeof(path), "%s/keys/node.token", from->dir);
+    while (claas_file_read(path, 1024, &token, NULL) < 0 && claas_clock_ms() < until)
+        poll(NULL, 0, 5);
+    assert_non_null(token);
+    write_token(to, token);
+}
+
 /* This process as the node; the main node is the child, is killed, and comes back. */
 static void main_node_comes_back(void **state)
 {
     struct fixture main_node, node;
-    char connect[128], path[128];
+    char connect[128];
 
     fixture_new(&main_node, NULL);
     pid_t pid = spawn("main", main_node.dir, "main", "storage");
     snprintf(connect, sizeof(connect), "connect=ipc://%s/claas.ipc", main_node.dir);
     fixture_new(&node, connect);
-    /* The token comes with the shared data directory; here it is a copy. */
-    snprintf(path, sizeof(path), "mkdir -p %s/keys; while ! [ -s %s/keys/node.token ]; do sleep "
-                                 "0.01; done; cp %s/keys/node.token %s/keys/",
-             node.dir, main_node.dir, main_node.dir, node.dir);
-    assert_int_equal(system(path), 0);
+    share_token(&main_node, &node);
     if (claas_runtime_new(node.config, &node.runtime) < 0)
         fail_msg("%s", claas_error_text());
     assert_int_equal(claas_runtime_start(node.runtime, &driver_class, "driver", node.probe), 0);
@@ -279,13 +300,11 @@ static void wrong_token(void **state)
 {
     struct fixture *fixture = *state;
     struct fixture node;
-    char connect[128], command[128];
+    char connect[128];
 
     snprintf(connect, sizeof(connect), "connect=ipc://%s/claas.ipc", fixture->dir);
     fixture_new(&node, connect);
-    snprintf(command, sizeof(command), "mkdir -p %s/keys; printf '%%064d' 7 > %s/keys/node.token",
-             node.dir, node.dir);
-    assert_int_equal(system(command), 0);
+    write_token(&node, "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef");
     assert_int_equal(claas_runtime_new(node.config, &node.runtime), CLAAS_ERR_DENIED);
     assert_non_null(strstr(claas_error_text(), "the node token is missing or wrong"));
     fixture_free(&node);

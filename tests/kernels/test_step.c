@@ -5,6 +5,7 @@
 
 #include "claas/err.h"
 #include "claas/mem.h"
+#include "cpu/step.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -325,6 +326,30 @@ static void saved_and_loaded_goes_on_as_never_stopped(void **state)
     }
 }
 
+/* A batch too long to keep its activations computes them twice, to the same bits. */
+static void recomputed_activations_change_nothing(void **state)
+{
+    static const char *const models[] = {"random:tiny-llama", "random:tiny-qwen3-untied"};
+
+    for (size_t m = 0; m < CLAAS_COUNT(models); m++)
+        for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+            struct claas_adapter_image kept[ADAPTERS], twice[ADAPTERS];
+            struct bits b;
+
+            open_bits(&b, models[m], variants[v].precision, 2, variants[v].cpu);
+            run_steps(&b, 2, kept);
+            close_bits(&b);
+            open_bits(&b, models[m], variants[v].precision, 2, variants[v].cpu);
+            b.f.backend->saved_limit = 0;
+            run_steps(&b, 2, twice);
+            for (int a = 1; a < ADAPTERS; a++)
+                assert_true(step_same_image(&b.f, &kept[a], &twice[a]));
+            close_bits(&b);
+            done_images(kept);
+            done_images(twice);
+        }
+}
+
 static void a_copy_is_the_same_adapter(void **state)
 {
     struct bits b;
@@ -356,6 +381,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(runs_and_thread_counts_agree),
         cmocka_unit_test(together_is_alone),
         cmocka_unit_test(saved_and_loaded_goes_on_as_never_stopped),
+        cmocka_unit_test(recomputed_activations_change_nothing),
         cmocka_unit_test(a_copy_is_the_same_adapter),
     };
 
