@@ -253,7 +253,7 @@ cJSON *openai_chat_body(struct request *request, const cJSON *json, struct opena
 
     call->chat = true;
     schema_check(faults, &body_place, json, chat_fields, CLAAS_COUNT(chat_fields));
-    if (claas_json_get_array(json, "messages", &messages) == 1)
+    if (claas_json_get_array(json, "messages", &messages) == 1 && cJSON_GetArraySize(faults) == 0)
         claas_json_set(body, "messages", read_messages(faults, messages));
     claas_json_get_bool(json, "logprobs", &logprobs);
     claas_json_get_int(json, "top_logprobs", 0, TOP_MAX, &top);

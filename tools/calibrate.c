@@ -89,20 +89,32 @@ static bool is_preferred(const struct calibration *measured, int form, int than)
     return hit > other_hit;
 }
 
-/* The form with the largest advantage over the first on one preference; 0 if none is clear. */
+/* The largest advantage of a form over another on one preference. */
+static double advantage(const struct calibration *measured, int form, int over)
+{
+    double best = 0;
+
+    for (int i = 0; i < CALIBRATE_PREFERENCES; i++) {
+        double one = measured->hit[form][i] - measured->hit[over][i];
+
+        best = one > best ? one : best;
+    }
+    return best;
+}
+
+/* The form with the largest advantage over the first, of equal ones the better on the whole; 0 if
+ * none is clearly better at anything. */
 static int find_partner(const struct calibration *measured, int first)
 {
     double best = CLEARLY_BETTER;
     int partner = 0;
 
     for (int form = 1; form < CALIBRATE_FORMS; form++) {
-        for (int i = 0; i < CALIBRATE_PREFERENCES; i++) {
-            double advantage = measured->hit[form][i] - measured->hit[first][i];
+        double own = advantage(measured, form, first);
 
-            if (advantage >= best) {
-                best = advantage;
-                partner = form;
-            }
+        if (own > best || (own == best && mean_hit(measured, form) > mean_hit(measured, partner))) {
+            best = own;
+            partner = form;
         }
     }
     return partner;

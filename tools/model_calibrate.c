@@ -12,7 +12,7 @@
 #include "claas/json.h"
 #include "claas/mem.h"
 #include "cli.h"
-#include "model.h"
+#include "model_verbs.h"
 #include "progress.h"
 #include "table.h"
 #include "verbs.h"

@@ -11,7 +11,7 @@
 #include "claas/model.h"
 #include "claas/tokenizer.h"
 #include "cli.h"
-#include "model.h"
+#include "model_verbs.h"
 #include "verbs.h"
 
 #define STOP_TOKENS_MAX 16

@@ -34,6 +34,8 @@ static char *cell_text(const cJSON *value, enum table_kind kind, bool json)
     }
     if (cJSON_IsString(value))
         return claas_strdup(value->valuestring);
+    if (!json && cJSON_IsNumber(value) && value->valuedouble != (double)(int64_t)value->valuedouble)
+        return claas_format("%.4g", value->valuedouble);
     return claas_json_print(value);
 }
 

@@ -158,6 +158,7 @@ int teach_watch_events(struct http *http, const char *job_id, teach_event_fn *ev
     path = claas_format("/v1/jobs/%s/events", text ? text : "");
     curl_free(text);
     progress_begin(&watch.progress);
+    progress_set(&watch.progress, 0, 0, "accepted");
     rc = watch_until_end(http, path, &watch);
     progress_end(&watch.progress);
     *ret = watch.job;

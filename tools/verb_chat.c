@@ -178,7 +178,10 @@ static void do_undo(struct chat *chat, const char *words)
     if (rc < 0)
         complain(chat);
     else
-        printf("(%s is at version %" PRId64 " again)\n", chat->adapter, parent);
+        printf("(%s is at version %" PRId64
+               " again; what was said stays in this conversation, /new "
+               "begins a new one)\n",
+               chat->adapter, parent);
 }
 
 /* The entry that `words` names: its id, its number in the list, or nothing = the last one. */

@@ -147,7 +147,7 @@ static int print_job(const cJSON *job)
     print_text("job", job, "job_id");
     print_text("adapter", job, "lora_id");
     print_time("created", job, "created");
-    cJSON_ArrayForEach(item, claas_json_get(job, "items")) print_text("feedback", item, "feedback");
+    cJSON_ArrayForEach(item, claas_json_get(job, "feedback")) print_text("feedback", item, "text");
     cJSON_ArrayForEach(transition, claas_json_get(job, "transitions"))
     {
         const char *state = "";

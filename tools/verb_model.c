@@ -1,7 +1,7 @@
 /* `claas model`: base models on this machine; no server is asked. */
 #include "claas/mem.h"
 #include "cli.h"
-#include "model.h"
+#include "model_verbs.h"
 #include "verbs.h"
 
 int verb_model(int argc, char **argv)

@@ -124,6 +124,7 @@ struct process {
     claas_model_t *model;
     claas_device_t *device;
     claas_runtime_t *runtime;
+    bool bad_config; /* what failed was the configuration */
     int port;
     struct claas_storage_args storage;
     struct claas_trainer_args trainer;
@@ -148,7 +149,7 @@ static char crash_marker[4096];
 
 /* A crash of our own making counts against the job that ran; the marker tells the next start.
  * Async-signal-safe only. */
-static void on_crash(int number)
+__attribute__((unused)) static void on_crash(int number)
 {
     int fd = open(crash_marker, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     char text[] = "signal 00\n";
@@ -175,9 +176,11 @@ static void prepare_signals(const char *data)
     sigaddset(&wanted, SIGHUP);
     sigprocmask(SIG_BLOCK, &wanted, NULL);
     signal(SIGPIPE, SIG_IGN);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* these report crashes */
     signal(SIGSEGV, on_crash);
     signal(SIGABRT, on_crash);
     signal(SIGBUS, on_crash);
+#endif
 }
 
 /* --- putting it together
@@ -195,6 +198,7 @@ static int load_config(struct serve_args *args, struct process *process)
     int rc = claas_config_load(args->config_path, args->overrides, args->count, &process->config);
     const char *data;
 
+    process->bad_config = rc < 0;
     if (rc < 0)
         return rc;
     /* Paths travel in messages to other processes, so the directory is named absolutely from here
@@ -302,10 +306,12 @@ static int run(struct serve_args *args, struct process *process)
     enum claas_log_level level = CLAAS_LOG_INFO;
     int rc = load_config(args, process);
 
-    if (rc == 0)
-        rc = claas_log_level_parse(claas_config_string(process->config, "log.level"), &level);
     if (rc < 0)
         return rc;
+    rc = claas_log_level_parse(claas_config_string(process->config, "log.level"), &level);
+    process->bad_config = rc < 0;
+    if (rc < 0)
+        return claas_fail_context(rc, "log.level: ");
     claas_log_setup(level, claas_config_string(process->config, "log.format"));
     prepare_signals(claas_config_string(process->config, "data"));
     if (has_role(process, "trainer") || has_role(process, "sampler"))
@@ -333,7 +339,7 @@ int verb_serve(int argc, char **argv)
     process_done(&process);
     for (size_t i = 0; i < args.count; i++)
         free(args.owned[i]);
-    if (rc == CLAAS_ERR_FORMAT && !process.runtime)
+    if (process.bad_config)
         return EXIT_CODE_CONFIG;
     return rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK;
 }

@@ -153,6 +153,7 @@ static int scan_number(struct scan *scan)
 static int scan_text(struct scan *scan)
 {
     int depth = 0;
+    size_t values = 0;
     int rc = 0;
 
     while (rc == 0 && scan->at < scan->length) {
@@ -166,8 +167,11 @@ static int scan_text(struct scan *scan)
             rc = fail_at(scan->text, scan->at, "character outside of a string");
         } else {
             depth += (c == '[' || c == '{') - (c == ']' || c == '}');
+            values += c == ',' || c == '[' || c == '{';
             if (depth > CLAAS_JSON_DEPTH_MAX)
                 rc = fail_at(scan->text, scan->at, "nested too deeply");
+            else if (values > CLAAS_JSON_VALUES_MAX)
+                rc = fail_at(scan->text, scan->at, "too many values");
             scan->at++;
         }
     }

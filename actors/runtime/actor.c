@@ -115,8 +115,7 @@ static int send_body(claas_actor_t *actor, const struct claas_reply_to *to,
                      const struct claas_attachment *attachments, size_t count)
 {
     CLAAS_AUTO(claas_json_free) cJSON *owned = body ? body : cJSON_CreateObject();
-    enum claas_field_part part =
-        kind == CLAAS_KIND_REP ? CLAAS_PART_REPLY : CLAAS_PART_PROGRESS;
+    enum claas_field_part part = kind == CLAAS_KIND_REP ? CLAAS_PART_REPLY : CLAAS_PART_PROGRESS;
     struct parcel parcel;
 
     if (to->correlation == 0)

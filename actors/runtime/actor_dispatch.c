@@ -85,8 +85,8 @@ static void take_answer(claas_actor_t *actor, struct parcel *parcel)
         claas_fail_context(rc, "a wrong answer of %s: ", opened.address[0]);
         claas_error("%s", claas_error_text());
         envelope_close(&envelope);
-        envelope_error(&envelope, opened.header.type, opened.header.correlation,
-                       opened.address[0], CLAAS_ERR_INTERNAL, claas_error_text());
+        envelope_error(&envelope, opened.header.type, opened.header.correlation, opened.address[0],
+                       CLAAS_ERR_INTERNAL, claas_error_text());
         envelope.message.header.epoch = opened.header.epoch;
     }
     actor_take_reply(actor, &envelope);

@@ -34,6 +34,7 @@ struct watch {
 struct actor_owner {
     void *handle;
     void (*ready)(void *handle, int rc, const char *text);
+    void (*alive)(void *handle); /* after each poke of the control descriptor */
     void (*drained)(void *handle);
 };
 
@@ -45,9 +46,9 @@ struct claas_actor {
     struct actor_owner owner;
     void *self;
 
-    zsock_t *data;  /* DEALER to the switch */
+    zsock_t *data; /* DEALER to the switch */
     zloop_t *loop;
-    int epoll_fd;   /* watches, timer and control behind one descriptor: zloop scans linearly */
+    int epoll_fd; /* watches, timer and control behind one descriptor: zloop scans linearly */
     int timer_fd;
     int control_fd; /* eventfd, owned by the supervisor: look at the two requests below */
     const _Atomic bool *drain_request, *stop_request;

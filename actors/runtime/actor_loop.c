@@ -20,11 +20,12 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
-#define EVENTS_MAX   32
-#define EVENT_TIMER  UINT64_MAX
+#define EVENTS_MAX    32
+#define EVENT_TIMER   UINT64_MAX
 #define EVENT_CONTROL (UINT64_MAX - 1)
 
-/* --- timers ------------------------------------------------------------------------------------ */
+/* --- timers ------------------------------------------------------------------------------------
+ */
 
 /* Sets the timerfd to the first timer, if that has changed. */
 static void arm(claas_actor_t *actor)
@@ -83,7 +84,8 @@ void claas_actor_timer_cancel(claas_actor_t *actor, int timer)
         timers_remove(&actor->timers, timers_find(&actor->timers, timer));
 }
 
-/* --- descriptors ------------------------------------------------------------------------------- */
+/* --- descriptors -------------------------------------------------------------------------------
+ */
 
 static int add_epoll(claas_actor_t *actor, int fd, uint64_t data)
 {
@@ -129,7 +131,8 @@ static void call_watch(claas_actor_t *actor, uint64_t data)
     }
 }
 
-/* --- drain and stop ---------------------------------------------------------------------------- */
+/* --- drain and stop ----------------------------------------------------------------------------
+ */
 
 static void check_drained(void *self, void *arg)
 {
@@ -152,6 +155,7 @@ static void look_at_control(claas_actor_t *actor)
 
     if (read(actor->control_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
         claas_warning("eventfd: %s", strerror(errno));
+    actor->owner.alive(actor->owner.handle);
     if (atomic_load(actor->drain_request) && !actor->draining) {
         actor->draining = true;
         check_drained(actor, NULL);
@@ -160,7 +164,8 @@ static void look_at_control(claas_actor_t *actor)
         actor->stopping = true;
 }
 
-/* --- the loop ---------------------------------------------------------------------------------- */
+/* --- the loop ----------------------------------------------------------------------------------
+ */
 
 /* End of every callback: credit, timer; -1 ends zloop. */
 static int finish_pass(claas_actor_t *actor)
@@ -229,7 +234,8 @@ static int run_loop(claas_actor_t *actor)
     return actor->failure;
 }
 
-/* --- birth and death --------------------------------------------------------------------------- */
+/* --- birth and death ---------------------------------------------------------------------------
+ */
 
 static int open_descriptors(claas_actor_t *actor)
 {

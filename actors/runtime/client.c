@@ -59,8 +59,7 @@ static int probe_ipc(const char *endpoint)
     int number = errno;
     close(fd);
     if (rc < 0)
-        return claas_fail(CLAAS_ERR_UNAVAILABLE, "no server at %s: %s", endpoint,
-                          strerror(number));
+        return claas_fail(CLAAS_ERR_UNAVAILABLE, "no server at %s: %s", endpoint, strerror(number));
     return 0;
 }
 
@@ -101,7 +100,8 @@ void claas_client_free(claas_client_t **client)
     *client = NULL;
 }
 
-/* --- sending ----------------------------------------------------------------------------------- */
+/* --- sending -----------------------------------------------------------------------------------
+ */
 
 /* Waits until the socket can take (POLLOUT) or has (POLLIN) a message; false at the deadline. */
 static bool await(claas_client_t *client, short events, int64_t until_ms)
@@ -159,7 +159,8 @@ static int send_request(claas_client_t *client, const char *to, const cJSON *bod
     return send_parcel(client, &parcel);
 }
 
-/* --- waiting ----------------------------------------------------------------------------------- */
+/* --- waiting -----------------------------------------------------------------------------------
+ */
 
 /* 1: the request has ended well, 0: goes on, < 0: it has failed. */
 static int take_answer(struct wait *wait, struct parcel *parcel)

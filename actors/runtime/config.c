@@ -22,7 +22,8 @@ const size_t setting_count = CLAAS_COUNT(setting_rows);
 static const char *const type_names[] = {"STRING", "INT",      "NUMBER", "BOOL",
                                          "SIZE",   "DURATION", "LIST"};
 
-/* --- loading ----------------------------------------------------------------------------------- */
+/* --- loading -----------------------------------------------------------------------------------
+ */
 
 int config_find(const char *key)
 {
@@ -143,7 +144,8 @@ void claas_config_free(claas_config_t **pointer)
     *pointer = NULL;
 }
 
-/* --- reading ----------------------------------------------------------------------------------- */
+/* --- reading -----------------------------------------------------------------------------------
+ */
 
 /* An unknown key is a slip in our own code that the first test shows. */
 static const struct config_value *find_value(const claas_config_t *config, const char *key)

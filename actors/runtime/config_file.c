@@ -48,7 +48,8 @@ static int end_with_report(struct reading *reading, int code)
     return claas_fail(code, "%.*s", (int)length, reading->report.data);
 }
 
-/* --- values ------------------------------------------------------------------------------------ */
+/* --- values ------------------------------------------------------------------------------------
+ */
 
 static char *scalar_text(struct fy_node *node)
 {
@@ -111,8 +112,8 @@ static int set_value(struct reading *reading, int row, struct fy_node *key, stru
     if (reading->seen[row])
         return fail_at(reading, key, "this setting is there twice");
     reading->seen[row] = true;
-    CLAAS_AUTO_FREE char *text = value ? value_text(reading, value, setting_rows[row].type)
-                                       : claas_strdup("");
+    CLAAS_AUTO_FREE char *text =
+        value ? value_text(reading, value, setting_rows[row].type) : claas_strdup("");
     if (!text)
         return CLAAS_ERR_INVALID;
     if (config_set(reading->config, row, text, "file") < 0)
@@ -120,15 +121,15 @@ static int set_value(struct reading *reading, int row, struct fy_node *key, stru
     return 0;
 }
 
-/* --- mappings ---------------------------------------------------------------------------------- */
+/* --- mappings ----------------------------------------------------------------------------------
+ */
 
 static bool is_section(const char *prefix)
 {
     size_t length = strlen(prefix);
 
     for (size_t i = 0; i < setting_count; i++)
-        if (strncmp(setting_rows[i].key, prefix, length) == 0 &&
-            setting_rows[i].key[length] == '.')
+        if (strncmp(setting_rows[i].key, prefix, length) == 0 && setting_rows[i].key[length] == '.')
             return true;
     return false;
 }
@@ -192,7 +193,8 @@ static int read_mapping(struct reading *reading, struct fy_node *mapping, const 
     return rc;
 }
 
-/* --- the file ---------------------------------------------------------------------------------- */
+/* --- the file ----------------------------------------------------------------------------------
+ */
 
 static int read_document(struct reading *reading, struct fy_document *document)
 {
@@ -210,10 +212,8 @@ static int read_document(struct reading *reading, struct fy_document *document)
  * there. */
 static int parse(struct reading *reading)
 {
-    struct fy_diag_cfg diag_config = {.output_fn = collect,
-                                      .user = &reading->report,
-                                      .level = FYET_ERROR,
-                                      .module_mask = ~0u};
+    struct fy_diag_cfg diag_config = {
+        .output_fn = collect, .user = &reading->report, .level = FYET_ERROR, .module_mask = ~0u};
     struct fy_diag *diag = fy_diag_create(&diag_config);
     struct fy_parse_cfg config = {.diag = diag};
     int rc;

@@ -18,16 +18,27 @@ struct unit {
 };
 
 static const struct unit size_units[] = {
-    {"", 1},        {"B", 1},          {"kB", 1e3},      {"KB", 1e3},        {"MB", 1e6},
-    {"GB", 1e9},    {"TB", 1e12},      {"KiB", 1024.0},  {"MiB", 1048576.0}, {"GiB", 1073741824.0},
-    {"K", 1024.0},  {"M", 1048576.0},  {"G", 1073741824.0},
+    {"", 1},
+    {"B", 1},
+    {"kB", 1e3},
+    {"KB", 1e3},
+    {"MB", 1e6},
+    {"GB", 1e9},
+    {"TB", 1e12},
+    {"KiB", 1024.0},
+    {"MiB", 1048576.0},
+    {"GiB", 1073741824.0},
+    {"K", 1024.0},
+    {"M", 1048576.0},
+    {"G", 1073741824.0},
     {"TiB", 1099511627776.0},
 };
 static const struct unit duration_units[] = {
     {"ms", 1}, {"s", 1000}, {"m", 60000}, {"min", 60000}, {"h", 3600000}, {"d", 86400000},
 };
 
-/* --- numbers ----------------------------------------------------------------------------------- */
+/* --- numbers -----------------------------------------------------------------------------------
+ */
 
 static int check_range(const struct setting_row *row, const char *text, double value)
 {
@@ -132,7 +143,8 @@ static int parse_bool(const char *text, struct config_value *value)
     return claas_fail(CLAAS_ERR_INVALID, "'%s' is neither true nor false", text);
 }
 
-/* --- lists ------------------------------------------------------------------------------------- */
+/* --- lists -------------------------------------------------------------------------------------
+ */
 
 static int add_entry(struct config_value *value, size_t count, const char *text, size_t length)
 {
@@ -171,7 +183,8 @@ static int parse_list(const char *text, struct config_value *value)
     }
 }
 
-/* --- all types --------------------------------------------------------------------------------- */
+/* --- all types ---------------------------------------------------------------------------------
+ */
 
 int config_parse_value(const struct setting_row *row, const char *text, struct config_value *value)
 {
@@ -207,7 +220,8 @@ void config_value_done(struct config_value *value)
     memset(value, 0, sizeof(*value));
 }
 
-/* --- did you mean ------------------------------------------------------------------------------ */
+/* --- did you mean ------------------------------------------------------------------------------
+ */
 
 #define KEY_MAX 63
 

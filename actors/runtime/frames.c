@@ -47,7 +47,8 @@ bool name_valid(const char *name)
                length;
 }
 
-/* --- receiving --------------------------------------------------------------------------------- */
+/* --- receiving ---------------------------------------------------------------------------------
+ */
 
 static int read_address(struct parcel *parcel, zframe_t *frame)
 {
@@ -167,7 +168,8 @@ int parcel_receive(zsock_t *socket, bool router, struct parcel *ret)
     return rc < 0 ? rc : 1;
 }
 
-/* --- sending ----------------------------------------------------------------------------------- */
+/* --- sending -----------------------------------------------------------------------------------
+ */
 
 static size_t write_address(const struct parcel *parcel, char bytes[])
 {
@@ -253,7 +255,8 @@ int parcel_send(zsock_t *socket, const struct peer_id *peer, struct parcel *parc
     return failure || late ? fail_send(EHOSTUNREACH) : 0;
 }
 
-/* --- packing ----------------------------------------------------------------------------------- */
+/* --- packing -----------------------------------------------------------------------------------
+ */
 
 int parcel_pack(struct parcel *parcel, const cJSON *body,
                 const struct claas_attachment *attachments, size_t count)

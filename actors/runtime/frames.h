@@ -1,11 +1,10 @@
 /* Frames of one message on a link: [address][header][body][attachment]….
  *
- * A parcel is what switch and actors hand about: address and header taken apart, body and attachments as untouched
- * frames, so that the switch never looks into a body. The address frame holds up to three texts separated by NUL; which
- * ones depends on the link:
- *     client -> switch   to                       switch -> client   from, principal
- *     actor  -> switch   to, principal            switch -> actor    from, principal, arrival (monotonic ms)
- *     node  <-> switch   to, from, principal */
+ * A parcel is what switch and actors hand about: address and header taken apart, body and
+ * attachments as untouched frames, so that the switch never looks into a body. The address frame
+ * holds up to three texts separated by NUL; which ones depends on the link: client -> switch   to
+ * switch -> client   from, principal actor  -> switch   to, principal            switch -> actor
+ * from, principal, arrival (monotonic ms) node  <-> switch   to, from, principal */
 #ifndef CLAAS_RUNTIME_FRAMES_H
 #define CLAAS_RUNTIME_FRAMES_H
 
@@ -33,16 +32,18 @@ struct parcel {
 };
 
 void parcel_done(struct parcel *parcel);
-/* Takes the next message of a socket: 1 there was one, 0 there was none, < 0 it broke a rule (FORMAT, VERSION, LIMIT; the
- * peer is filled, and `readable` says whether the header is). Never blocks, given RCVTIMEO 0. */
+/* Takes the next message of a socket: 1 there was one, 0 there was none, < 0 it broke a rule
+ * (FORMAT, VERSION, LIMIT; the peer is filled, and `readable` says whether the header is). Never
+ * blocks, given RCVTIMEO 0. */
 int parcel_receive(zsock_t *socket, bool router, struct parcel *ret);
-/* Sends all frames or none; the load is gone afterwards in any case. `peer` is for a ROUTER. OVERLOADED: the pipe is full
- * (or not connected yet), UNAVAILABLE: the peer is gone. */
+/* Sends all frames or none; the load is gone afterwards in any case. `peer` is for a ROUTER.
+ * OVERLOADED: the pipe is full (or not connected yet), UNAVAILABLE: the peer is gone. */
 int parcel_send(zsock_t *socket, const struct peer_id *peer, struct parcel *parcel);
 /* A parcel of this kind with an empty load. */
 void parcel_init(struct parcel *parcel, enum claas_message_kind kind, int type,
                  uint64_t correlation);
-/* Fills the load from a body (NULL = {}) and attachments. TOO_LARGE, NO_MEMORY. `body` stays the caller's. */
+/* Fills the load from a body (NULL = {}) and attachments. TOO_LARGE, NO_MEMORY. `body` stays the
+ * caller's. */
 int parcel_pack(struct parcel *parcel, const cJSON *body,
                 const struct claas_attachment *attachments, size_t count);
 /* The body of an ERR. */
@@ -57,8 +58,8 @@ struct envelope {
     struct claas_attachment *attachments;
     void **copies; /* attachments that came unaligned, moved to aligned memory; NULL-terminated */
 };
-/* Parses and checks the body (its part by the kind) and lists the attachments. Takes the parcel's load. `limit` is the
- * largest body. On failure the envelope has an empty body and all else. */
+/* Parses and checks the body (its part by the kind) and lists the attachments. Takes the parcel's
+ * load. `limit` is the largest body. On failure the envelope has an empty body and all else. */
 int envelope_open(struct envelope *envelope, struct parcel *parcel, size_t limit);
 /* An ERR that was made here. */
 void envelope_error(struct envelope *envelope, int type, uint64_t correlation, const char *from,

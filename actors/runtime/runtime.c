@@ -49,8 +49,7 @@ int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret)
     int rc = claas_switch_new(config, JOIN_MS, &runtime->sw);
     if (rc == 0)
         rc = supervisor_new(claas_switch_endpoint(runtime->sw),
-                            (int)claas_config_int(config, "runtime.mailbox"),
-                            &runtime->supervisor);
+                            (int)claas_config_int(config, "runtime.mailbox"), &runtime->supervisor);
     if (rc < 0)
         return rc;
     *ret = CLAAS_TAKE(runtime);

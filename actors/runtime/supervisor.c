@@ -9,7 +9,7 @@
  * One thread starts actors again: after 0.2 s, doubling up to 30 s, with up to a quarter of jitter;
  * a minute of health resets it. Each life has a new incarnation number. Too many restarts mean that
  * restarting does not help: claas_runtime_wait returns the failure, and whoever started the process
- * decides. */
+ * decides. So it does for an actor whose loop has not turned for ten minutes. */
 #include "supervisor.h"
 
 #include "actor_internal.h"
@@ -31,7 +31,7 @@
 #define ACTORS_MAX 256
 #define HEALTHY_MS 60000
 
-struct supervisor_limits supervisor_limits = {200, 30000, 10, 300000};
+struct supervisor_limits supervisor_limits = {200, 30000, 10, 300000, 1000, 10000, 600000};
 
 enum slot_state { SLOT_STARTING, SLOT_RUNNING, SLOT_ENDED, SLOT_WAITING, SLOT_STOPPED };
 
@@ -45,9 +45,10 @@ struct slot {
     bool has_thread;
     int control_fd;
     _Atomic bool drain_request, stop_request;
+    _Atomic int64_t alive_ms;
     /* Under the supervisor's lock: */
     enum slot_state state;
-    bool was_ready, drained;
+    bool was_ready, drained, is_slow;
     int rc; /* why it failed to start, or ended */
     char text[512];
     int64_t ready_ms, restart_ms, backoff_ms;
@@ -61,6 +62,7 @@ struct supervisor {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     int changed_fd;
+    int64_t poked_ms;
     struct slot *slots[ACTORS_MAX];
     size_t count;
     pthread_t thread;
@@ -87,7 +89,15 @@ static void poke(const struct slot *slot)
         claas_warning("eventfd: %s", strerror(errno));
 }
 
-/* --- in the actor's thread ----------------------------------------------------------------------- */
+/* --- in the actor's thread -----------------------------------------------------------------------
+ */
+
+static void on_alive(void *handle)
+{
+    struct slot *slot = handle;
+
+    atomic_store(&slot->alive_ms, claas_clock_ms());
+}
 
 static void on_ready(void *handle, int rc, const char *text)
 {
@@ -97,6 +107,8 @@ static void on_ready(void *handle, int rc, const char *text)
     slot->rc = rc;
     claas_copy_text(slot->text, sizeof(slot->text), text);
     slot->ready_ms = claas_clock_ms();
+    slot->is_slow = false;
+    on_alive(slot);
     if (rc == 0) {
         slot->was_ready = true;
         slot->state = SLOT_RUNNING;
@@ -133,7 +145,7 @@ static void *run_actor(void *arg)
                                                .control_fd = slot->control_fd,
                                                .drain_request = &slot->drain_request,
                                                .stop_request = &slot->stop_request,
-                                               .owner = {slot, on_ready, on_drained}});
+                                               .owner = {slot, on_ready, on_alive, on_drained}});
     pthread_mutex_lock(&supervisor->lock);
     if (slot->rc == 0 && rc < 0) {
         slot->rc = rc;
@@ -145,13 +157,14 @@ static void *run_actor(void *arg)
     return NULL;
 }
 
-/* --- starting ------------------------------------------------------------------------------------ */
+/* --- starting ------------------------------------------------------------------------------------
+ */
 
 /* Higher with every start: seconds above, chance below. */
 static uint64_t new_incarnation(uint64_t last)
 {
-    uint64_t fresh = (uint64_t)(claas_clock_unix_ms() / 1000) << 32 |
-                     (claas_random_seed() & 0xFFFFFFFF);
+    uint64_t fresh =
+        (uint64_t)(claas_clock_unix_ms() / 1000) << 32 | (claas_random_seed() & 0xFFFFFFFF);
 
     return fresh > last ? fresh : last + 1;
 }
@@ -252,7 +265,8 @@ int supervisor_start(struct supervisor *supervisor, const struct claas_actor_cla
     return rc;
 }
 
-/* --- restarting ---------------------------------------------------------------------------------- */
+/* --- restarting ----------------------------------------------------------------------------------
+ */
 
 static int64_t jitter(int64_t ms)
 {
@@ -271,6 +285,13 @@ static bool is_too_often(struct slot *slot, int64_t now)
     return recent >= (limit < ring ? limit : ring);
 }
 
+static void give_up(struct supervisor *supervisor, int code)
+{
+    supervisor->failure = code;
+    claas_error("%s", supervisor->failure_text);
+    tell(supervisor);
+}
+
 /* An actor's thread has ended by itself: joins it, and sets the time of its next life. */
 static void plan_restart(struct supervisor *supervisor, struct slot *slot)
 {
@@ -280,13 +301,13 @@ static void plan_restart(struct supervisor *supervisor, struct slot *slot)
         pthread_join(slot->thread, NULL); /* it is past its last line: no wait */
     slot->has_thread = false;
     if (is_too_often(slot, now)) {
+        int code = slot->rc < 0 ? slot->rc : CLAAS_ERR_INTERNAL;
+
         slot->state = SLOT_STOPPED;
-        supervisor->failure = slot->rc < 0 ? slot->rc : CLAAS_ERR_INTERNAL;
         snprintf(supervisor->failure_text, sizeof(supervisor->failure_text),
                  "%s failed again and again: %s", slot->name,
-                 slot->text[0] ? slot->text : claas_err_text(supervisor->failure));
-        claas_error("%s", supervisor->failure_text);
-        tell(supervisor);
+                 slot->text[0] ? slot->text : claas_err_text(code));
+        give_up(supervisor, code);
         return;
     }
     if (slot->was_ready && now - slot->ready_ms > HEALTHY_MS)
@@ -313,16 +334,43 @@ static void wait_until(struct supervisor *supervisor, int64_t due_ms)
 {
     struct timespec when = {due_ms / 1000, due_ms % 1000 * 1000000};
 
-    if (due_ms == INT64_MAX)
-        pthread_cond_wait(&supervisor->changed, &supervisor->lock);
-    else
-        pthread_cond_timedwait(&supervisor->changed, &supervisor->lock, &when);
+    pthread_cond_timedwait(&supervisor->changed, &supervisor->lock, &when);
+}
+
+/* A thread cannot be ended from outside: an actor that does not come back takes the process with
+ * it, whose own supervisor starts it again. */
+static void check_pulse(struct supervisor *supervisor, struct slot *slot)
+{
+    int64_t silence = claas_clock_ms() - atomic_load(&slot->alive_ms);
+
+    poke(slot);
+    if (silence < supervisor_limits.slow_ms) {
+        if (slot->is_slow)
+            claas_info("%s answers again", slot->name);
+        slot->is_slow = false;
+        return;
+    }
+    if (!slot->is_slow)
+        claas_warning("%s has not answered for %lld ms", slot->name, (long long)silence);
+    slot->is_slow = true;
+    if (silence > supervisor_limits.stuck_ms && supervisor->failure == 0) {
+        snprintf(supervisor->failure_text, sizeof(supervisor->failure_text),
+                 "%s is stuck: its loop has not turned for %lld ms", slot->name,
+                 (long long)silence);
+        give_up(supervisor, CLAAS_ERR_INTERNAL);
+    }
 }
 
 /* Looks after every slot once; returns when to look again. */
 static int64_t look_after(struct supervisor *supervisor)
 {
-    int64_t next = INT64_MAX;
+    int64_t now = claas_clock_ms();
+    bool is_round = now - supervisor->poked_ms >= supervisor_limits.poke_ms;
+    int64_t next;
+
+    if (is_round)
+        supervisor->poked_ms = now;
+    next = supervisor->poked_ms + supervisor_limits.poke_ms;
 
     for (size_t i = 0; i < supervisor->count; i++) {
         struct slot *slot = supervisor->slots[i];
@@ -331,6 +379,8 @@ static int64_t look_after(struct supervisor *supervisor)
             plan_restart(supervisor, slot);
         if (slot->state == SLOT_WAITING && slot->restart_ms <= claas_clock_ms())
             restart(slot);
+        if (slot->state == SLOT_RUNNING && is_round)
+            check_pulse(supervisor, slot);
         if (slot->state == SLOT_WAITING && slot->restart_ms < next)
             next = slot->restart_ms;
     }
@@ -354,7 +404,8 @@ static void *supervise(void *arg)
     return NULL;
 }
 
-/* --- drain and stop ------------------------------------------------------------------------------ */
+/* --- drain and stop ------------------------------------------------------------------------------
+ */
 
 int supervisor_fd(const struct supervisor *supervisor)
 {
@@ -437,7 +488,8 @@ bool supervisor_stop(struct supervisor *supervisor, int64_t wait_ms)
     return is_clean;
 }
 
-/* --- birth and death ----------------------------------------------------------------------------- */
+/* --- birth and death -----------------------------------------------------------------------------
+ */
 
 int supervisor_new(const char *endpoint, int mailbox, struct supervisor **ret)
 {

@@ -50,7 +50,8 @@ const char *claas_switch_endpoint(const struct claas_switch *sw)
     return sw->endpoint;
 }
 
-/* --- drain ------------------------------------------------------------------------------------- */
+/* --- drain -------------------------------------------------------------------------------------
+ */
 
 int switch_drain(struct claas_switch *sw, zsock_t *socket, bool router, switch_take_fn *take)
 {
@@ -71,7 +72,8 @@ int switch_drain(struct claas_switch *sw, zsock_t *socket, bool router, switch_t
     return sw->stopping ? -1 : 0;
 }
 
-/* --- local actors ------------------------------------------------------------------------------ */
+/* --- local actors ------------------------------------------------------------------------------
+ */
 
 /* An actor says its name when it starts, and again when it can be called. */
 static void take_hello(struct claas_switch *sw, struct peer *peer, const struct parcel *parcel)
@@ -128,7 +130,8 @@ static int on_inner(zloop_t *loop, zsock_t *socket, void *arg)
     return switch_drain(arg, socket, true, take_inner);
 }
 
-/* --- loop -------------------------------------------------------------------------------------- */
+/* --- loop --------------------------------------------------------------------------------------
+ */
 
 /* Subscriptions come in here; nothing is done with them, but they must be read. */
 static int on_events(zloop_t *loop, zsock_t *socket, void *arg)
@@ -207,7 +210,8 @@ static void *run(void *arg)
     return NULL;
 }
 
-/* --- sockets ----------------------------------------------------------------------------------- */
+/* --- sockets -----------------------------------------------------------------------------------
+ */
 
 static zsock_t *new_socket(int type, int hwm)
 {
@@ -324,7 +328,8 @@ static int open_inner(struct claas_switch *sw)
     return 0;
 }
 
-/* --- birth and death --------------------------------------------------------------------------- */
+/* --- birth and death ---------------------------------------------------------------------------
+ */
 
 static int read_config(struct claas_switch *sw, const claas_config_t *config)
 {

@@ -6,13 +6,15 @@
 
 struct claas_switch;
 
-/* Opens the sockets in the calling thread (so that errors come back from here) and starts the thread. With `connect` set
- * it returns once the other node has taken us in, or UNAVAILABLE after `join_ms`. */
+/* Opens the sockets in the calling thread (so that errors come back from here) and starts the
+ * thread. With `connect` set it returns once the other node has taken us in, or UNAVAILABLE after
+ * `join_ms`. */
 int claas_switch_new(const claas_config_t *config, int64_t join_ms, struct claas_switch **ret);
 /* Stops the thread and closes the sockets; answers on their way out get a second. */
 void claas_switch_free(struct claas_switch **sw);
 const char *claas_switch_endpoint(const struct claas_switch *sw);
-/* Once per process, before the first socket: CZMQ without its signal handlers. Safe to call again. */
+/* Once per process, before the first socket: CZMQ without its signal handlers. Safe to call again.
+ */
 void claas_zmq_setup(void);
 
 #endif

@@ -69,9 +69,8 @@ static struct flight take(struct claas_switch *sw, struct flight *flight)
 void flight_fail(struct claas_switch *sw, struct flight *flight, int code, const char *text)
 {
     struct flight ended = take(sw, flight);
-    struct claas_header about = {.type = (uint16_t)ended.type,
-                                 .correlation = ended.key.correlation,
-                                 .epoch = ended.epoch};
+    struct claas_header about = {
+        .type = (uint16_t)ended.type, .correlation = ended.key.correlation, .epoch = ended.epoch};
 
     memcpy(about.trace_id, ended.trace_id, sizeof(about.trace_id));
     switch_send_error(sw, ended.requester, ended.key.requester, &about, code, text);
@@ -133,18 +132,22 @@ static void expire(struct claas_switch *sw, struct flight *flight)
     }
 }
 
+/* Collected first: expiring changes the table that is being walked. */
 void flights_expire(struct claas_switch *sw, int64_t now_ms)
 {
-    struct flight *flight = zhashx_first(sw->flights);
-    struct flight *late[256];
-    size_t count = 0;
+    struct flight *late[1024];
+    size_t count;
 
-    for (; flight && count < CLAAS_COUNT(late); flight = zhashx_next(sw->flights)) {
-        int64_t grace = flight->requester->kind == PEER_CLIENT ? 0 : 1000;
+    do {
+        struct flight *flight = zhashx_first(sw->flights);
 
-        if (flight->deadline_ms + grace <= now_ms)
-            late[count++] = flight;
-    }
-    for (size_t i = 0; i < count; i++)
-        expire(sw, late[i]);
+        for (count = 0; flight && count < CLAAS_COUNT(late); flight = zhashx_next(sw->flights)) {
+            int64_t grace = flight->requester->kind == PEER_CLIENT ? 0 : 1000;
+
+            if (flight->deadline_ms + grace <= now_ms)
+                late[count++] = flight;
+        }
+        for (size_t i = 0; i < count; i++)
+            expire(sw, late[i]);
+    } while (count == CLAAS_COUNT(late));
 }

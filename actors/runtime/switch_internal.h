@@ -1,8 +1,9 @@
-/* What the files of the switch share: its sockets, who is connected, which name is where, which requests are under way.
+/* What the files of the switch share: its sockets, who is connected, which name is where, which
+ * requests are under way.
  *
- *   peer    one connection: a local actor, a client, a node that joined, or the node that we joined (upstream)
- *   route   one name: the peer to send to, the incarnation of the actor behind it
- *   flight  one request under way: who asked, who answers */
+ *   peer    one connection: a local actor, a client, a node that joined, or the node that we joined
+ * (upstream) route   one name: the peer to send to, the incarnation of the actor behind it flight
+ * one request under way: who asked, who answers */
 #ifndef CLAAS_RUNTIME_SWITCH_INTERNAL_H
 #define CLAAS_RUNTIME_SWITCH_INTERNAL_H
 
@@ -14,8 +15,8 @@
 #include <stdatomic.h>
 #include <sys/queue.h>
 
-#define SWITCH_NAME    "switch"
-#define EVENTS_ADDRESS "*"
+#define SWITCH_NAME        "switch"
+#define EVENTS_ADDRESS     "*"
 
 #define CLIENTS_MAX        4096
 #define NODES_MAX          64
@@ -32,7 +33,8 @@
 
 enum peer_kind { PEER_ACTOR, PEER_CLIENT, PEER_NODE, PEER_UPSTREAM };
 
-/* Requests and tells given to a peer that it has not taken from its mailbox yet: their sizes, first in first out. */
+/* Requests and tells given to a peer that it has not taken from its mailbox yet: their sizes, first
+ * in first out. */
 struct mailbox {
     uint32_t *sizes;
     size_t first, count, capacity;
@@ -78,7 +80,7 @@ struct flight {
 };
 
 struct claas_switch {
-    char endpoint[64];                                  /* inproc of the inner ROUTER */
+    char endpoint[64];                                   /* inproc of the inner ROUTER */
     char data[4096], upstream_endpoint[4200], token[65]; /* the token is this node's own, as main */
     char node_name[CLAAS_NAME_MAX];
     uint64_t incarnation;
@@ -108,7 +110,8 @@ struct claas_switch {
     int64_t hello_ms, ping_ms;
 };
 
-/* --- switch_peers.c: tables ------------------------------------------------------------------------------------------ */
+/* --- switch_peers.c: tables
+ * ------------------------------------------------------------------------------------------ */
 int switch_tables_new(struct claas_switch *sw);
 void switch_tables_free(struct claas_switch *sw);
 struct peer *peer_new(struct claas_switch *sw, enum peer_kind kind, const struct peer_id *id);
@@ -127,11 +130,13 @@ int route_set(struct claas_switch *sw, const char *name, struct peer *peer, uint
 /* Removes a name and fails what was asked of it. */
 void route_drop(struct claas_switch *sw, struct route *route);
 
-/* --- switch_flights.c ------------------------------------------------------------------------------------------------ */
+/* --- switch_flights.c
+ * ------------------------------------------------------------------------------------------------
+ */
 struct flight *flight_find(struct claas_switch *sw, const char *requester, uint64_t correlation);
-struct flight *flight_new(struct claas_switch *sw, struct peer *requester, const char *requester_name,
-                          struct peer *receiver, const char *receiver_name,
-                          const struct claas_header *header);
+struct flight *flight_new(struct claas_switch *sw, struct peer *requester,
+                          const char *requester_name, struct peer *receiver,
+                          const char *receiver_name, const struct claas_header *header);
 void flight_free(struct claas_switch *sw, struct flight *flight);
 /* ERR to the requester, then frees it. */
 void flight_fail(struct claas_switch *sw, struct flight *flight, int code, const char *text);
@@ -142,8 +147,10 @@ void flights_fail_of(struct claas_switch *sw, struct peer *receiver, const char 
 void flights_cancel_by(struct claas_switch *sw, struct peer *requester, const char *requester_name);
 void flights_expire(struct claas_switch *sw, int64_t now_ms);
 
-/* --- switch_route.c: from a sender to a receiver ----------------------------------------------------------------------- */
-/* The sender's name and principal are known; `parcel->address[0]` is the receiver. Takes the parcel. */
+/* --- switch_route.c: from a sender to a receiver
+ * ----------------------------------------------------------------------- */
+/* The sender's name and principal are known; `parcel->address[0]` is the receiver. Takes the
+ * parcel. */
 void switch_take(struct claas_switch *sw, struct peer *sender, const char *from,
                  const char *principal, struct parcel *parcel);
 /* Sends to a peer; marks it dead when it is gone. */
@@ -158,7 +165,8 @@ void switch_refuse(struct claas_switch *sw, struct peer *peer, const char *to,
 void switch_note(struct claas_switch *sw, struct peer *peer, const struct claas_header *header);
 void switch_send_credit(struct claas_switch *sw, struct peer *peer);
 
-/* --- switch_outer.c, switch_join.c, switch_node.c --------------------------------------------------------------------------------------- */
+/* --- switch_outer.c, switch_join.c, switch_node.c
+ * --------------------------------------------------------------------------------------- */
 int on_outer(zloop_t *loop, zsock_t *socket, void *arg);
 /* A node's HELLO: checks token and names, makes the peer a node. */
 int join_take_hello(struct claas_switch *sw, struct peer *peer, const struct claas_header *header,

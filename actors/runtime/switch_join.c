@@ -93,8 +93,7 @@ static int check_names(struct claas_switch *sw, const struct peer *peer, const s
 
         if (route && route->peer != peer && route->peer != former)
             return claas_fail(CLAAS_ERR_EXISTS, "%s is an actor of %s already", route->name,
-                              route->peer->kind == PEER_NODE ? route->peer->name
-                                                             : "the main node");
+                              route->peer->kind == PEER_NODE ? route->peer->name : "the main node");
     }
     return 0;
 }

@@ -13,7 +13,8 @@
 
 #include <string.h>
 
-/* --- tables ------------------------------------------------------------------------------------ */
+/* --- tables ------------------------------------------------------------------------------------
+ */
 
 static size_t hash_bytes(const void *bytes, size_t length)
 {
@@ -113,7 +114,8 @@ void switch_tables_free(struct claas_switch *sw)
     sw->upstream = NULL;
 }
 
-/* --- mailboxes --------------------------------------------------------------------------------- */
+/* --- mailboxes ---------------------------------------------------------------------------------
+ */
 
 bool mailbox_has_room(const struct claas_switch *sw, const struct mailbox *box, size_t bytes)
 {
@@ -156,7 +158,8 @@ void mailbox_take(struct mailbox *box, size_t count)
     }
 }
 
-/* --- peers ------------------------------------------------------------------------------------- */
+/* --- peers -------------------------------------------------------------------------------------
+ */
 
 struct peer *peer_new(struct claas_switch *sw, enum peer_kind kind, const struct peer_id *id)
 {
@@ -252,7 +255,8 @@ void switch_bury_dead(struct claas_switch *sw)
     }
 }
 
-/* --- names ------------------------------------------------------------------------------------- */
+/* --- names -------------------------------------------------------------------------------------
+ */
 
 struct route *route_find(struct claas_switch *sw, const char *name)
 {

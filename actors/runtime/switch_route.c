@@ -38,7 +38,8 @@ static bool is_request(const struct claas_header *header)
     return header->kind == CLAAS_KIND_REQ || header->kind == CLAAS_KIND_EVT;
 }
 
-/* --- sending ----------------------------------------------------------------------------------- */
+/* --- sending -----------------------------------------------------------------------------------
+ */
 
 static void write_address(struct parcel *parcel, const struct peer *peer, const char *to,
                           const char *from, const char *principal)
@@ -66,8 +67,8 @@ int switch_send(struct claas_switch *sw, struct peer *peer, const char *to, cons
     parcel->header.version = CLAAS_PROTOCOL_VERSION;
     parcel->header.link_seq = ++peer->seq_out;
     parcel->header.credit = peer->owed;
-    int rc = parcel_send(socket_of(sw, peer), peer->kind == PEER_UPSTREAM ? NULL : &peer->id,
-                         parcel);
+    int rc =
+        parcel_send(socket_of(sw, peer), peer->kind == PEER_UPSTREAM ? NULL : &peer->id, parcel);
     if (rc == 0)
         peer->owed = 0;
     else
@@ -128,7 +129,8 @@ void switch_note(struct claas_switch *sw, struct peer *peer, const struct claas_
         mailbox_take(&peer->waiting, header->credit);
 }
 
-/* --- requests ---------------------------------------------------------------------------------- */
+/* --- requests ----------------------------------------------------------------------------------
+ */
 
 /* Rules that need no receiver: 0, or why it is refused. */
 static int check_request(const struct peer *sender, const struct parcel *parcel)
@@ -145,8 +147,8 @@ static int check_request(const struct peer *sender, const struct parcel *parcel)
     if (header->kind == CLAAS_KIND_REQ && header->budget_ms == 0)
         return claas_fail(CLAAS_ERR_FORMAT, "a request needs a budget_ms greater than 0");
     if (header->body_len > info->max_body)
-        return claas_fail(CLAAS_ERR_TOO_LARGE, "a body of %u bytes, %s takes %zu",
-                          header->body_len, info->name, info->max_body);
+        return claas_fail(CLAAS_ERR_TOO_LARGE, "a body of %u bytes, %s takes %zu", header->body_len,
+                          info->name, info->max_body);
     return 0;
 }
 
@@ -260,7 +262,8 @@ static void take_request(struct claas_switch *sw, struct peer *sender, const cha
     claas_warning("a tell 0x%04X of %s to %s: %s", header.type, from, to, claas_error_text());
 }
 
-/* --- events ------------------------------------------------------------------------------------ */
+/* --- events ------------------------------------------------------------------------------------
+ */
 
 /* [name of the message][header][body] to whoever subscribed; a slow subscriber misses some, the
  * publisher never waits. On a joined node events go to the main node. */
@@ -273,7 +276,8 @@ static void take_event(struct claas_switch *sw, struct peer *sender, const char 
         claas_metric_add(CLAAS_METRIC_MESSAGES_REFUSED, 1);
         return;
     }
-    claas_metric_add(CLAAS_METRIC_MESSAGES_HANDLED, 1);
+    if (!is_node(sender)) /* else it was counted there */
+        claas_metric_add(CLAAS_METRIC_MESSAGES_HANDLED, 1);
     if (sw->events) {
         claas_metric_add(CLAAS_METRIC_EVENTS_PUBLISHED, 1);
         parcel_address(parcel, info->name, NULL, NULL);
@@ -284,7 +288,8 @@ static void take_event(struct claas_switch *sw, struct peer *sender, const char 
     }
 }
 
-/* --- answers ----------------------------------------------------------------------------------- */
+/* --- answers -----------------------------------------------------------------------------------
+ */
 
 static void take_answer(struct claas_switch *sw, struct peer *sender, const char *from,
                         struct parcel *parcel)

@@ -7,7 +7,8 @@
 #include <stdio.h>
 #include <string.h>
 
-/* --- messages ---------------------------------------------------------------------------------- */
+/* --- messages ----------------------------------------------------------------------------------
+ */
 
 /* A cell of a Markdown table: the bar would end it. */
 static void print_cell(FILE *file, const char *text)
@@ -40,8 +41,8 @@ static void print_range(FILE *file, const struct claas_field *field)
 static void print_fields(FILE *file, const struct claas_message_info *info)
 {
     static const char *const parts[] = {"request", "progress", "reply"};
-    static const char *const types[] = {"", "string", "int", "number", "bool",
-                                        "array", "object", "any"};
+    static const char *const types[] = {"",     "string", "int",    "number",
+                                        "bool", "array",  "object", "any"};
 
     if (info->fields[0].type == CLAAS_FIELD_NONE) {
         fprintf(file, "Request and reply are empty objects.\n\n");
@@ -75,7 +76,8 @@ void claas_catalogue_print_markdown(FILE *file)
     }
 }
 
-/* --- settings ---------------------------------------------------------------------------------- */
+/* --- settings ----------------------------------------------------------------------------------
+ */
 
 static bool has_range(const struct claas_setting *setting)
 {
@@ -89,8 +91,9 @@ static void write_bound(const struct claas_setting *setting, double value, char 
     static const struct {
         const char *type, *name;
         double factor;
-    } units[] = {{"SIZE", "GiB", 1073741824.0}, {"SIZE", "MiB", 1048576.0}, {"SIZE", "KiB", 1024.0},
-                 {"DURATION", "d", 86400000},   {"DURATION", "h", 3600000}, {"DURATION", "m", 60000},
+    } units[] = {{"SIZE", "GiB", 1073741824.0}, {"SIZE", "MiB", 1048576.0},
+                 {"SIZE", "KiB", 1024.0},       {"DURATION", "d", 86400000},
+                 {"DURATION", "h", 3600000},    {"DURATION", "m", 60000},
                  {"DURATION", "s", 1000},       {"DURATION", "ms", 1}};
 
     for (size_t i = 0; i < sizeof(units) / sizeof(units[0]) && value > 0; i++)

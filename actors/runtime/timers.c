@@ -37,8 +37,7 @@ static void sink(struct timers *timers, struct timer *timer)
 
         if (child >= timers->count)
             break;
-        if (child + 1 < timers->count &&
-            is_before(timers->heap[child + 1], timers->heap[child]))
+        if (child + 1 < timers->count && is_before(timers->heap[child + 1], timers->heap[child]))
             child++;
         if (!is_before(timers->heap[child], timer))
             break;

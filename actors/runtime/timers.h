@@ -1,4 +1,5 @@
-/* Timers of one actor: a min-heap by due time. Each entry knows its place, so removing one is O(log n). */
+/* Timers of one actor: a min-heap by due time. Each entry knows its place, so removing one is O(log
+ * n). */
 #ifndef CLAAS_RUNTIME_TIMERS_H
 #define CLAAS_RUNTIME_TIMERS_H
 

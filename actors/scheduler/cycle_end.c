@@ -77,6 +77,29 @@ static void requeue(struct cycle_run *run, int64_t delay_ms)
     jobs_dispatch(scheduler);
 }
 
+/* A record is for all jobs of the run or none: one that was cancelled meanwhile (CONFLICT) leaves
+ * the others without their end. */
+static void end_recorded(struct cycle_run *run, int error, int metric)
+{
+    run->ending = false;
+    if (error == CLAAS_ERR_CONFLICT && cycle_run_drop_cancelled(run))
+        return;
+    if (error && error != CLAAS_ERR_CONFLICT)
+        requeue(run, RETRY_FULL_MS);
+    else
+        close_run(run, metric);
+}
+
+/* Records something that ends the run when it is on disk. */
+static void record_end(struct cycle_run *run, const struct record *record)
+{
+    run->ending = true;
+    if (record_jobs(run->scheduler, run->jobs, run->job_count, record) < 0) {
+        run->ending = false;
+        requeue(run, RETRY_FULL_MS);
+    }
+}
+
 /* --- failure
  * ----------------------------------------------------------------------------------------------------------
  */
@@ -95,10 +118,7 @@ static void parked(struct scheduler *scheduler, void *arg, int error, const char
     (void)scheduler;
     (void)text;
     (void)reply;
-    if (error && error != CLAAS_ERR_CONFLICT)
-        requeue(run, RETRY_FULL_MS);
-    else
-        close_run(run, CLAAS_METRIC_JOBS_FAILED);
+    end_recorded(run, error, CLAAS_METRIC_JOBS_FAILED);
 }
 
 static void park(struct cycle_run *run, int code, const char *text)
@@ -110,12 +130,9 @@ static void park(struct cycle_run *run, int code, const char *text)
     claas_json_set_string(event, "error", text);
     claas_json_set_string(event, "code", claas_err_name(code));
     claas_json_set_string(result, "error", text);
-    if (record_jobs(
-            run->scheduler, run->jobs, run->job_count,
-            &(struct record){
-                .state = "failed", .event = event, .result = result, .done = parked, .arg = run}) <
-        0)
-        requeue(run, RETRY_FULL_MS);
+    record_end(run,
+               &(struct record){
+                   .state = "failed", .event = event, .result = result, .done = parked, .arg = run});
 }
 
 static void struck(struct scheduler *scheduler, void *arg, int error, const char *text,
@@ -126,6 +143,7 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     int64_t strikes = 0;
 
     (void)text;
+    run->ending = false;
     claas_json_get_int(reply, "strikes", 0, 100, &strikes);
     if (!error && strikes >= claas_config_int(scheduler->config, "cycle.retries"))
         park(run, failed->code, failed->text);
@@ -157,6 +175,8 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
 
     claas_warning("cycle %s of %s: %s", run->cycle_id, run->lora_id, text);
     run->publishing = false;
+    if (cycle_run_drop_cancelled(run))
+        return;
     if (is_blameless(code)) {
         requeue(run, code == CLAAS_ERR_NO_SPACE   ? RETRY_FULL_MS
                      : code == CLAAS_ERR_CONFLICT ? 0
@@ -178,6 +198,7 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     event = cJSON_CreateObject();
     claas_json_set_string(event, "kind", "error");
     claas_json_set_string(event, "error", text);
+    run->ending = true;
     if (record_jobs(run->scheduler, run->jobs, run->job_count,
                     &(struct record){.state = "queued",
                                      .event = event,
@@ -185,6 +206,7 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
                                      .done = struck,
                                      .arg = failed}) < 0) {
         free(failed);
+        run->ending = false;
         requeue(run, RETRY_FULL_MS);
     }
 }
@@ -225,8 +247,8 @@ static cJSON *result_object(struct cycle_run *run)
 {
     cJSON *result = cJSON_CreateObject();
 
-    claas_json_set(result, "metadata",
-                   run->best_metadata ? cJSON_Duplicate(run->best_metadata, true) : NULL);
+    if (run->best_metadata)
+        claas_json_set(result, "metadata", cJSON_Duplicate(run->best_metadata, true));
     claas_json_set(result, "steps", cJSON_Duplicate(run->steps, true));
     claas_json_set_int(result, "published_step", run->best_step);
     if (run->base)
@@ -304,10 +326,7 @@ static void rejected(struct scheduler *scheduler, void *arg, int error, const ch
     (void)scheduler;
     (void)text;
     (void)reply;
-    if (error && error != CLAAS_ERR_CONFLICT)
-        requeue(run, RETRY_FULL_MS);
-    else
-        close_run(run, CLAAS_METRIC_JOBS_REJECTED);
+    end_recorded(run, error, CLAAS_METRIC_JOBS_REJECTED);
 }
 
 void cycle_run_finish(struct cycle_run *run)
@@ -327,11 +346,9 @@ void cycle_run_finish(struct cycle_run *run)
     claas_json_set_string(event, "kind", "state");
     claas_json_set_string(event, "reason", run->last_reason);
     claas_json_set_string(result, "reason", run->last_reason);
-    if (record_jobs(run->scheduler, run->jobs, run->job_count,
-                    &(struct record){.state = "rejected",
+    record_end(run, &(struct record){.state = "rejected",
                                      .event = event,
                                      .result = result,
                                      .done = rejected,
-                                     .arg = run}) < 0)
-        requeue(run, RETRY_FULL_MS);
+                                     .arg = run});
 }

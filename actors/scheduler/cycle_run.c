@@ -155,8 +155,9 @@ static void stepped(void *self, void *arg, claas_message_t *reply)
     cJSON_DeleteItemFromObjectCaseSensitive(step, "teacher_scored_texts");
     cJSON_AddItemToArray(run->steps, step);
     record_step(run, reply->body, passed);
-    if (!finite) { /* the weights did not move and would not at the next try either */
-        cycle_run_finish(run);
+    if (!finite) { /* the next try would be no better */
+        if (!cycle_run_drop_cancelled(run))
+            cycle_run_finish(run);
         return;
     }
     if (passed && is_best(run, reply->body))

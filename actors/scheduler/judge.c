@@ -27,7 +27,7 @@ bool judge(const claas_config_t *config, bool finite, const cJSON *base, const c
 
     reason[0] = '\0';
     if (!finite)
-        snprintf(reason, size, "the step's loss or gradient was not finite");
+        snprintf(reason, size, "the step's loss, gradient or weights were not finite");
     else if (!(nll - base_nll <= nll_margin))
         snprintf(reason, size,
                  "neutral text: %.3f nats per token, the base has %.3f, allowed +%.2f", nll,

@@ -75,6 +75,8 @@ static void cancel_recorded(struct scheduler *scheduler, void *arg, int error, c
             job_remove(scheduler, job);
     } else if (job) {
         job->cancel = false;
+    } else {
+        jobs_load(scheduler); /* its cycle let it go already: it waits again */
     }
     reply_with_job(scheduler, cancellation);
 }
@@ -151,7 +153,7 @@ static bool drain(void *self)
     struct scheduler *scheduler = self;
 
     scheduler->draining = true;
-    if (scheduler->run && !scheduler->run->publishing)
+    if (scheduler->run && !scheduler->run->publishing && !scheduler->run->ending)
         cycle_run_abandon(scheduler->run);
     if (scheduler->run)
         return false; /* seconds away from done */

@@ -59,6 +59,7 @@ struct cycle_run {
     uint64_t seed;
     uint64_t ask;    /* the request under way, 0 = none */
     bool publishing; /* too late to cancel */
+    bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
     char state[16];  /* last recorded state */
     int64_t started_ms;
 };

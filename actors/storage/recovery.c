@@ -123,8 +123,7 @@ int store_empty_trash(struct store *store)
     return rc < 0 ? rc : 1;
 }
 
-/* --- versions against directories
- * -------------------------------------------------------------------------------------- */
+/* --- versions against directories ------------------------------------------------------ */
 
 struct known_version {
     const char *name, *dir;
@@ -211,8 +210,7 @@ static int check_versions(struct store *store)
     return rc;
 }
 
-/* --- directories that nobody knows
- * --------------------------------------------------------------------------------------- */
+/* --- directories that nobody knows ----------------------------------------------------- */
 
 static int judge_version(struct store *store, const char *directory, const char *name)
 {

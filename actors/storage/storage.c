@@ -49,7 +49,7 @@ struct storage {
     bool tend_failed; /* told once, until it works again */
 };
 
-/* --- the group -------------------------------------------------------------------------------- */
+/* --- the group ------------------------------------------------------------------------- */
 
 static void answer_group(struct storage *storage, int rc, const char *text)
 {
@@ -137,7 +137,7 @@ static int join_group(struct storage *storage, const struct claas_reply_to *repl
     return 0;
 }
 
-/* --- handlers --------------------------------------------------------------------------------- */
+/* --- handlers -------------------------------------------------------------------------- */
 
 static const struct {
     int type;
@@ -255,7 +255,7 @@ static int handle_export(void *self, claas_message_t *message)
     return exports_start(storage->exports, &order, directory, storage->staging);
 }
 
-/* --- upkeep ----------------------------------------------------------------------------------- */
+/* --- upkeep ---------------------------------------------------------------------------- */
 
 static void tend(void *self, void *arg)
 {
@@ -285,7 +285,7 @@ static void exported(void *self, int fd)
     exports_finish(storage->exports);
 }
 
-/* --- life ------------------------------------------------------------------------------------- */
+/* --- life ------------------------------------------------------------------------------ */
 
 static void warn(void *arg, const char *text)
 {

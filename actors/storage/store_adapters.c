@@ -261,7 +261,7 @@ int store_adapter_rollback(struct store *store, const struct claas_store_request
     return 0;
 }
 
-/* --- deletion --------------------------------------------------------------------------------- */
+/* --- deletion -------------------------------------------------------------------------- */
 
 static int cancel_jobs(struct store *store, const struct store_adapter *adapter, const char *why)
 {

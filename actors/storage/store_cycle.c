@@ -41,7 +41,7 @@ struct input {
     size_t bytes; /* of messages and arrays so far */
 };
 
-/* --- items ------------------------------------------------------------------------------------ */
+/* --- items ----------------------------------------------------------------------------- */
 
 static int attach(struct claas_store_answer *answer, sqlite3_stmt *row, int column, size_t *bytes)
 {
@@ -287,7 +287,7 @@ int store_cycle_input(struct store *store, const struct claas_store_request *req
     return rc;
 }
 
-/* --- standing feedback ------------------------------------------------------------------------ */
+/* --- standing feedback ----------------------------------------------------------------- */
 
 int store_standing_list(struct store *store, const struct claas_store_request *request,
                         struct claas_store_answer *answer)

@@ -56,7 +56,7 @@ int store_find_job(struct db *db, const char *id, struct store_job *ret)
     return 0;
 }
 
-/* --- events ----------------------------------------------------------------------------------- */
+/* --- events ---------------------------------------------------------------------------- */
 
 /* What the columns hold is set over whatever the body says. */
 static void complete_event(cJSON *event, const char *job_id, int64_t seq, int64_t time,
@@ -144,7 +144,7 @@ static int list_events(struct db *db, int64_t job, const char *job_id, int64_t s
     return rc;
 }
 
-/* --- transitions ------------------------------------------------------------------------------ */
+/* --- transitions ----------------------------------------------------------------------- */
 
 /* The text of `key` in the event or the result, whichever says it. */
 static const char *told(const cJSON *extra, const cJSON *result, const char *key)
@@ -262,7 +262,7 @@ int store_job_record(struct store *store, const struct claas_store_request *requ
     return 0;
 }
 
-/* --- listings --------------------------------------------------------------------------------- */
+/* --- listings -------------------------------------------------------------------------- */
 
 #define JOB_COLUMNS                                                                                \
     "SELECT seq, job_id, lora_id, principal, state, created, updated, version, reason, error,"     \

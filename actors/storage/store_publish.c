@@ -188,7 +188,7 @@ static int choose_path(struct publication *publication)
     return publication->trash ? 0 : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
-/* --- the transaction -------------------------------------------------------------------------- */
+/* --- the transaction ------------------------------------------------------------------- */
 
 static int insert_adapter(struct publication *publication)
 {

@@ -19,7 +19,7 @@ struct rollout {
     char lora_id[CLAAS_LORA_NAME_BYTES]; /* "" = base */
 };
 
-/* --- writing ---------------------------------------------------------------------------------- */
+/* --- writing --------------------------------------------------------------------------- */
 
 static int check_ids(const struct claas_store_blob *blob, const char *what)
 {
@@ -187,7 +187,7 @@ int store_rollout_put(struct store *store, const struct claas_store_request *req
     return 0;
 }
 
-/* --- finding ---------------------------------------------------------------------------------- */
+/* --- finding --------------------------------------------------------------------------- */
 
 static int find_by_id(struct db *db, const char *principal, const char *lora_id, const char *id,
                       int64_t index, struct store_choice *ret)

@@ -44,7 +44,7 @@ static struct store *store_of(claas_store_t *store)
     return (struct store *)store; /* base is its first member */
 }
 
-/* --- the transaction -------------------------------------------------------------------------- */
+/* --- the transaction ------------------------------------------------------------------- */
 
 int store_begin(struct store *store)
 {
@@ -201,7 +201,7 @@ static int sqlite_tend(claas_store_t *base)
     return store->open ? 0 : store_tend(store);
 }
 
-/* --- opening ---------------------------------------------------------------------------------- */
+/* --- opening --------------------------------------------------------------------------- */
 
 static void store_close(claas_store_t **base)
 {

@@ -39,17 +39,17 @@ store_op_fn store_rollout_put, store_feedback_put, store_job_record, store_jobs_
     store_adapter_list, store_adapter_versions, store_adapter_rollback, store_adapter_delete,
     store_standing_list, store_standing_withdraw;
 
-/* --- store_schema.c --------------------------------------------------------------------------- */
+/* --- store_schema.c -------------------------------------------------------------------- */
 /* Brings the file to the newest schema, each step in a transaction of its own. VERSION for a file
  * of a newer program, CORRUPT for one of another program. */
 int store_migrate(struct db *db);
 int store_schema_version(void);
 
-/* --- store_sqlite.c --------------------------------------------------------------------------- */
+/* --- store_sqlite.c -------------------------------------------------------------------- */
 /* The writer's transaction, for operations of kind ALONE. */
 int store_begin(struct store *store);
 
-/* --- recovery.c ------------------------------------------------------------------------------- */
+/* --- recovery.c ------------------------------------------------------------------------ */
 int store_lock_directory(struct store *store);
 /* After the migration: staging emptied, half-done publications removed, current versions checked.
  */
@@ -59,10 +59,10 @@ int store_empty_trash(struct store *store);
 void store_warn(const struct store *store, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
-/* --- retention.c ------------------------------------------------------------------------------ */
+/* --- retention.c ----------------------------------------------------------------------- */
 int store_tend(struct store *store);
 
-/* --- store_adapters.c ------------------------------------------------------------------------- */
+/* --- store_adapters.c ------------------------------------------------------------------ */
 struct store_adapter {
     int64_t id, current, next;
     char uid[33];
@@ -80,7 +80,7 @@ char *store_version_path(const struct store *store, const char *dir, int64_t ver
  */
 int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why);
 
-/* --- store_jobs.c ----------------------------------------------------------------------------- */
+/* --- store_jobs.c ---------------------------------------------------------------------- */
 struct store_job {
     int64_t seq, adapter, strikes;
     bool ended;
@@ -98,7 +98,7 @@ int store_end_job(struct store *store, const struct store_job *job, const char *
 /* The queued event of a job. */
 int store_first_event(struct db *db, const char *job_id, cJSON **ret);
 
-/* --- store_rollouts.c ------------------------------------------------------------------------- */
+/* --- store_rollouts.c ------------------------------------------------------------------ */
 struct store_choice {
     int64_t rollout;
     int64_t index;
@@ -108,8 +108,7 @@ struct store_choice {
 int store_find_choice(struct db *db, const char *principal, const char *lora_id,
                       const cJSON *request, struct store_choice *ret);
 
-/* --- helpers (store_util.c)
- * -------------------------------------------------------------------------------------------- */
+/* --- helpers (store_util.c) ------------------------------------------------------------ */
 /* Parses JSON that this store wrote; CORRUPT with a sentence when it is none. NULL text gives NULL.
  */
 int store_parse(const char *text, cJSON **ret);

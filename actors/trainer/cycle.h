@@ -6,8 +6,10 @@
 #include "generations.h"
 #include "probes.h"
 
-#define CYCLE_ITEMS_MAX    272 /* new and replayed feedback */
-#define CYCLE_HELD_OUT     4   /* teacher answers kept out of training: they score the candidates */
+#define CYCLE_ITEMS_MAX 272 /* new and replayed feedback */
+#define CYCLE_HELD_OUT                                                                             \
+    4 /* teacher answers to new feedback kept out of training, and as many to                      \
+       * earlier feedback: they score the candidates */
 #define CYCLE_STANDING_MAX 256
 
 /* A feedback with the conversation it is about and the answer as it was sampled. */
@@ -68,7 +70,8 @@ struct cycle {
     struct {
         int32_t *student_prompt, *teacher_prompt, *tokens;
         size_t student_count, teacher_count, count;
-    } held_out[CYCLE_HELD_OUT];
+        bool replay;
+    } held_out[2 * CYCLE_HELD_OUT];
     size_t held_out_count;
     struct cycle_step *step; /* under way */
     bool busy;               /* a request is being answered */
@@ -99,7 +102,8 @@ int base_figures_measure(struct trainer *trainer, base_measured_fn *done, void *
 void base_figures_forget(struct trainer *trainer, void *arg);
 /* The end of a step: its reply goes out. */
 void cycle_step_reply(struct cycle *cycle);
-/* The end of a step by an error. */
+/* The end of a step by an error. Weights that give no finite values are a result, not an error: the
+ * reply says so, and the gate refuses it. */
 void cycle_step_fail(struct cycle *cycle, int code, const char *text);
 /* Tells the asker which phase has begun. */
 void cycle_step_phase(struct cycle *cycle, const char *phase);

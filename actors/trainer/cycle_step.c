@@ -12,10 +12,30 @@
 
 #define SCORED_TEXTS_MAX 16
 
+/* The candidate, or at a later step the student that samples, is broken. */
+static void reply_not_finite(struct cycle *cycle)
+{
+    cJSON *reply = CLAAS_TAKE(cycle->step->reply);
+
+    if (!reply) {
+        reply = cJSON_CreateObject();
+        claas_json_set(reply, "metadata", cJSON_CreateObject());
+    }
+    cJSON_DeleteItemFromObjectCaseSensitive(reply, "gate");
+    claas_json_set_bool(reply, "finite", false);
+    cycle->step->reply = reply;
+    cycle_step_reply(cycle);
+}
+
 void cycle_step_fail(struct cycle *cycle, int code, const char *text)
 {
-    CLAAS_AUTO_FREE char *kept = claas_strdup(text); /* may belong to an event that goes away */
+    CLAAS_AUTO_FREE char *kept = NULL;
 
+    if (code == CLAAS_ERR_NOT_FINITE) {
+        reply_not_finite(cycle);
+        return;
+    }
+    kept = claas_strdup(text); /* may belong to an event that goes away */
     cycle_step_free(cycle);
     cycle_fail(cycle, code, kept);
 }
@@ -199,7 +219,7 @@ static int keep_held_out(struct cycle *cycle, size_t first)
             if (step->rows[r].teacher_prompt == answer->prompt)
                 row = &step->rows[r];
         }
-        if (!row || answer->count == 0 || n == CYCLE_HELD_OUT)
+        if (!row || answer->count == 0 || n == CLAAS_COUNT(cycle->held_out))
             continue;
         cycle->held_out_count++;
         cycle->held_out[n].student_prompt = copy_tokens(row->student_prompt, row->student_count);
@@ -208,6 +228,7 @@ static int keep_held_out(struct cycle *cycle, size_t first)
         cycle->held_out[n].student_count = row->student_count;
         cycle->held_out[n].teacher_count = row->teacher_count;
         cycle->held_out[n].count = answer->count;
+        cycle->held_out[n].replay = row->source == ROW_REPLAY;
         if (!cycle->held_out[n].student_prompt || !cycle->held_out[n].teacher_prompt ||
             !cycle->held_out[n].tokens)
             return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -244,15 +265,18 @@ static uint64_t row_seed(const struct cycle *cycle, size_t row)
     return cycle->seed + (uint64_t)cycle->step->number * 1000003u + row * 7919u;
 }
 
+/* The rows whose teacher prompts are answered once more for the score: the first few of each
+ * source. */
 static size_t held_out_wanted(const struct cycle *cycle, const struct step_row **rows)
 {
     const struct cycle_step *step = cycle->step;
-    size_t count = 0;
+    size_t count = 0, fresh = 0, replay = 0;
 
     if (step->number != 1 || !step->gate)
         return 0;
-    for (size_t i = 0; i < step->row_count && count < CYCLE_HELD_OUT; i++) {
-        if (step->rows[i].source == ROW_FEEDBACK)
+    for (size_t i = 0; i < step->row_count; i++) {
+        if ((step->rows[i].source == ROW_FEEDBACK && fresh++ < CYCLE_HELD_OUT) ||
+            (step->rows[i].source == ROW_REPLAY && replay++ < CYCLE_HELD_OUT))
             rows[count++] = &step->rows[i];
     }
     return count;
@@ -261,7 +285,7 @@ static size_t held_out_wanted(const struct cycle *cycle, const struct step_row *
 static int start_rollouts(struct cycle *cycle)
 {
     struct cycle_step *step = cycle->step;
-    const struct step_row *held_out[CYCLE_HELD_OUT];
+    const struct step_row *held_out[2 * CYCLE_HELD_OUT];
     size_t extra = held_out_wanted(cycle, held_out);
     size_t sampled = 0, n = 0;
     int rc;

@@ -8,7 +8,7 @@
 #include "claas/mem.h"
 #include "cycle.h"
 
-#define GATE_ROWS_MAX (PROBE_SENTENCES + PROBE_QUESTIONS + CYCLE_HELD_OUT)
+#define GATE_ROWS_MAX (PROBE_SENTENCES + PROBE_QUESTIONS + 2 * CYCLE_HELD_OUT)
 
 static int evaluate(struct trainer *trainer, const struct claas_train_row *rows, size_t count,
                     device_call_fn *fn, void *arg)
@@ -139,19 +139,28 @@ static void part_done(struct cycle *cycle)
     cycle_step_reply(cycle);
 }
 
-/* Mean KL(teacher || candidate) over the tokens of the held-out answers. */
-static void set_score(struct cycle_step *step, const struct claas_train_row_result *rows,
-                      size_t count)
+/* KL(teacher || candidate) on the held-out answers: the mean over the tokens of the new feedback's,
+ * and over those of the earlier feedback's, both counting the same, so that what was learnt before
+ * is not traded for the new. */
+static void set_score(struct cycle *cycle, const struct claas_train_row_result *rows, size_t count)
 {
-    double sum = 0;
-    int tokens = 0;
+    double sum[2] = {0, 0}, score = 0;
+    int tokens[2] = {0, 0}, groups = 0;
 
     for (size_t i = 0; i < count; i++) {
-        sum += (double)rows[i].forward_kl * rows[i].tokens;
-        tokens += rows[i].tokens;
+        int group = cycle->held_out[i].replay;
+
+        sum[group] += (double)rows[i].forward_kl * rows[i].tokens;
+        tokens[group] += rows[i].tokens;
     }
-    if (tokens > 0 && isfinite(sum))
-        claas_json_set_number(step->reply, "score", sum / tokens);
+    for (int group = 0; group < 2; group++) {
+        if (tokens[group] > 0) {
+            score += sum[group] / tokens[group];
+            groups++;
+        }
+    }
+    if (groups > 0 && isfinite(score))
+        claas_json_set_number(cycle->step->reply, "score", score / groups);
 }
 
 static void evaluated(struct trainer *trainer, void *arg, struct claas_device_event *event)
@@ -165,7 +174,7 @@ static void evaluated(struct trainer *trainer, void *arg, struct claas_device_ev
         return;
     }
     probes_read_rows(event->trained.rows, fixed, &cycle->step->figures);
-    set_score(cycle->step, event->trained.rows + fixed, event->trained.row_count - fixed);
+    set_score(cycle, event->trained.rows + fixed, event->trained.row_count - fixed);
     part_done(cycle);
 }
 

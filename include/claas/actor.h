@@ -33,7 +33,7 @@ struct claas_actor_class {
     const struct claas_handler *handlers;
     size_t handler_count;
     /* In the actor's thread. `args` is what the starter passed; *ret_self is given to every handler
-     * and callback. */
+     * and callback. On failure *ret_self stays NULL, or is something that `stop` can take. */
     int (*start)(claas_actor_t *actor, const void *args, void **ret_self);
     /* Refuse new work; called once. Return true when nothing is left; else the runtime asks again
      * every 50 ms until the drain deadline. NULL = nothing to drain. */
@@ -43,8 +43,9 @@ struct claas_actor_class {
 
 /* "trainer.0" */
 const char *claas_actor_name(const claas_actor_t *actor);
-/* Ends the actor after the running handler or callback; its supervisor starts it again with back-off and a new
- * incarnation. For failures from which its state cannot be trusted (a broken device, a damaged file). */
+/* Ends the actor after the running handler or callback; its supervisor starts it again with
+ * back-off and a new incarnation. For failures from which its state cannot be trusted (a broken
+ * device, a damaged file). */
 void claas_actor_fail(claas_actor_t *actor, int code, const char *text);
 
 /* --- answering

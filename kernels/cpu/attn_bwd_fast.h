@@ -22,7 +22,7 @@ typedef claas_bf16 g_elem;
 #define G_STEP        2
 #define G_ROWS        TILE_ROWS
 #define g_tiles       tiles
-#define g_write(p, v) l_store_bf16(p, v)
+#define g_write(p, v) weight_write(p, v)
 #else
 typedef float g_elem;
 #define G_STEP        1
@@ -211,9 +211,9 @@ static struct operand bwd_turned(const struct bwd_tile *t, const float *weights,
         for (int j = 0; j < BWD_KEYS; j += 16) {
             claas_bf16 pair[2][16] = {{0}, {0}};
 
-            l_store_bf16(pair[0], l_load(weights + row * BWD_KEYS + j));
+            g_write(pair[0], l_load(weights + row * BWD_KEYS + j));
             if (row + 1 < t->rows)
-                l_store_bf16(pair[1], l_load(weights + (row + 1) * BWD_KEYS + j));
+                g_write(pair[1], l_load(weights + (row + 1) * BWD_KEYS + j));
             pair_rows(pair[0], pair[1], 16, out + row * BWD_KEYS + 2 * j);
         }
     return (struct operand){(const char *)out, 4, BWD_KEYS * 4};

@@ -19,12 +19,19 @@
 
 #if defined(CLAAS_OPS_BF16) && !OPERAND_WIDENED
 typedef claas_bf16 weight;
-#define weight_write(p, v) l_store_bf16(p, v)
-#define WEIGHT_STEP        4
+#define WEIGHT_STEP 4
+/* Like l_store_bf16, but numbers below 1e-38 become 0. */
+INLINE void weight_write(claas_bf16 *p, lanes v)
+{
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
+}
 #else
 typedef float weight;
-#define weight_write(p, v) l_store(p, v)
-#define WEIGHT_STEP        (4 * STEP_K)
+#define WEIGHT_STEP (4 * STEP_K)
+INLINE void weight_write(float *p, lanes v)
+{
+    l_store(p, v);
+}
 #endif
 
 struct attn_job {
@@ -102,40 +109,69 @@ static void attn_scores(const struct attn_tile *t, int first, int blocks)
     }
 }
 
-/* Scores of one row to weights; moves its maximum and rescales what it has summed so far. */
-static void attn_softmax(struct attn_tile *t, int row, int seen)
+/* Scales the scores of a row, hides those of positions it does not see, returns the largest. */
+INLINE float attn_row_max(const struct attn_tile *t, int row, int seen)
 {
-    const int vectors = divide_up(seen, 16), head_dim = t->a->head_dim;
-    float *scores = t->scores + (size_t)row * ATTN_GROUP, *sums = t->sums + row * 16;
-    float *acc = t->acc + (size_t)row * head_dim, max = t->max[row];
-    lanes largest = l_set1(-INFINITY), sum;
+    float *scores = t->scores + (size_t)row * ATTN_GROUP;
+    const lanes scale = l_set1(t->a->scale), hidden = l_set1(-INFINITY);
+    lanes largest = hidden;
 
-    for (int v = 0; v < vectors; v++) {
-        const lanes s = l_mul(l_load(scores + 16 * v), l_set1(t->a->scale));
-        const lanes kept = l_keep(s, smaller(16, seen - 16 * v), l_set1(-INFINITY));
+    for (int at = 0; at < seen; at += 16) {
+        lanes s = l_mul(l_load(scores + at), scale);
 
-        l_store(scores + 16 * v, kept);
-        largest = l_max(largest, kept);
+        if (seen - at < 16)
+            s = l_keep(s, seen - at, hidden);
+        l_store(scores + at, s);
+        largest = l_max(largest, s);
     }
-    max = fmaxf(max, l_largest(largest));
-    sum = l_load(sums);
-    if (max > t->max[row]) {
-        float shrink[16];
+    return l_largest(largest);
+}
 
-        l_store(shrink, l_exp(l_set1(t->max[row] - max)));
-        sum = l_mul(sum, l_set1(shrink[0]));
-        for (int j = 0; j < head_dim; j += 16)
-            l_store(acc + j, l_mul(l_load(acc + j), l_set1(shrink[0])));
-        t->max[row] = max;
-    }
-    for (int v = 0; v < vectors; v++) {
-        const lanes e = l_exp(l_sub(l_load(scores + 16 * v), l_set1(max)));
-        const lanes p = l_keep(e, smaller(16, seen - 16 * v), l_zero());
+/* Scores of a row to weights; what it has summed so far is scaled to the new maximum. */
+INLINE void attn_row_weights(const struct attn_tile *t, int row, int seen, float max, float shrink)
+{
+    const int head_dim = t->a->head_dim;
+    const float *scores = t->scores + (size_t)row * ATTN_GROUP;
+    float *sums = t->sums + row * 16, *acc = t->acc + (size_t)row * head_dim;
+    const lanes factor = l_set1(shrink);
+    lanes sum = l_mul(l_load(sums), factor);
 
+    for (int at = 0; at < seen; at += 16) {
+        lanes p = l_exp(l_sub(l_load(scores + at), l_set1(max)));
+
+        if (seen - at < 16)
+            p = l_keep(p, seen - at, l_zero());
         sum = l_add(sum, p);
-        weight_write(t->weights + (size_t)row * ATTN_GROUP + 16 * v, p);
+        weight_write(t->weights + (size_t)row * ATTN_GROUP + at, p);
     }
     l_store(sums, sum);
+    for (int j = 0; j < head_dim; j += 16)
+        l_store(acc + j, l_mul(l_load(acc + j), factor));
+}
+
+/* Without branches on values: whether a row's maximum moves is unpredictable, and a factor of
+ * exactly 1 changes nothing. */
+static void attn_softmax(struct attn_tile *t, int first)
+{
+    const int from = first_row(t, first), pos = t->run->pos + t->first_query - first + 1;
+    const int full = first_row(t, first + ATTN_GROUP - 1); /* from here on all is seen */
+    float fresh[ATTN_ROWS + 16], shrink[ATTN_ROWS + 16];
+
+    for (int row = from; row < full; row++)
+        fresh[row] = attn_row_max(t, row, pos + row / t->heads);
+    for (int row = larger(from, full); row < t->rows; row++)
+        fresh[row] = attn_row_max(t, row, ATTN_GROUP);
+    for (int row = from; row < t->rows; row += 16) {
+        const int n = t->rows - row;
+        const lanes old = l_read(t->max + row, n), max = l_max(l_read(fresh + row, n), old);
+
+        l_write(t->max + row, max, n);
+        l_write(shrink + row, l_exp(l_sub(old, max)), n);
+    }
+    for (int row = from; row < full; row++)
+        attn_row_weights(t, row, pos + row / t->heads, t->max[row], shrink[row]);
+    for (int row = larger(from, full); row < t->rows; row++)
+        attn_row_weights(t, row, ATTN_GROUP, t->max[row], shrink[row]);
 }
 
 /* The values of four blocks as panels of 64 positions, so that sums stay in registers for 4 times
@@ -245,11 +281,7 @@ static void attn_part(void *arg, int index)
         const int blocks = smaller(ATTN_BLOCKS, (last - first) / CLAAS_KV_BLOCK + 1);
 
         attn_scores(&t, first, blocks);
-        for (int row = first_row(&t, first); row < t.rows; row++) {
-            const int pos = t.run->pos + t.first_query + row / t.heads;
-
-            attn_softmax(&t, row, smaller(ATTN_GROUP, pos - first + 1));
-        }
+        attn_softmax(&t, first);
         attn_values(&t, first, blocks);
     }
     attn_finish(&t);

@@ -134,7 +134,7 @@ int claas_cpu_forward(claas_backend_t *backend, const struct claas_segment *segm
             rows = space->logits_rows;
         claas_cpu_logits(backend, rows, claas_cpu_at(backend->ops, space->hidden, (size_t)row * d),
                          space->logits);
-        code = claas_cpu_sample(backend, rows, space->logits, samples + row);
+        claas_cpu_sample(backend, rows, space->logits, samples + row);
     }
     return code;
 }

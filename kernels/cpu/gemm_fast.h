@@ -34,9 +34,7 @@ static int tile_rows(size_t bytes)
     return fit < 1 ? 1 : fit < TILE_ROWS ? (int)fit : TILE_ROWS;
 }
 
-/* --- gemm
- * -------------------------------------------------------------------------------------------------
- */
+/* --- gemm --- */
 
 struct gemm_job {
     const struct claas_gemm_args *a;
@@ -162,9 +160,7 @@ static void gemm(claas_pool_t *pool, const struct claas_gemm_args *a)
     claas_pool_run(pool, divide_up(panels, job.part_panels) * job.row_parts, gemm_part, &job);
 }
 
-/* --- gemm_dx
- * -----------------------------------------------------------------------------------------------
- */
+/* --- gemm_dx --- */
 
 #define DX_PANELS 6 /* the most per part: where dY is copied, many panels must share the copy */
 #define DX_CHUNK                                                                                   \
@@ -285,9 +281,7 @@ static void gemm_dx(claas_pool_t *pool, const struct claas_gemm_dx_args *a)
     }
 }
 
-/* --- gemm_tn
- * -----------------------------------------------------------------------------------------------
- */
+/* --- gemm_tn --- */
 
 #define TN_PANELS 4   /* per part */
 #define TN_CHUNK  256 /* rows at a time (even: pairs of rows never straddle chunks) */

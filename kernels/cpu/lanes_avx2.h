@@ -141,8 +141,7 @@ INLINE void l_load_pairs(const float *p, lanes *a, lanes *b)
     *b = (lanes){l_every_second(v0, v1, 1), l_every_second(v2, v3, 1)};
 }
 
-/* --- bfloat16: 16 elements of memory <-> lanes
- * ------------------------------------------------------------- */
+/* --- bfloat16: 16 elements of memory <-> lanes --- */
 INLINE __m256 l_widen_half(__m128i v)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));

@@ -112,8 +112,7 @@ INLINE void l_load_pairs(const float *p, lanes *a, lanes *b)
     *b = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
 }
 
-/* --- bfloat16: 16 elements of memory <-> lanes
- * ------------------------------------------------------------- */
+/* --- bfloat16: 16 elements of memory <-> lanes --- */
 INLINE lanes l_widen(__m256i v)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));

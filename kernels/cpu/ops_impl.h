@@ -45,6 +45,19 @@ static inline size_t panel_at_f32(int lane, int k)
 {
     return (size_t)k * CLAAS_LANES + (size_t)lane;
 }
+/* First position of row i's block that this call leaves unwritten, if the row begins its block;
+ * else CLAAS_KV_BLOCK. */
+static inline int kv_unwritten_from(const int32_t *pos, const int32_t *blocks, int m, int i)
+{
+    int end = i + 1;
+
+    if (pos[i] % CLAAS_KV_BLOCK != 0)
+        return CLAAS_KV_BLOCK;
+    while (end < m && blocks[end] == blocks[i] && pos[end] == pos[i] + end - i)
+        end++;
+    return end - i;
+}
+
 /* The same within the K and the V half of a key/value block: position p of the block, dimension d
  * of the head. */
 static inline size_t key_at_bf16(int head_dim, int p, int d)

@@ -302,7 +302,7 @@ static void NAME(norm_rope_bwd)(claas_pool_t *pool, int m, int heads, int head_d
 }
 
 struct NAME(store_job) {
-    int kv_heads, head_dim, ldk;
+    int m, kv_heads, head_dim, ldk;
     const act *k, *v;
     const int32_t *pos, *blocks;
     char *kv;
@@ -313,6 +313,7 @@ static void NAME(kv_store_row)(void *arg, int i)
 {
     const struct NAME(store_job) *job = arg;
     const int p = job->pos[i] % CLAAS_KV_BLOCK, d = job->head_dim;
+    const int unwritten = kv_unwritten_from(job->pos, job->blocks, job->m, i);
 
     for (int g = 0; g < job->kv_heads; g++) {
         act *block =
@@ -323,6 +324,9 @@ static void NAME(kv_store_row)(void *arg, int i)
             block[KEY_AT(d, p, j)] = job->k[at + j];
             block[VALUE_AT(d, p, j)] = job->v[at + j];
         }
+        for (int rest = unwritten; rest < CLAAS_KV_BLOCK; rest++)
+            for (int j = 0; j < d; j++)
+                block[KEY_AT(d, rest, j)] = block[VALUE_AT(d, rest, j)] = STORE(0);
     }
 }
 
@@ -330,7 +334,8 @@ static void NAME(kv_store)(claas_pool_t *pool, int m, int kv_heads, int head_dim
                            const void *v, int ldk, const int32_t *pos, const int32_t *blocks,
                            void *kv, size_t kv_block_bytes)
 {
-    struct NAME(store_job) job = {.kv_heads = kv_heads,
+    struct NAME(store_job) job = {.m = m,
+                                  .kv_heads = kv_heads,
                                   .head_dim = head_dim,
                                   .ldk = ldk,
                                   .k = k,

@@ -58,10 +58,7 @@ static void store_keys(const struct cpu_pass *pass, int layer, const struct cpu_
     const struct cpu_pack *pack = pass->pack;
     uint8_t *kv = pass->kv + (size_t)layer * pass->kv_layer_bytes;
 
-    ops->kv_store(backend->pool, pack->m, c->kv_heads, c->head_dim,
-                  claas_cpu_at(ops, acts->qkv, (size_t)model->nq),
-                  claas_cpu_at(ops, acts->qkv, (size_t)(model->nq + model->nk)), model->nqkv,
-                  pack->pos, pack->blocks, kv, backend->kv_block_bytes);
+    /* Copies first: they begin blocks that the pack's own rows go on with. */
     for (int i = 0; i < pack->copy_count; i++) {
         const struct cpu_copy *copy = &pack->copies[i];
         size_t row = (size_t)copy->first * (size_t)model->nqkv;
@@ -74,6 +71,10 @@ static void store_keys(const struct cpu_pass *pass, int layer, const struct cpu_
                       claas_cpu_at(ops, acts->qkv, row + (size_t)(model->nq + model->nk)),
                       model->nqkv, pack->pos + copy->first, blocks, kv, backend->kv_block_bytes);
     }
+    ops->kv_store(backend->pool, pack->m, c->kv_heads, c->head_dim,
+                  claas_cpu_at(ops, acts->qkv, (size_t)model->nq),
+                  claas_cpu_at(ops, acts->qkv, (size_t)(model->nq + model->nk)), model->nqkv,
+                  pack->pos, pack->blocks, kv, backend->kv_block_bytes);
 }
 
 /* x_in -> q, k, v, rotated, keys and values stored. */

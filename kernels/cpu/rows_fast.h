@@ -25,8 +25,7 @@ INLINE lanes l_exp(lanes x)
     return l_scale(p, n);
 }
 
-/* --- conversions and panels
- * --------------------------------------------------------------------------------- */
+/* --- conversions and panels --- */
 
 static void pack_panel(void *panels, int k, int panel, const float *const rows[CLAAS_LANES])
 {
@@ -63,9 +62,7 @@ static void to_float(const void *in, float *out, size_t count)
     }
 }
 
-/* --- RMSNorm
- * -----------------------------------------------------------------------------------------------
- */
+/* --- RMSNorm --- */
 
 INLINE lanes product3(lanes a, lanes b, lanes c)
 {
@@ -179,8 +176,7 @@ static void rmsnorm_bwd(claas_pool_t *pool, int m, int d, const void *x, int ldx
     claas_pool_run(pool, divide_up(m, ROWS_PER_PART), rmsnorm_bwd_rows, &job);
 }
 
-/* --- head norm and rotary embedding
- * -------------------------------------------------------------------------- */
+/* --- head norm and rotary embedding --- */
 
 struct rope_job {
     int m, heads, head_dim, ldx, lddx;
@@ -308,8 +304,7 @@ static void norm_rope_bwd(claas_pool_t *pool, int m, int heads, int head_dim, fl
     claas_pool_run(pool, divide_up(m, ROWS_PER_PART), norm_rope_bwd_rows, &job);
 }
 
-/* --- key/value store
- * ----------------------------------------------------------------------------------------- */
+/* --- key/value store --- */
 
 struct store_job {
     int m, kv_heads, head_dim, ldk;
@@ -324,7 +319,9 @@ static void kv_store_rows(void *arg, int part)
     const struct store_job *job = arg;
     const int end = smaller(job->m, (part + 1) * ROWS_PER_PART), d = job->head_dim;
 
-    for (int i = part * ROWS_PER_PART; i < end; i++)
+    for (int i = part * ROWS_PER_PART; i < end; i++) {
+        const int unwritten = kv_unwritten_from(job->pos, job->blocks, job->m, i);
+
         for (int g = 0; g < job->kv_heads; g++) {
             const size_t number = (size_t)job->blocks[i] * job->kv_heads + g;
             const size_t at = (size_t)i * job->ldk + (size_t)g * d;
@@ -335,7 +332,11 @@ static void kv_store_rows(void *arg, int part)
                 block[key_at(d, p, j)] = job->k[at + j];
                 block[value_at(d, p, j)] = job->v[at + j];
             }
+            for (int rest = unwritten; rest < CLAAS_KV_BLOCK; rest++)
+                for (int j = 0; j < d; j++)
+                    block[key_at(d, rest, j)] = block[value_at(d, rest, j)] = 0;
         }
+    }
 }
 
 static void kv_store(claas_pool_t *pool, int m, int kv_heads, int head_dim, const void *k,
@@ -356,9 +357,7 @@ static void kv_store(claas_pool_t *pool, int m, int kv_heads, int head_dim, cons
     claas_pool_run(pool, divide_up(m, ROWS_PER_PART), kv_store_rows, &job);
 }
 
-/* --- SwiGLU
- * -------------------------------------------------------------------------------------------------
- */
+/* --- SwiGLU --- */
 
 struct swiglu_job {
     int m, n, ldx, ldh, lddh, lddx;

@@ -61,7 +61,6 @@ static void place_kv(const claas_backend_t *backend, struct cpu_arena *arena, in
     space->kv = claas_cpu_take(arena, (size_t)layers * space->kv_bytes);
     space->pass.kv = space->kv;
     space->pass.kv_layer_bytes = layers > 1 ? space->kv_bytes : 0;
-    space->kv_layers = layers;
 }
 
 static void place_infer_side(const claas_backend_t *backend, struct cpu_arena *arena,

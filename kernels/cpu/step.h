@@ -239,9 +239,9 @@ void claas_cpu_to_act(claas_backend_t *backend, const float *in, void *out, size
 /* --- sampling --- */
 
 /* Fills the results of m samples from float logits [m][V], over the pool. `scratch`:
- * claas_cpu_sample_bytes per member of the pool. CLAAS_ERR_DEVICE when a row is not finite. */
-int claas_cpu_sample(claas_backend_t *backend, int m, const float *logits,
-                     struct claas_sample *samples);
+ * claas_cpu_sample_bytes per member of the pool. A row that is not finite gets token -1. */
+void claas_cpu_sample(claas_backend_t *backend, int m, const float *logits,
+                      struct claas_sample *samples);
 size_t claas_cpu_sample_bytes(int vocab);
 
 /* --- the back-end --- */

@@ -135,7 +135,7 @@ INLINE __m256 high_floats(__m256i pairs)
         a##i##_1 = TILE_FMA(w1, b, a##i##_1);                                                      \
     }
 
-/* bfloat16 without the dot instruction: pairs of the panel are widened here, X was widened before. */
+/* bfloat16 without the dot instruction: pairs of the panel are widened here, X's were before. */
 #define W_WIDE_1                                                                                   \
     const tile_vector w0 = low_floats(load_raw(w)), w0_ = high_floats(load_raw(w));
 #define W_WIDE_2                                                                                   \
@@ -174,7 +174,8 @@ INLINE __m512i broadcast_pair(const char *p)
     }
 #endif
 
-/* Bytes ahead to prefetch: 10 to 15% when the panels come from memory (few rows, or the first tile of a part). */
+/* Bytes ahead to prefetch: 10 to 15% when the panels come from memory (few rows, or the first tile
+ * of a part). */
 #define TILE_AHEAD 2048
 
 #define TILE(KIND, ROWS, VECTORS)                                                                  \
@@ -219,7 +220,8 @@ INLINE __m512i broadcast_pair(const char *p)
         tile_##KIND##_10x##V, tile_##KIND##_11x##V, tile_##KIND##_12x##V
 #define NAMES_14(KIND, V) NAMES_12(KIND, V), tile_##KIND##_13x##V, tile_##KIND##_14x##V
 
-/* `tiles_f32` multiplies float panels and is in every variant; `tiles` those of the table's precision. */
+/* `tiles_f32` multiplies float panels and is in every variant; `tiles` are those of the table's
+ * precision. */
 #if defined(__AVX512F__)
 #define F32_ROWS 14
 TILES_14(F32, 1)

@@ -18,15 +18,8 @@
 
 /* --- the passes --- */
 
-/* Positions that are never written are masked, but must be finite. */
-static void clear_kv(const struct cpu_step_space *space)
-{
-    memset(space->kv, 0, (size_t)space->kv_layers * space->kv_bytes);
-}
-
 static int infer_batch(struct cpu_step_space *space, const struct cpu_batch *batch)
 {
-    clear_kv(space);
     space->pass.pack = &batch->pack;
     space->infer.tail = batch->tail;
     space->infer.tail_count = batch->tail_count;
@@ -99,7 +92,6 @@ static int train_batch(claas_backend_t *backend, const struct cpu_plan *plan,
     int learner = plan->positions[batch->scored_index[0]].learner, code = 0;
 
     space->pass.pack = &batch->pack;
-    clear_kv(space);
     claas_cpu_embed(backend, batch->pack.tokens, batch->pack.m, space->saved[0].x_in);
     for (int l = 0; l < c->layers && code >= 0; l++)
         code = claas_cpu_layer_saved(backend, batch, space, l);

@@ -83,7 +83,6 @@ struct cpu_step_space {
     void *hidden; /* act [tail][D]: final norm of an inference batch */
     void *kv;
     size_t kv_bytes; /* of one layer */
-    int kv_layers;   /* all of them when activations are kept, else 1 */
     /* kept through the step */
     void *teacher_hidden;              /* act [positions][D] */
     float *base_logprobs;              /* [positions] */

@@ -133,6 +133,31 @@ static void transpose_block(const act *in, act *out)
 }
 #endif
 
+/* (a0, b0, a1, b1, …) of 16 elements each. */
+#if defined(__AVX512F__)
+INLINE void interleave(const act *a, const act *b, act *out)
+{
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i both =
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)a)),
+                           _mm256_loadu_si256((const __m256i *)b), 1);
+
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
+}
+#else
+INLINE void interleave(const act *a, const act *b, act *out)
+{
+    const __m256i low = _mm256_loadu_si256((const __m256i *)a);
+    const __m256i high = _mm256_loadu_si256((const __m256i *)b);
+    const __m256i even = _mm256_unpacklo_epi16(low, high), odd = _mm256_unpackhi_epi16(low, high);
+
+    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256((__m256i *)(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+#endif
+
 /* (a0, b0, a1, b1, …): the first n <= 16 elements of two rows as one step of a panel, the rest
  * zero. */
 INLINE void pair_rows(const act *a, const act *b, int n, act *out)
@@ -146,15 +171,7 @@ INLINE void pair_rows(const act *a, const act *b, int n, act *out)
         a = whole[0];
         b = whole[1];
     }
-    {
-        const __m256i low = _mm256_loadu_si256((const __m256i *)a);
-        const __m256i high = _mm256_loadu_si256((const __m256i *)b);
-        const __m256i even = _mm256_unpacklo_epi16(low, high),
-                      odd = _mm256_unpackhi_epi16(low, high);
-
-        _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(even, odd, 0x20));
-        _mm256_storeu_si256((__m256i *)(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
-    }
+    interleave(a, b, out);
 }
 
 static void pack_rows(const act *x, int ldx, int count, int n, act *out)

@@ -35,7 +35,7 @@ struct claas_sample {
     int top_logprobs;
     int32_t given; /* >= 0: do not sample, score this token */
     /* results */
-    int32_t token;
+    int32_t token; /* -1: the row is not finite, the adapter or the model is broken */
     float logprob; /* temperature 1, whole vocabulary */
     int32_t top_tokens[CLAAS_TOP_LOGPROBS_MAX];
     float top_logprob[CLAAS_TOP_LOGPROBS_MAX];

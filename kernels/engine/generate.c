@@ -405,16 +405,23 @@ static void take_token(claas_device_t *device, struct claas_sequence *seq,
                        const struct claas_sample *sample)
 {
     bool stop = is_stop(seq, sample->token);
-    int rc = send_token(seq, sample);
+    int rc;
 
-    seq->tokens[seq->count++] = sample->token;
-    if (rc == 0 && !stop && seq->count < seq->limit)
-        return;
-    retire(&device->running, seq);
+    /* Its adapter is broken; the others of the pass have nothing to do with it. */
+    if (sample->token < 0)
+        rc = claas_fail(CLAAS_ERR_NOT_FINITE, "the model gave logits that are not finite");
+    else
+        rc = send_token(seq, sample);
     if (rc < 0) {
+        retire(&device->running, seq);
         claas_request_fail(&seq->request, rc);
         return;
     }
+
+    seq->tokens[seq->count++] = sample->token;
+    if (!stop && seq->count < seq->limit)
+        return;
+    retire(&device->running, seq);
     seq->request.last->kind = CLAAS_EVENT_FINISHED;
     seq->request.last->finish = stop ? CLAAS_FINISH_STOP : CLAAS_FINISH_LENGTH;
     claas_request_finish(&seq->request);

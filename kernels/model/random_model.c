@@ -191,6 +191,7 @@ static void set_entry(struct claas_vocab_entry *entry, const char *text, bool sp
 static int make_tokenizer(claas_tokenizer_t **ret)
 {
     CLAAS_AUTO_FREE struct material *m = CLAAS_NEW(struct material);
+    size_t left;
 
     if (!m)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -202,7 +203,9 @@ static int make_tokenizer(claas_tokenizer_t **ret)
         set_entry(&m->vocab[BYTES + i], special_texts[i], true);
     for (int i = 0; i < MERGES; i++) {
         write_merge(i, m->lefts[i], m->rights[i]);
-        strcat(strcpy(m->merged[i], m->lefts[i]), m->rights[i]);
+        left = strlen(m->lefts[i]);
+        memcpy(m->merged[i], m->lefts[i], left);
+        memcpy(m->merged[i] + left, m->rights[i], strlen(m->rights[i]) + 1);
         set_entry(&m->vocab[BYTES + SPECIALS + i], m->merged[i], false);
         m->left[i] = m->lefts[i];
         m->right[i] = m->rights[i];

@@ -66,9 +66,7 @@ static double best_of(const struct bench *bench, bench_fn *call, void *arg)
     return best;
 }
 
-/* --- peaks
- * -------------------------------------------------------------------------------------------------------
- */
+/* --- peaks --- */
 
 #define PEAK_ROUNDS 200000
 static volatile float peak_sink;
@@ -150,9 +148,7 @@ static double measure_peak(const struct bench *bench)
 #endif
 }
 
-/* --- inputs
- * --------------------------------------------------------------------------------------------------------
- */
+/* --- inputs --- */
 
 static void *random_acts(const struct bench *bench, size_t count)
 {
@@ -182,9 +178,7 @@ static float *zero_floats(size_t count)
     return p;
 }
 
-/* --- products
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- products --- */
 
 static void run_gemm(const struct bench *bench, void *arg)
 {
@@ -239,9 +233,7 @@ static void bench_products(const struct bench *bench, int m, int n, int k)
     free(x), free(dy), free(w), free(b), free(a), free(s), free(out), free(dx), free(g);
 }
 
-/* --- attention
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- attention --- */
 
 static void run_attention(const struct bench *bench, void *arg)
 {
@@ -320,9 +312,7 @@ static void bench_attention(const struct bench *bench, int count)
     free(kv), free(q), free(dout), free(out), free(lse), free(dq), free(dk), free(dv), free(blocks);
 }
 
-/* --- row operations
- * -------------------------------------------------------------------------------------------------
- */
+/* --- row operations --- */
 
 struct rows {
     int m;
@@ -393,8 +383,7 @@ static void bench_rows(const struct bench *bench, int m)
     free(r.x), free(r.y), free(r.w), free(r.g), free(r.g2), free(r.rstd);
 }
 
-/* --- decoding: all weights of the model once, a few rows
- * ------------------------------------------------------------- */
+/* --- decoding: all weights of the model once, a few rows --- */
 
 struct weight {
     int n, k;

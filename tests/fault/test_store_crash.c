@@ -61,7 +61,7 @@ static unsigned pick(unsigned n)
     return words[0] % n;
 }
 
-/* --- the child -------------------------------------------------------------------------------- */
+/* --- the child ------------------------------------------------------------------------- */
 
 struct child {
     const char *data;
@@ -252,7 +252,7 @@ static void live(struct child *child)
     }
 }
 
-/* --- the parent ------------------------------------------------------------------------------- */
+/* --- the parent ------------------------------------------------------------------------ */
 
 static int64_t current_of(claas_store_t *store, int adapter)
 {

@@ -1,4 +1,5 @@
-/* See runtime_fixture.h. All shared state of the probe is under one lock; waiting is on a condition, never a sleep. */
+/* See runtime_fixture.h. All shared state of the probe is under one lock; waiting is on a
+ * condition, never a sleep. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -42,7 +43,8 @@ struct probe {
     bool is_drain_held;
 };
 
-/* --- probe ------------------------------------------------------------------------------------- */
+/* --- probe -------------------------------------------------------------------------------------
+ */
 
 struct probe *probe_new(void)
 {
@@ -195,12 +197,15 @@ void probe_fail_starts(struct probe *probe, int times)
     pthread_mutex_unlock(&probe->lock);
 }
 
-/* --- the answering actor ----------------------------------------------------------------------- */
+/* --- the answering actor -----------------------------------------------------------------------
+ */
 
 struct fake {
     claas_actor_t *actor;
     struct probe *probe;
     struct claas_reply_to asked;
+    struct claas_reply_to *late[64]; /* replies that a timer will give; freed at the end */
+    int late_count;
 };
 
 static cJSON *list_body(const char *name)
@@ -217,7 +222,6 @@ static void reply_later(void *self, void *arg)
     struct fake *fake = self;
 
     claas_actor_reply(fake->actor, arg, list_body("later"));
-    free(arg);
     count(fake->probe, "late");
 }
 
@@ -273,6 +277,8 @@ static int handle_list(void *self, claas_message_t *message)
     if (strcmp(prefix, "later") == 0) {
         struct claas_reply_to *to = CLAAS_NEW(struct claas_reply_to);
 
+        assert_true(fake->late_count < 64);
+        fake->late[fake->late_count++] = to;
         *to = message->reply_to;
         return claas_actor_timer(fake->actor, 50, reply_later, to) < 0 ? CLAAS_ERR_INTERNAL : 0;
     }
@@ -285,7 +291,8 @@ static int handle_list(void *self, claas_message_t *message)
     if (strcmp(prefix, "block") == 0)
         block(fake->probe);
     if (strcmp(prefix, "wrong") == 0)
-        return claas_actor_reply(fake->actor, &message->reply_to, cJSON_CreateObject()) < 0 ? 0 : -1;
+        return claas_actor_reply(fake->actor, &message->reply_to, cJSON_CreateObject()) < 0 ? 0
+                                                                                            : -1;
     if (strcmp(prefix, "principal") == 0)
         return claas_actor_reply(fake->actor, &message->reply_to, list_body(message->principal));
     return claas_actor_reply(fake->actor, &message->reply_to,
@@ -363,6 +370,8 @@ static void stop_fake(void **self)
     struct fake *fake = *self;
 
     count(fake->probe, "stops");
+    for (int i = 0; i < fake->late_count; i++)
+        free(fake->late[i]);
     free(fake);
     *self = NULL;
 }
@@ -372,10 +381,11 @@ static const struct claas_handler fake_handlers[] = {
     {CLAAS_MSG_FEEDBACK, handle_feedback},
     {CLAAS_MSG_ROLLOUT_PUT, handle_rollout},
 };
-const struct claas_actor_class fake_class = {
-    "fake", fake_handlers, CLAAS_COUNT(fake_handlers), start_fake, drain_fake, stop_fake};
+const struct claas_actor_class fake_class = {"fake",     fake_handlers, CLAAS_COUNT(fake_handlers),
+                                             start_fake, drain_fake,    stop_fake};
 
-/* --- the driver -------------------------------------------------------------------------------- */
+/* --- the driver --------------------------------------------------------------------------------
+ */
 
 struct driver {
     claas_actor_t *actor;
@@ -497,7 +507,8 @@ static void stop_driver(void **self)
 
 const struct claas_actor_class driver_class = {"driver", NULL, 0, start_driver, NULL, stop_driver};
 
-/* --- the process ------------------------------------------------------------------------------- */
+/* --- the process -------------------------------------------------------------------------------
+ */
 
 double messages_unaccounted(void)
 {
@@ -514,7 +525,7 @@ void fixture_new(struct fixture *fixture, const char *extra)
     const char *overrides[2] = {data, extra};
 
     memset(fixture, 0, sizeof(*fixture));
-    strcpy(fixture->dir, "/tmp/claas-test-XXXXXX");
+    claas_copy_text(fixture->dir, sizeof(fixture->dir), "/tmp/claas-test-XXXXXX");
     assert_non_null(mkdtemp(fixture->dir));
     snprintf(data, sizeof(data), "data=%s", fixture->dir);
     fixture->probe = probe_new();
@@ -525,10 +536,10 @@ void fixture_start(struct fixture *fixture)
 {
     if (claas_runtime_new(fixture->config, &fixture->runtime) < 0)
         fail_msg("claas_runtime_new: %s", claas_error_text());
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &fake_class, "storage", fixture->probe), 0);
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &driver_class, "driver", fixture->probe), 0);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "storage", fixture->probe),
+                     0);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &driver_class, "driver", fixture->probe),
+                     0);
 }
 
 void fixture_free(struct fixture *fixture)

@@ -1,8 +1,9 @@
 /* Actors for tests of the runtime, and a driver: an actor that asks on behalf of the test's thread.
  *
- * The answering actor ("storage") does what the `prefix` of an ADAPTER_LIST says: "" replies, "fail" returns an error,
- * "never" keeps the request, "later" replies after 50 ms, "block" sleeps until the test lets it go, "die" ends the actor,
- * "wrong" replies with a body that breaks the catalogue, "ask" asks the actor named "other" and passes its answer on. */
+ * The answering actor ("storage") does what the `prefix` of an ADAPTER_LIST says: "" replies,
+ * "fail" returns an error, "never" keeps the request, "later" replies after 50 ms, "block" sleeps
+ * until the test lets it go, "die" ends the actor, "wrong" replies with a body that breaks the
+ * catalogue, "ask" asks the actor named "other" and passes its answer on. */
 #ifndef CLAAS_TEST_RUNTIME_FIXTURE_H
 #define CLAAS_TEST_RUNTIME_FIXTURE_H
 
@@ -24,7 +25,7 @@ struct question {
     uint64_t id;
     int ends, progress, code;
     char text[256];
-    char reply[4096]; /* the body, printed */
+    char reply[4096];      /* the body, printed */
     double attachment_sum; /* of the reply's float attachments */
 };
 
@@ -57,7 +58,8 @@ void probe_await_progress(struct probe *probe, struct question *question, int co
 int probe_call(struct probe *probe, struct question *question);
 /* Lets a handler that blocks go on. */
 void probe_release(struct probe *probe);
-/* Waits until a counter of the fakes has this value: "starts", "stops", "cancels", "kept", "blocked", "handled". */
+/* Waits until a counter of the fakes has this value: "starts", "stops", "cancels", "kept",
+ * "blocked", "handled". */
 void probe_await_count(struct probe *probe, const char *name, int value);
 int probe_count(struct probe *probe, const char *name);
 /* How the fakes behave on drain: not done until probe_finish. */

@@ -6,6 +6,7 @@
 #include <cmocka.h>
 
 #include "runtime_fixture.h"
+#include "supervisor.h"
 
 #include "claas/client.h"
 #include "claas/clock.h"
@@ -47,6 +48,21 @@ static int set_up_small(void **state)
     return 0;
 }
 
+static struct supervisor_limits usual_limits;
+
+static int set_up_impatient(void **state)
+{
+    usual_limits = supervisor_limits;
+    supervisor_limits = (struct supervisor_limits){.backoff_min_ms = 1,
+                                                   .backoff_max_ms = 1,
+                                                   .restarts_max = 3,
+                                                   .window_ms = 60000,
+                                                   .poke_ms = 5,
+                                                   .slow_ms = 500,
+                                                   .stuck_ms = 1000};
+    return set_up(state);
+}
+
 static int tear_down(void **state)
 {
     fixture_free(*state);
@@ -54,7 +70,25 @@ static int tear_down(void **state)
     return 0;
 }
 
-/* --- asking ------------------------------------------------------------------------------------ */
+static int tear_down_impatient(void **state)
+{
+    int rc = tear_down(state);
+
+    supervisor_limits = usual_limits;
+    return rc;
+}
+
+/* Returns when the switch has dealt with all that the driver sent before: a link keeps its order.
+ */
+static void pass_the_switch(struct fixture *fixture)
+{
+    struct question question = {.to = "switch", .type = CLAAS_MSG_STATUS, .timeout_ms = 8000};
+
+    assert_int_equal(probe_call(fixture->probe, &question), 0);
+}
+
+/* --- asking ------------------------------------------------------------------------------------
+ */
 
 static void ask_and_reply(void **state)
 {
@@ -211,13 +245,12 @@ static void any_of_a_kind(void **state)
     struct fixture *fixture = *state;
     bool seen[2] = {false, false};
 
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &fake_class, "other.0", fixture->probe), 0);
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &fake_class, "other.1", fixture->probe), 0);
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &fake_class, "other.1", fixture->probe),
-        CLAAS_ERR_EXISTS);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other.0", fixture->probe),
+                     0);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other.1", fixture->probe),
+                     0);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other.1", fixture->probe),
+                     CLAAS_ERR_EXISTS);
     for (int i = 0; i < 16; i++) {
         struct question question = list_question("other", "");
 
@@ -229,7 +262,8 @@ static void any_of_a_kind(void **state)
     assert_int_equal(probe_call(fixture->probe, &chain), 0);
 }
 
-/* --- limits ------------------------------------------------------------------------------------ */
+/* --- limits ------------------------------------------------------------------------------------
+ */
 
 static void overload(void **state)
 {
@@ -267,22 +301,31 @@ static void expired_in_the_mailbox(void **state)
 {
     struct fixture *fixture = *state;
     struct question blocker = list_question("storage", "block");
-    struct question late = list_question("storage", "");
+    struct question late = list_question("storage", ""), wait = list_question("other", "never");
     double expired = claas_metric_value(CLAAS_METRIC_MESSAGES_EXPIRED);
 
     probe_ask(fixture->probe, &blocker);
     probe_await_count(fixture->probe, "blocked", 1);
     late.timeout_ms = 20;
-    assert_int_equal(probe_call(fixture->probe, &late), CLAAS_ERR_DEADLINE);
+    probe_ask(fixture->probe, &late);
+    pass_the_switch(fixture);
+    /* Its time runs from its arrival; this one's starts later and is longer. */
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other", fixture->probe),
+                     0);
+    wait.timeout_ms = 60;
+    assert_int_equal(probe_call(fixture->probe, &wait), CLAAS_ERR_DEADLINE);
+    probe_await(fixture->probe, &late);
+    assert_int_equal(late.code, CLAAS_ERR_DEADLINE);
     probe_release(fixture->probe);
     probe_await(fixture->probe, &blocker);
     struct question after = list_question("storage", "");
     assert_int_equal(probe_call(fixture->probe, &after), 0);
     assert_true(claas_metric_value(CLAAS_METRIC_MESSAGES_EXPIRED) == expired + 1);
-    assert_int_equal(probe_count(fixture->probe, "handled"), 2);
+    assert_int_equal(probe_count(fixture->probe, "handled"), 3);
 }
 
-/* --- failure and restart ------------------------------------------------------------------------- */
+/* --- failure and restart -------------------------------------------------------------------------
+ */
 
 static void restart_ends_pending_asks(void **state)
 {
@@ -324,6 +367,7 @@ static void mailbox_of_the_dead_is_lost(void **state)
         waiting[i] = list_question("storage", "");
         probe_ask(fixture->probe, &waiting[i]);
     }
+    pass_the_switch(fixture);
     probe_release(fixture->probe);
     for (int i = 0; i < 5; i++) {
         probe_await(fixture->probe, &waiting[i]);
@@ -338,19 +382,44 @@ static void failing_start(void **state)
     struct question killer = list_question("storage", "die");
 
     probe_fail_starts(fixture->probe, 1);
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &fake_class, "other", fixture->probe),
-        CLAAS_ERR_IO);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other", fixture->probe),
+                     CLAAS_ERR_IO);
     assert_string_equal(claas_error_text(), "other: cannot start yet");
     /* The name is free again, and a restart that fails is tried again. */
-    assert_int_equal(
-        claas_runtime_start(fixture->runtime, &fake_class, "other", fixture->probe), 0);
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other", fixture->probe),
+                     0);
     probe_fail_starts(fixture->probe, 2);
     probe_call(fixture->probe, &killer);
     probe_await_count(fixture->probe, "starts", 3);
 }
 
-/* --- the end ------------------------------------------------------------------------------------- */
+/* Restarting that does not help ends the wait for signals with the reason. */
+static void restarted_too_often(void **state)
+{
+    struct fixture *fixture = *state;
+    struct question killer = list_question("storage", "die");
+
+    probe_fail_starts(fixture->probe, 100);
+    probe_call(fixture->probe, &killer);
+    assert_int_equal(claas_runtime_wait(fixture->runtime), CLAAS_ERR_IO);
+    assert_string_equal(claas_error_text(), "storage failed again and again: cannot start yet");
+}
+
+static void stuck_actor(void **state)
+{
+    struct fixture *fixture = *state;
+    struct question blocker = list_question("storage", "block");
+
+    probe_ask(fixture->probe, &blocker);
+    assert_int_equal(claas_runtime_wait(fixture->runtime), CLAAS_ERR_INTERNAL);
+    assert_non_null(strstr(claas_error_text(), "storage is stuck"));
+    probe_release(fixture->probe);
+    probe_await(fixture->probe, &blocker);
+    assert_int_equal(blocker.code, 0);
+}
+
+/* --- the end -------------------------------------------------------------------------------------
+ */
 
 static void *finish_soon(void *arg)
 {
@@ -427,6 +496,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
 #define TEST(name)       cmocka_unit_test_setup_teardown(name, set_up, tear_down)
 #define TEST_SMALL(name) cmocka_unit_test_setup_teardown(name, set_up_small, tear_down)
+#define TEST_IMPATIENT(name)                                                                       \
+    cmocka_unit_test_setup_teardown(name, set_up_impatient, tear_down_impatient)
         TEST(ask_and_reply),
         TEST(progress_then_reply),
         TEST(attachments_there_and_back),
@@ -442,6 +513,8 @@ int main(void)
         TEST(restart_ends_pending_asks),
         TEST(mailbox_of_the_dead_is_lost),
         TEST(failing_start),
+        TEST_IMPATIENT(restarted_too_often),
+        TEST_IMPATIENT(stuck_actor),
         TEST(drain_waits_for_work),
         TEST(second_signal_cuts_drain),
         TEST(stop_ends_asks),

@@ -68,13 +68,13 @@ static int list(claas_client_t *client, const char *prefix, int64_t timeout_ms, 
                                   timeout_ms, NULL, NULL, &body);
 
     if (rc == 0)
-        claas_copy_text(
-            text, 64,
-            cJSON_GetArrayItem(claas_json_get(body, "adapters"), 0)->valuestring);
+        claas_copy_text(text, 64,
+                        cJSON_GetArrayItem(claas_json_get(body, "adapters"), 0)->valuestring);
     return rc;
 }
 
-/* --- well-behaved clients ---------------------------------------------------------------------- */
+/* --- well-behaved clients ----------------------------------------------------------------------
+ */
 
 static void request(void **state)
 {
@@ -118,9 +118,9 @@ static void role_is_checked(void **state)
     cJSON *body = cJSON_CreateObject();
 
     claas_json_set_string(body, "cycle_id", "c");
-    assert_int_equal(claas_client_request(client, "storage", CLAAS_MSG_CYCLE_END, body, 8000, NULL,
-                                          NULL, NULL),
-                     CLAAS_ERR_DENIED);
+    assert_int_equal(
+        claas_client_request(client, "storage", CLAAS_MSG_CYCLE_END, body, 8000, NULL, NULL, NULL),
+        CLAAS_ERR_DENIED);
     assert_string_equal(claas_error_text(), "CYCLE_END may not be sent by clients");
     claas_client_free(&client);
 }
@@ -160,7 +160,8 @@ static void server_stops_while_asked(void **state)
     claas_client_free(&client);
 }
 
-/* --- raw peers --------------------------------------------------------------------------------- */
+/* --- raw peers ---------------------------------------------------------------------------------
+ */
 
 static zsock_t *new_peer(const struct fixture *fixture, const char *routing_id)
 {
@@ -222,9 +223,8 @@ static int receive(zsock_t *peer, struct claas_header *header)
     if (header->kind == CLAAS_KIND_ERR) {
         CLAAS_AUTO(claas_json_free) cJSON *body = NULL;
 
-        assert_int_equal(claas_json_parse((char *)zframe_data(frame), zframe_size(frame), 65536,
-                                          &body),
-                         0);
+        assert_int_equal(
+            claas_json_parse((char *)zframe_data(frame), zframe_size(frame), 65536, &body), 0);
         assert_int_equal(claas_json_get_int(body, "code", -1000, -1, &code), 1);
         assert_non_null(claas_json_get(body, "error"));
         assert_non_null(claas_json_get(body, "text"));
@@ -295,7 +295,8 @@ static void wrong_requests(void **state)
     zsock_destroy(&peer);
 }
 
-/* Every truncation of a good message, frame by frame, and garbage of all sizes; then all is well. */
+/* Every truncation of a good message, frame by frame, and garbage of all sizes; then all is well.
+ */
 static void garbage(void **state)
 {
     zsock_t *peer = new_peer(*state, NULL);
@@ -376,9 +377,9 @@ static void claimed_names(void **state)
     send_raw(peer, "storage\0scheduler\0alice", 23, &header, "{}");
     assert_int_equal(receive(peer, &answer), CLAAS_ERR_DENIED);
     struct claas_header hello = {.version = 1, .kind = CLAAS_KIND_HELLO, .codec = 2, .epoch = 1};
-    assert_int_equal(answer_of(peer, hello, "",
-                               "{\"node\":\"evil\",\"actors\":[{\"name\":\"storage\"}]}"),
-                     CLAAS_ERR_DENIED);
+    assert_int_equal(
+        answer_of(peer, hello, "", "{\"node\":\"evil\",\"actors\":[{\"name\":\"storage\"}]}"),
+        CLAAS_ERR_DENIED);
     assert_int_equal(answer_of(peer, hello, "",
                                "{\"node\":\"evil\",\"token\":\"0123456789abcdef0123456789abcdef"
                                "0123456789abcdef0123456789abcdef\",\"actors\":[]}"),
@@ -526,7 +527,8 @@ static void gaps_are_counted(void **state)
     zsock_destroy(&peer);
 }
 
-/* --- events ------------------------------------------------------------------------------------ */
+/* --- events ------------------------------------------------------------------------------------
+ */
 
 static void events(void **state)
 {

@@ -1,8 +1,10 @@
-/* Two processes: this one is the main node; the children run this program again as nodes that join it.
+/* Two processes: this one is the main node; the children run this program again as nodes that join
+ * it.
  *
  *   test_runtime_node                       the tests
- *   test_runtime_node node DIR NAME ACTOR   a node with one answering actor, until SIGTERM; its counters go to DIR/NAME.sum
- *   test_runtime_node main DIR              a main node with "storage", until SIGTERM */
+ *   test_runtime_node node DIR NAME ACTOR   a node with one answering actor, until SIGTERM; its
+ * counters go to DIR/NAME.sum test_runtime_node main DIR              a main node with "storage",
+ * until SIGTERM */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -31,7 +33,8 @@
 
 extern char **environ;
 
-/* --- the child --------------------------------------------------------------------------------- */
+/* --- the child ---------------------------------------------------------------------------------
+ */
 
 static int run_child(const char *dir, const char *connect_to, const char *name, const char *actor)
 {
@@ -67,8 +70,8 @@ static int run_child(const char *dir, const char *connect_to, const char *name, 
 
 static pid_t spawn(const char *verb, const char *dir, const char *name, const char *actor)
 {
-    char *arguments[] = {(char *)"test_runtime_node", (char *)verb, (char *)dir, (char *)name,
-                         (char *)actor, NULL};
+    char *arguments[] = {
+        (char *)"test_runtime_node", (char *)verb, (char *)dir, (char *)name, (char *)actor, NULL};
     pid_t pid;
 
     assert_int_equal(posix_spawn(&pid, "/proc/self/exe", NULL, NULL, arguments, environ), 0);
@@ -84,7 +87,8 @@ static int end_child(pid_t pid, int signal_number)
     return status;
 }
 
-/* --- this process ------------------------------------------------------------------------------ */
+/* --- this process ------------------------------------------------------------------------------
+ */
 
 static int set_up(void **state)
 {

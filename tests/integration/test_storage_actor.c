@@ -20,8 +20,7 @@
 #define PRODUCERS 8
 #define FLOOD     4000
 
-/* --- an actor that asks what the test's thread wants asked
- * -------------------------------------------------------------- */
+/* --- an actor that asks what the test's thread wants asked ----------------------------- */
 
 struct question {
     int type;
@@ -176,7 +175,7 @@ __attribute__((format(printf, 3, 4))) static int ask(struct question *question, 
     return question->error;
 }
 
-/* --- the process ------------------------------------------------------------------------------ */
+/* --- the process ----------------------------------------------------------------------- */
 
 struct process {
     char *data;

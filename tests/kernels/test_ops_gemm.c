@@ -355,16 +355,43 @@ static void test_panels(void **state)
     }
 }
 
+/* The environment can only ask for something slower; what it does not know it ignores. */
+static void test_pick(void **state)
+{
+    static const char *const names[] = {"ref", "avx2", "avx512", "avx512bf16", "nonsense"};
+
+    for (int precision = 0; precision < 2; precision++) {
+        const struct claas_ops *best = NULL;
+        int count = 0;
+
+        assert_int_equal(unsetenv("CLAAS_CPU"), 0);
+        best = claas_ops_pick((enum claas_precision)precision);
+        while (claas_ops_at((enum claas_precision)precision, count))
+            count++;
+        assert_ptr_equal(best, claas_ops_at((enum claas_precision)precision, count - 1));
+        assert_non_null(strstr(claas_ops_at((enum claas_precision)precision, 0)->name, "-ref"));
+        for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+            const struct claas_ops *ops = NULL;
+
+            assert_int_equal(setenv("CLAAS_CPU", names[i], 1), 0);
+            ops = claas_ops_pick((enum claas_precision)precision);
+            assert_int_equal(ops->precision, precision);
+            if (i < 2 && count > 1)
+                assert_non_null(strstr(ops->name, names[i]));
+            if (i == 4)
+                assert_ptr_equal(ops, best);
+        }
+        assert_int_equal(unsetenv("CLAAS_CPU"), 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_panels),
-        cmocka_unit_test(test_gemm),
-        cmocka_unit_test(test_gemm_aliased_rows),
-        cmocka_unit_test(test_gemm_large),
-        cmocka_unit_test(test_gemm_dx),
-        cmocka_unit_test(test_gemm_tn),
-        cmocka_unit_test(test_rows_do_not_depend_on_company),
+        cmocka_unit_test(test_pick),       cmocka_unit_test(test_panels),
+        cmocka_unit_test(test_gemm),       cmocka_unit_test(test_gemm_aliased_rows),
+        cmocka_unit_test(test_gemm_large), cmocka_unit_test(test_gemm_dx),
+        cmocka_unit_test(test_gemm_tn),    cmocka_unit_test(test_rows_do_not_depend_on_company),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

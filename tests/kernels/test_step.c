@@ -273,7 +273,7 @@ static void runs_and_thread_counts_agree(void **state)
 static void together_is_alone(void **state)
 {
     for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
-        struct claas_backend_row rows[5 * ADAPTERS], own[5 * ADAPTERS];
+        struct claas_backend_row rows[5 * ADAPTERS] = {0}, own[5 * ADAPTERS];
         struct claas_adamw_config adamw = step_adamw(1e-3f);
         struct claas_adapter_image together[ADAPTERS];
         struct bits b;

@@ -62,7 +62,7 @@ static void draw(const float *logits, struct claas_sample sample, int draws, dou
 
         one.seed = (uint64_t)i / 4;
         one.index = (uint64_t)i % 4;
-        CHECK(claas_cpu_sample(fixture.backend, 1, logits, &one));
+        claas_cpu_sample(fixture.backend, 1, logits, &one);
         counts[rank_of(one.token)]++;
     }
     for (size_t i = 0; i <= CLAAS_COUNT(likely); i++)
@@ -89,14 +89,14 @@ static void greedy_takes_the_first_of_the_best(void **state)
     float logits[VOCAB] = {0};
     struct claas_sample sample = {.given = -1, .top_p = 1};
 
-    CHECK(claas_cpu_sample(fixture.backend, 1, logits, &sample));
+    claas_cpu_sample(fixture.backend, 1, logits, &sample);
     assert_int_equal(sample.token, 0);
     logits[40] = logits[39] = logits[500] = 2;
-    CHECK(claas_cpu_sample(fixture.backend, 1, logits, &sample));
+    claas_cpu_sample(fixture.backend, 1, logits, &sample);
     assert_int_equal(sample.token, 39);
     sample.temperature = 1;
     sample.top_k = 1;
-    CHECK(claas_cpu_sample(fixture.backend, 1, logits, &sample));
+    claas_cpu_sample(fixture.backend, 1, logits, &sample);
     assert_int_equal(sample.token, 39);
     assert_true(sample.logprob == logits[39] - claas_logsumexp(logits, VOCAB));
 }
@@ -138,12 +138,12 @@ static void the_nucleus_has_always_one_token(void **state)
     make_logits(logits, -3);
     for (uint64_t seed = 0; seed < 50; seed++) {
         sample.seed = seed;
-        CHECK(claas_cpu_sample(fixture.backend, 1, logits, &sample));
+        claas_cpu_sample(fixture.backend, 1, logits, &sample);
         assert_int_equal(sample.token, likely[0]);
     }
     sample.top_p = 1;
     sample.temperature = 1e-8f; /* far beyond the range of exp */
-    CHECK(claas_cpu_sample(fixture.backend, 1, logits, &sample));
+    claas_cpu_sample(fixture.backend, 1, logits, &sample);
     assert_int_equal(sample.token, likely[0]);
 }
 
@@ -159,11 +159,11 @@ static void seeds_and_indices_reproduce(void **state)
         for (int i = 0; i < 3; i++)
             together[i] = (struct claas_sample){
                 .given = -1, .temperature = 1, .top_p = 1, .seed = seed, .index = (uint64_t)i};
-        CHECK(claas_cpu_sample(fixture.backend, 3, logits, together));
+        claas_cpu_sample(fixture.backend, 3, logits, together);
         for (int i = 0; i < 3; i++) {
             alone = (struct claas_sample){
                 .given = -1, .temperature = 1, .top_p = 1, .seed = seed, .index = (uint64_t)i};
-            CHECK(claas_cpu_sample(fixture.backend, 1, logits, &alone));
+            claas_cpu_sample(fixture.backend, 1, logits, &alone);
             assert_int_equal(alone.token, together[i].token);
         }
         different += together[0].token != together[1].token;
@@ -178,7 +178,7 @@ static void alternatives_are_sorted(void **state)
 
     make_logits(logits, -9);
     lse = claas_logsumexp(logits, VOCAB);
-    CHECK(claas_cpu_sample(fixture.backend, 1, logits, &sample));
+    claas_cpu_sample(fixture.backend, 1, logits, &sample);
     assert_int_equal(sample.token, 101);
     assert_true(sample.logprob == logits[101] - lse);
     for (int i = 0; i < 5; i++) {
@@ -189,7 +189,7 @@ static void alternatives_are_sorted(void **state)
         assert_int_equal(sample.top_tokens[i], i - 5);
 }
 
-static void logits_that_are_not_finite_are_an_error(void **state)
+static void logits_that_are_not_finite_give_no_token(void **state)
 {
     static const float bad[] = {NAN, INFINITY};
 
@@ -198,8 +198,9 @@ static void logits_that_are_not_finite_are_an_error(void **state)
         struct claas_sample samples[2] = {{.given = -1}, {.given = -1}};
 
         logits[VOCAB + 77] = bad[i];
-        assert_int_equal(claas_cpu_sample(fixture.backend, 2, logits, samples), CLAAS_ERR_DEVICE);
-        assert_non_null(strstr(claas_error_text(), "finite"));
+        claas_cpu_sample(fixture.backend, 2, logits, samples);
+        assert_int_equal(samples[0].token, 0);
+        assert_int_equal(samples[1].token, -1);
     }
 }
 
@@ -211,7 +212,7 @@ int main(void)
         cmocka_unit_test(the_nucleus_has_always_one_token),
         cmocka_unit_test(seeds_and_indices_reproduce),
         cmocka_unit_test(alternatives_are_sorted),
-        cmocka_unit_test(logits_that_are_not_finite_are_an_error),
+        cmocka_unit_test(logits_that_are_not_finite_give_no_token),
     };
 
     return cmocka_run_group_tests(tests, set_up, tear_down);

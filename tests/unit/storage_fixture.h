@@ -19,7 +19,7 @@
 static inline char *fixture_directory(void)
 {
     const char *root = getenv("TMPDIR");
-    char *path = claas_format("%s/claas-store-XXXXXX", root ? root : "/tmp");
+    char *path = claas_format("%s/claas-store-XXXXXX", root ? root : P_tmpdir);
 
     if (!path || !mkdtemp(path))
         abort();

@@ -1,4 +1,5 @@
-/* The configuration: every type, precedence, messages with line, column and caret, and hostile files. */
+/* The configuration: every type, precedence, messages with line, column and caret, and hostile
+ * files. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -61,7 +62,8 @@ static int override(const char *text, claas_config_t **ret)
     return claas_config_load(NULL, &text, 1, ret);
 }
 
-/* --- values ------------------------------------------------------------------------------------ */
+/* --- values ------------------------------------------------------------------------------------
+ */
 
 static void defaults(void **state)
 {
@@ -137,8 +139,7 @@ static void numbers_and_units(void **state)
 
         if (rc != cases[i].rc)
             fail_msg("%s: %d (%s)", cases[i].override, rc, claas_error_text());
-        snprintf(key, sizeof(key), "%.*s", (int)strcspn(cases[i].override, "="),
-                 cases[i].override);
+        snprintf(key, sizeof(key), "%.*s", (int)strcspn(cases[i].override, "="), cases[i].override);
         if (rc == 0)
             assert_true(claas_config_number(config, key) == cases[i].value);
         claas_config_free(&config);
@@ -206,7 +207,8 @@ static void precedence(void **state)
     unsetenv("CLAAS_DEVICE_ADAPTERS");
 }
 
-/* --- files ------------------------------------------------------------------------------------- */
+/* --- files -------------------------------------------------------------------------------------
+ */
 
 static void good_files(void **state)
 {
@@ -260,8 +262,14 @@ static void bad_files(void **state)
 /* libfyaml's own words, so only their place is checked. */
 static void broken_yaml(void **state)
 {
-    static const char *const texts[] = {"listen: [a\n", "listen: \"a\n", "listen: a\n\tmodel: b\n",
-                                        "listen: a\nlisten: b\n", "a: b: c\n", "{", "\"", "@x: 1\n"};
+    static const char *const texts[] = {"listen: [a\n",
+                                        "listen: \"a\n",
+                                        "listen: a\n\tmodel: b\n",
+                                        "listen: a\nlisten: b\n",
+                                        "a: b: c\n",
+                                        "{",
+                                        "\"",
+                                        "@x: 1\n"};
 
     for (size_t i = 0; i < CLAAS_COUNT(texts); i++) {
         claas_config_t *config = NULL;
@@ -381,18 +389,12 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(defaults),
-        cmocka_unit_test(numbers_and_units),
-        cmocka_unit_test(lists_and_texts),
-        cmocka_unit_test(wrong_overrides),
-        cmocka_unit_test(precedence),
-        cmocka_unit_test(good_files),
-        cmocka_unit_test(bad_files),
-        cmocka_unit_test(broken_yaml),
-        cmocka_unit_test(unreadable),
-        cmocka_unit_test(sample_is_defaults),
-        cmocka_unit_test(every_truncation),
-        cmocka_unit_test(byte_flips),
+        cmocka_unit_test(defaults),         cmocka_unit_test(numbers_and_units),
+        cmocka_unit_test(lists_and_texts),  cmocka_unit_test(wrong_overrides),
+        cmocka_unit_test(precedence),       cmocka_unit_test(good_files),
+        cmocka_unit_test(bad_files),        cmocka_unit_test(broken_yaml),
+        cmocka_unit_test(unreadable),       cmocka_unit_test(sample_is_defaults),
+        cmocka_unit_test(every_truncation), cmocka_unit_test(byte_flips),
     };
 
     return cmocka_run_group_tests(tests, set_up, tear_down);

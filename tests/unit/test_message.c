@@ -1,5 +1,6 @@
-/* The wire format against committed byte vectors (tests/golden/protocol_vectors.json, packed by Python), every truncation of
- * a header, limits of frames, and the field checks of the catalogue. */
+/* The wire format against committed byte vectors (tests/golden/protocol_vectors.json, packed by
+ * Python), every truncation of a header, limits of frames, and the field checks of the catalogue.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -18,7 +19,8 @@
 
 static cJSON *vectors;
 
-/* --- vectors ----------------------------------------------------------------------------------- */
+/* --- vectors -----------------------------------------------------------------------------------
+ */
 
 static uint64_t number(const cJSON *object, const char *key)
 {
@@ -179,9 +181,8 @@ static void messages_match_vectors(void **state)
 
         send_vector(&pair, vector);
         assert_int_equal(parcel_receive(pair.in, false, &parcel), 1);
-        assert_string_equal(
-            parcel.address[0],
-            cJSON_GetArrayItem(claas_json_get(vector, "address"), 0)->valuestring);
+        assert_string_equal(parcel.address[0],
+                            cJSON_GetArrayItem(claas_json_get(vector, "address"), 0)->valuestring);
         assert_int_equal(envelope_open(&envelope, &parcel, 65536), 0);
         CLAAS_AUTO_FREE char *body = claas_json_print(envelope.message.body);
         assert_string_equal(body, claas_json_get(vector, "body")->valuestring);
@@ -195,7 +196,8 @@ static void messages_match_vectors(void **state)
     free_pair(&pair);
 }
 
-/* --- hostile frames ---------------------------------------------------------------------------- */
+/* --- hostile frames ----------------------------------------------------------------------------
+ */
 
 static void headers_refuse(void **state)
 {
@@ -204,7 +206,7 @@ static void headers_refuse(void **state)
 
     claas_header_encode(&header, bytes);
     for (size_t length = 0; length <= sizeof(bytes); length++) {
-        uint8_t *exact = length ? malloc(length) : NULL; /* so that a sanitizer sees an overrun */
+        uint8_t *exact = length ? claas_alloc(1, length) : NULL; /* so that a sanitizer sees an overrun */
 
         if (exact)
             memcpy(exact, bytes, length);
@@ -262,13 +264,13 @@ static void addresses(void **state)
         const char *bytes;
         size_t length;
         int rc;
-    } cases[] = {{"", 0, 1},
-                 {"a\0b\0c", 5, 1},
-                 {"a\0b\0c\0", 6, CLAAS_ERR_FORMAT},
-                 {"a\0b\0c\0d", 7, CLAAS_ERR_FORMAT},
-                 {"0123456789012345678901234567890123456789012345678901234567890123", 64,
-                  CLAAS_ERR_FORMAT},
-                 {"012345678901234567890123456789012345678901234567890123456789012", 63, 1}};
+    } cases[] = {
+        {"", 0, 1},
+        {"a\0b\0c", 5, 1},
+        {"a\0b\0c\0", 6, CLAAS_ERR_FORMAT},
+        {"a\0b\0c\0d", 7, CLAAS_ERR_FORMAT},
+        {"0123456789012345678901234567890123456789012345678901234567890123", 64, CLAAS_ERR_FORMAT},
+        {"012345678901234567890123456789012345678901234567890123456789012", 63, 1}};
     struct pair pair = new_pair();
     struct claas_header header = {.version = 1, .kind = CLAAS_KIND_PING};
     uint8_t bytes[CLAAS_HEADER_BYTES];
@@ -349,7 +351,8 @@ static void errors(void **state)
 static void alignment(void **state)
 {
     struct pair pair = new_pair();
-    struct claas_header header = {.version = 1, .kind = CLAAS_KIND_REP, .type = CLAAS_MSG_CYCLE_KEEP};
+    struct claas_header header = {
+        .version = 1, .kind = CLAAS_KIND_REP, .type = CLAAS_MSG_CYCLE_KEEP};
     uint8_t bytes[CLAAS_HEADER_BYTES];
 
     claas_header_encode(&header, bytes);
@@ -380,7 +383,8 @@ static void alignment(void **state)
     free_pair(&pair);
 }
 
-/* --- the catalogue ----------------------------------------------------------------------------- */
+/* --- the catalogue -----------------------------------------------------------------------------
+ */
 
 static void catalogue_is_sound(void **state)
 {
@@ -420,7 +424,8 @@ static void fields_are_checked(void **state)
     } cases[] = {
         {CLAAS_MSG_CHAT, CLAAS_PART_REQUEST, "{}", NULL},
         {CLAAS_MSG_CHAT, CLAAS_PART_REQUEST, "{\"max_tokens\":1}", NULL},
-        {CLAAS_MSG_CHAT, CLAAS_PART_REQUEST, "{\"max_tokens\":1.5}", "'max_tokens' must be an integer"},
+        {CLAAS_MSG_CHAT, CLAAS_PART_REQUEST, "{\"max_tokens\":1.5}",
+         "'max_tokens' must be an integer"},
         {CLAAS_MSG_CHAT, CLAAS_PART_REQUEST, "{\"max_tokens\":0}",
          "'max_tokens' is 0, it must be from 1 to 1000000"},
         {CLAAS_MSG_CHAT, CLAAS_PART_REQUEST, "{\"temperature\":2.5}",

@@ -1,4 +1,5 @@
-/* Counters from several threads, histogram buckets, and the Prometheus text (by promtool where it is installed). */
+/* Counters from several threads, histogram buckets, and the Prometheus text (by promtool where it
+ * is installed). */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

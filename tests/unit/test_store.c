@@ -93,7 +93,7 @@ static const cJSON *at(const cJSON *object, const char *key, int index)
         assert_null(answer.body);                                                                  \
     } while (0)
 
-/* --- names ------------------------------------------------------------------------------------ */
+/* --- names ----------------------------------------------------------------------------- */
 
 static void test_names(void **ret)
 {
@@ -161,7 +161,7 @@ static void test_names(void **ret)
     assert_string_equal(claas_error_text(), "Invalid lora_id: path traversal detected in 'a/../b'");
 }
 
-/* --- adapters --------------------------------------------------------------------------------- */
+/* --- adapters -------------------------------------------------------------------------- */
 
 static void test_adapter_life(void **ret)
 {
@@ -303,8 +303,7 @@ static void test_principals(void **ret)
     claas_store_answer_done(&answer);
 }
 
-/* --- answers and feedback
- * --------------------------------------------------------------------------------------------- */
+/* --- answers and feedback -------------------------------------------------------------- */
 
 static void test_lookup(void **ret)
 {
@@ -548,7 +547,7 @@ static void test_queue_max(void **ret)
     assert_int_equal(fixture_feedback(store, "u/a", "r", "z", other), 0);
 }
 
-/* --- jobs ------------------------------------------------------------------------------------- */
+/* --- jobs ------------------------------------------------------------------------------ */
 
 static void test_jobs(void **ret)
 {
@@ -651,7 +650,7 @@ static void test_jobs(void **ret)
                  fixture_call(store, CLAAS_STORE_JOB_LIST, &answer, "{\"state\":\"odd\"}"));
 }
 
-/* --- cycles ----------------------------------------------------------------------------------- */
+/* --- cycles ---------------------------------------------------------------------------- */
 
 static void learn(struct state *state, const char *response_id, const char *text, int64_t parent,
                   int64_t version)
@@ -904,7 +903,7 @@ static void test_publish_jobs(void **ret)
     claas_store_answer_done(&answer);
 }
 
-/* --- transactions ----------------------------------------------------------------------------- */
+/* --- transactions ---------------------------------------------------------------------- */
 
 /* A failing request among good ones; and questions see only what is committed. */
 static void test_group(void **ret)

@@ -87,7 +87,7 @@ static int publish_directory(claas_store_t *store, const char *directory)
     return rc;
 }
 
-/* --- staged directories ----------------------------------------------------------------------- */
+/* --- staged directories ---------------------------------------------------------------- */
 
 static void test_truncations(void **ret)
 {
@@ -226,8 +226,7 @@ static void test_staged_places(void **ret)
     assert_int_equal(publish_directory(store, staged), 0);
 }
 
-/* --- interrupted publications
- * ------------------------------------------------------------------------------------------- */
+/* --- interrupted publications ---------------------------------------------------------- */
 
 static void exit_at(void *arg, const char *point)
 {
@@ -300,7 +299,7 @@ static void test_unknown_directory(void **ret)
     close_store(&store);
 }
 
-/* --- retention -------------------------------------------------------------------------------- */
+/* --- retention ------------------------------------------------------------------------- */
 
 static void tend_all(claas_store_t *store)
 {
@@ -393,7 +392,7 @@ static void test_rollout_retention(void **ret)
     assert_int_equal(count, 2);
 }
 
-/* --- export ----------------------------------------------------------------------------------- */
+/* --- export ---------------------------------------------------------------------------- */
 
 static void export_to(const char *directory, const char *path)
 {
@@ -448,7 +447,7 @@ static void test_export(void **ret)
     assert_true(export_open(directory, &files) < 0);
 }
 
-/* --- starts ----------------------------------------------------------------------------------- */
+/* --- starts ---------------------------------------------------------------------------- */
 
 static void run_sql(const char *data, const char *sql)
 {
@@ -590,7 +589,7 @@ static void test_missing_version(void **ret)
     close_store(&store);
 }
 
-/* --- no space --------------------------------------------------------------------------------- */
+/* --- no space -------------------------------------------------------------------------- */
 
 /* SQLite's own limit of pages stands for a full disk: the same error from the same place. */
 static void test_database_full(void **ret)

@@ -1,4 +1,5 @@
-/* The heap of timers against a plain list, under a long run of random additions, removals and time steps. */
+/* The heap of timers against a plain list, under a long run of random additions, removals and time
+ * steps. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -1,6 +1,6 @@
 /* The verbs below `claas model`. */
-#ifndef CLAAS_TOOLS_MODEL_H
-#define CLAAS_TOOLS_MODEL_H
+#ifndef CLAAS_TOOLS_MODEL_VERBS_H
+#define CLAAS_TOOLS_MODEL_VERBS_H
 
 int model_show(int argc, char **argv);
 int model_calibrate(int argc, char **argv);

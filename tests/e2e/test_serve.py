@@ -1,0 +1,90 @@
+"""The server as a process: its lines, signals, locks, restarts, and what it says about wrong settings."""
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from server import BINARY, PATIENCE, TINY
+
+
+def test_health_and_metrics(server):
+    for path in ("/health", "/v1/health"):
+        health = server.call("GET", path)
+        assert health["status"] == "healthy" and health["worker"] == {"status": "healthy", "error": None}
+        assert {"storage", "scheduler", "trainer", "sampler"} <= set(health["actors"])
+    server.chat("base", "Hello")
+    metrics = server.request("GET", "/metrics")
+    assert metrics.status == 200 and b"claas_chat_requests_total" in metrics.body
+    if shutil.which("promtool"):
+        check = subprocess.run(["promtool", "check", "metrics"], input=metrics.body, capture_output=True, check=False)
+        assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_starts_and_stops(make_server):
+    server = make_server()
+    started = time.monotonic()
+    server.start()
+    assert time.monotonic() - started < 10 * PATIENCE
+    assert server.stop() == 0
+    server.start()
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait() == 0
+
+
+def test_restart_keeps(make_server):
+    server = make_server().start()
+    server.init("me/kept")
+    assert server.feedback("me/kept")["version"] == 1
+    later = server.chat("me/kept", "Hello again")
+    after = server.text("me/kept", "What?")
+    server.kill()
+    server.start()
+    assert server.versions("me/kept")["current"] == 1
+    assert server.text("me/kept", "What?") == after
+    # An answer of before the restart is still a handle for feedback.
+    assert server.feedback("me/kept", response_id=later["id"])["version"] == 2
+
+
+def test_port_in_use(make_server, tmp_path):
+    server = make_server().start()
+    port = server.url.rsplit(":", 1)[1]
+    code, said = make_server(tmp_path / "other", arguments=["--listen", "127.0.0.1:" + port]).fail_to_start()
+    assert code == 1 and port in said
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    ([], 1, "no model"),
+    (["--model", "/nonexistent.gguf"], 1, "/nonexistent.gguf"),
+    (["--model", TINY, "--listen", "nonsense"], 1, "nonsense"),
+    (["--model", TINY, "--listen", "0.0.0.0:0"], 1, "loopback"),
+    (["--model", TINY, "--set", "cycle.stepz=3"], 2, "cycle.steps"),
+    (["--model", TINY, "--set", "cycle.steps=many"], 2, "cycle.steps"),
+    (["--model", TINY, "--set", "cycle.steps=-3"], 2, "cycle.steps"),
+    (["--model", TINY, "--set", "nonsense"], 64, "KEY=VALUE"),
+    (["--nonsense"], 64, "--nonsense"),
+    (["--model", TINY, "--config", "/nonexistent.yaml"], 2, "/nonexistent.yaml"),
+    (["--model", TINY, "--chat-template", "nonsense"], 1, "nonsense"),
+])
+def test_refusals(tmp_path, arguments, status, words):
+    done = subprocess.run([BINARY, "serve", "--data", str(tmp_path / "db"), *arguments], capture_output=True, text=True,
+                          timeout=30 * PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert words in done.stderr
+
+
+def test_config_file(make_server, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("cycle:\n  stepz: 2\n")
+    code, said = make_server(settings=(), arguments=["--config", str(bad)]).fail_to_start()
+    assert code == 2
+    assert "bad.yaml:2:3" in said and "did you mean 'cycle.steps'" in said and "^" in said
+    good = tmp_path / "good.yaml"
+    good.write_text("cycle:\n  steps: 3\n  rows: 4\n  max_tokens: 8\nlog:\n  level: warning\n")
+    server = make_server(settings=["cycle.max_tokens=4"], arguments=["--config", str(good)],
+                         environment={"CLAAS_CYCLE_ROWS": "5"}).start()
+    server.init("me/x")
+    metadata = server.feedback("me/x")["distill_result"]["metadata"]
+    assert len(metadata["steps"]) == 3 and metadata["batch_size"] == 5  # the file, over it the environment
+    assert metadata["tokens_processed"] > 0
