@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -26,6 +27,9 @@
 /* Belt and braces: a wake-up lost after all costs this long, not for ever. */
 #define TIMER_CAP_MS 250
 #define SWEEP_MS     1000
+/* For a body that is still on its way when the server ends. */
+#define DRAIN_BODY_MS 3000
+#define CLOSE_WAIT    8 /* TCP_CLOSE_WAIT of <netinet/tcp.h>, which does not go with <linux/tcp.h> */
 
 /* Tags of the outer epoll set; larger values are peers. */
 enum { TAG_DAEMON, TAG_TIMER, TAG_PEERS };
@@ -201,6 +205,18 @@ static void connection_changed(void *arg, struct MHD_Connection *connection, voi
     server->again = true;
 }
 
+/* The client sends no more and all it sent was read. When its end came together with its last data,
+ * the daemon's edge-triggered set never tells of it. */
+static bool has_ended(int fd)
+{
+    struct tcp_info info = {0};
+    socklen_t length = sizeof(info);
+    int unread = 0;
+
+    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 &&
+           info.tcpi_state == CLOSE_WAIT && ioctl(fd, FIONREAD, &unread) == 0 && unread == 0;
+}
+
 /* Requests that dawdle: shut down, never closed here, the descriptor is the daemon's. */
 static void sweep(void *self, void *arg)
 {
@@ -211,7 +227,7 @@ static void sweep(void *self, void *arg)
     for (struct peer *peer = server->peers; peer; peer = peer->next) {
         if (peer->phase == PEER_IDLE && bytes_received(peer->fd) != peer->bytes_received)
             peer_set_phase(peer, PEER_HEADERS);
-        if (peer->deadline_ms && now >= peer->deadline_ms) {
+        if (peer->deadline_ms && (now >= peer->deadline_ms || has_ended(peer->fd))) {
             shutdown(peer->fd, SHUT_RDWR);
             peer->deadline_ms = 0;
         }
@@ -229,6 +245,7 @@ static void *target_seen(void *arg, const char *target, struct MHD_Connection *c
     (void)arg;
     if (peer) {
         peer->bad_target = !http_guard_target_ok(target);
+        peer->target_end = target + strlen(target);
         if (peer->phase == PEER_IDLE)
             peer_set_phase(peer, PEER_HEADERS);
     }
@@ -372,6 +389,8 @@ static void stop_accepting(struct http_server *server)
 bool http_server_drain(struct http_server *server)
 {
     struct request *next;
+    int64_t body_until = claas_clock_ms() + DRAIN_BODY_MS;
+    bool first = !server->draining;
 
     server->draining = true;
     stop_accepting(server);
@@ -384,6 +403,8 @@ bool http_server_drain(struct http_server *server)
             shutdown(peer->fd, SHUT_RDWR);
             peer->deadline_ms = 0;
         }
+        if (first && peer->phase == PEER_BODY && peer->deadline_ms > body_until)
+            peer->deadline_ms = body_until;
     }
     http_server_pump(server);
     return server->requests == NULL;

@@ -93,6 +93,27 @@ static void take_answer(claas_actor_t *actor, struct parcel *parcel)
     envelope_close(&envelope);
 }
 
+/* The switch knows us now, or will not have us. */
+static void take_welcome(claas_actor_t *actor)
+{
+    if (!actor->announced)
+        actor->owner.ready(actor->owner.handle, 0, "");
+    actor->announced = true;
+}
+
+static void take_error(claas_actor_t *actor, struct parcel *parcel)
+{
+    struct envelope envelope;
+
+    if (parcel->header.correlation != 0) {
+        take_answer(actor, parcel);
+        return;
+    }
+    envelope_open(&envelope, parcel, CLAAS_MESSAGE_BYTES);
+    claas_actor_fail(actor, envelope.message.error, envelope.message.error_text);
+    envelope_close(&envelope);
+}
+
 static void take_cancel(claas_actor_t *actor, const struct parcel *parcel)
 {
     struct claas_reply_to to = {.correlation = parcel->header.correlation,
@@ -113,9 +134,14 @@ void actor_dispatch(claas_actor_t *actor, struct parcel *parcel)
         take_request(actor, parcel);
         break;
     case CLAAS_KIND_REP:
-    case CLAAS_KIND_ERR:
     case CLAAS_KIND_PROGRESS:
         take_answer(actor, parcel);
+        break;
+    case CLAAS_KIND_ERR:
+        take_error(actor, parcel);
+        break;
+    case CLAAS_KIND_WELCOME:
+        take_welcome(actor);
         break;
     case CLAAS_KIND_CANCEL:
         take_cancel(actor, parcel);

@@ -68,7 +68,7 @@ struct claas_actor {
     int64_t started_ms;
     uint8_t trace_id[16]; /* of the message being handled, else zero */
     uint64_t trace_seed;
-    bool started, draining, drained, stopping;
+    bool started, announced, draining, drained, stopping;
     int failure; /* claas_actor_fail */
     char failure_text[256];
 };

@@ -363,9 +363,10 @@ int actor_run(const struct actor_options *options)
     int rc = new_asks(actor);
     if (rc == 0)
         rc = start(actor, options);
-    actor->owner.ready(actor->owner.handle, rc, rc < 0 ? claas_error_text() : "");
-    if (rc == 0)
+    if (rc == 0) /* ready is said when the switch has answered */
         rc = run_loop(actor);
+    else
+        actor->owner.ready(actor->owner.handle, rc, claas_error_text());
     finish(actor);
     return actor->failure < 0 ? claas_fail(rc, "%s", actor->failure_text) : rc;
 }

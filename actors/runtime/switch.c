@@ -75,19 +75,34 @@ int switch_drain(struct claas_switch *sw, zsock_t *socket, bool router, switch_t
 /* --- local actors ------------------------------------------------------------------------------
  */
 
-/* An actor says its name when it starts, and again when it can be called. */
+void switch_welcome(struct claas_switch *sw, struct peer *peer, int code, const char *text)
+{
+    struct parcel parcel;
+
+    peer->hello_id = 0;
+    parcel_init(&parcel, code < 0 ? CLAAS_KIND_ERR : CLAAS_KIND_WELCOME, 0, 0);
+    if (code < 0 && parcel_pack_error(&parcel, code, text) < 0)
+        return;
+    switch_send(sw, peer, peer->name, SWITCH_NAME, "local", &parcel);
+}
+
+/* An actor says its name when it starts, and again when it can be called. The answer to the second
+ * tells it, and its supervisor, that whoever asks it from now on will find it. */
 static void take_hello(struct claas_switch *sw, struct peer *peer, const struct parcel *parcel)
 {
     const char *name = parcel->address[0];
     struct route *old = route_find(sw, name);
     bool is_ready = parcel->header.flags & FLAG_READY;
 
+    claas_copy_text(peer->name, sizeof(peer->name), name);
     if (old && old->peer != peer && old->peer->kind != PEER_ACTOR) {
-        claas_error("%s is an actor of node %s already", name, old->peer->name);
+        char text[2 * CLAAS_NAME_MAX + 64];
+
+        snprintf(text, sizeof(text), "%s is an actor of node %s already", name, old->peer->name);
         claas_metric_add(CLAAS_METRIC_PEERS_REFUSED, 1);
+        switch_welcome(sw, peer, CLAAS_ERR_EXISTS, text);
         return;
     }
-    claas_copy_text(peer->name, sizeof(peer->name), name);
     peer->incarnation = parcel->header.epoch;
     if (old && old->peer != peer)
         peer_bury(sw, old->peer);
@@ -95,6 +110,12 @@ static void take_hello(struct claas_switch *sw, struct peer *peer, const struct 
         claas_error("%s: %s", name, claas_error_text());
     if (sw->link)
         node_send_hello(sw);
+    if (!is_ready)
+        return;
+    if (sw->link && atomic_load(&sw->joined))
+        peer->hello_id = sw->hello_count; /* once main knows it, too */
+    else
+        switch_welcome(sw, peer, 0, NULL);
 }
 
 static void take_inner(struct claas_switch *sw, struct parcel *parcel, int rc)

@@ -54,7 +54,8 @@ struct peer {
     uint32_t seq_in, seq_out;
     uint16_t owed; /* requests taken from a node and not yet credited to it */
     int64_t heard_ms;
-    bool dead; /* found out while sending; buried at the end of the pass */
+    uint64_t hello_id; /* a ready local actor that waits until main knows it: which HELLO; else 0 */
+    bool dead;         /* found out while sending; buried at the end of the pass */
 };
 
 struct route {
@@ -108,6 +109,7 @@ struct claas_switch {
     int join_refusal;          /* why the last HELLO failed; 0 = it did not */
     char join_text[256];
     int64_t hello_ms, ping_ms;
+    uint64_t hello_count;
 };
 
 /* --- switch_peers.c: tables
@@ -174,6 +176,8 @@ int join_take_hello(struct claas_switch *sw, struct peer *peer, const struct cla
 void outer_tick(struct claas_switch *sw, int64_t now_ms);
 int on_link(zloop_t *loop, zsock_t *socket, void *arg);
 void node_tick(struct claas_switch *sw, int64_t now_ms);
+/* Answers the HELLO of a local actor: WELCOME, or the error that ends it. */
+void switch_welcome(struct claas_switch *sw, struct peer *peer, int code, const char *text);
 /* Tells main the names of this node (again). */
 void node_send_hello(struct claas_switch *sw);
 /* BYE to nodes, or to main. */

@@ -108,7 +108,7 @@ void node_send_hello(struct claas_switch *sw)
         return;
     }
     body = hello_body(sw, token);
-    parcel_init(&parcel, CLAAS_KIND_HELLO, 0, 0);
+    parcel_init(&parcel, CLAAS_KIND_HELLO, 0, ++sw->hello_count);
     parcel.header.epoch = sw->incarnation;
     if (parcel_pack(&parcel, body, NULL, 0) == 0)
         switch_send(sw, sw->upstream, "", "", "", &parcel);
@@ -124,8 +124,18 @@ static void lose_link(struct claas_switch *sw, const char *why)
     sw->upstream->seq_in = 0;
 }
 
+/* Main has answered this HELLO: so it has for the actors that were new in it or before. */
+static void settle_actors(struct claas_switch *sw, uint64_t hello_id, int code, const char *text)
+{
+    for (struct peer *peer = zhashx_first(sw->inner_peers); peer;
+         peer = zhashx_next(sw->inner_peers))
+        if (peer->hello_id != 0 && peer->hello_id <= hello_id)
+            switch_welcome(sw, peer, code, text);
+}
+
 static void take_welcome(struct claas_switch *sw, const struct parcel *parcel)
 {
+    settle_actors(sw, parcel->header.correlation, 0, NULL);
     if (sw->upstream->incarnation != parcel->header.epoch)
         lose_link(sw, "it was started again");
     sw->upstream->incarnation = parcel->header.epoch;
@@ -155,12 +165,14 @@ static void send_simple(struct claas_switch *sw, struct peer *peer, enum claas_m
     switch_send(sw, peer, "", "", "", &parcel);
 }
 
-/* An ERR that names no request is about our HELLO. */
+/* An ERR without a type is about our HELLO. While we are joined, it is about a new actor's name. */
 static void take_refusal(struct claas_switch *sw, struct parcel *parcel)
 {
     struct envelope envelope;
 
     envelope_open(&envelope, parcel, HELLO_BODY_MAX);
+    settle_actors(sw, envelope.message.header.correlation, envelope.message.error,
+                  envelope.message.error_text);
     note_refusal(sw, envelope.message.error, envelope.message.error_text);
     envelope_close(&envelope);
 }
@@ -190,7 +202,7 @@ static void take_link(struct claas_switch *sw, struct parcel *parcel, int rc)
     default:
         break;
     }
-    if (parcel->header.kind == CLAAS_KIND_ERR && parcel->header.correlation == 0) {
+    if (parcel->header.kind == CLAAS_KIND_ERR && parcel->header.type == 0) {
         take_refusal(sw, parcel);
         return;
     }
@@ -213,6 +225,7 @@ void node_tick(struct claas_switch *sw, int64_t now_ms)
     if (atomic_load(&sw->joined) && now_ms - sw->upstream->heard_ms > SILENT_MS)
         lose_link(sw, "no answer for three seconds");
     if (!atomic_load(&sw->joined)) {
+        settle_actors(sw, UINT64_MAX, 0, NULL); /* main will hear of them when it is back */
         if (now_ms - sw->hello_ms >= PING_MS / 4)
             node_send_hello(sw);
     } else if (now_ms - sw->ping_ms >= PING_MS) {

@@ -265,5 +265,7 @@ int store_recover(struct store *store)
     rc = check_versions(store);
     if (rc == 0)
         rc = tell_unknown(store);
+    if (rc == 0)
+        rc = store_count_crash(store);
     return rc;
 }

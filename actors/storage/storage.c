@@ -300,6 +300,7 @@ static struct claas_store_options read_options(const claas_config_t *config)
         .queue_max = claas_config_int(config, "feedback.queue_max"),
         .replay_items = claas_config_int(config, "cycle.replay_items"),
         .replay_age = claas_config_int(config, "cycle.replay_age"),
+        .retries = claas_config_int(config, "cycle.retries"),
         .keep_versions = claas_config_int(config, "storage.keep_versions"),
         .keep_moments = claas_config_int(config, "storage.keep_moments"),
         .keep_rollouts = claas_config_int(config, "storage.keep_rollouts"),

@@ -54,6 +54,8 @@ int store_lock_directory(struct store *store);
 /* After the migration: staging emptied, half-done publications removed, current versions checked.
  */
 int store_recover(struct store *store);
+/* Strikes for the jobs that ran when the last process crashed (crash_marker.c). */
+int store_count_crash(struct store *store);
 /* Removes what the table `trash` names; at most one path. > 0 if there was one. */
 int store_empty_trash(struct store *store);
 void store_warn(const struct store *store, const char *format, ...)

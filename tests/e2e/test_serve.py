@@ -88,3 +88,24 @@ def test_config_file(make_server, tmp_path):
     metadata = server.feedback("me/x")["distill_result"]["metadata"]
     assert len(metadata["steps"]) == 3 and metadata["batch_size"] == 5  # the file, over it the environment
     assert metadata["tokens_processed"] > 0
+
+
+@pytest.mark.skipif(PATIENCE != 1, reason="sanitizers keep the signals of crashes to themselves")
+def test_crashes_park_a_job(make_server):
+    """A crash seen from inside is a strike for the job that ran; the third parks it. kill -9 is none."""
+    server = make_server(settings=["cycle.steps=500", "cycle.rows=8", "log.level=warning"]).start()
+    server.init("me/crash")
+    job_id = server.feedback("me/crash", wait=False)["job_id"]
+    server.wait_state(job_id, "training")
+    server.kill()
+    for strikes in (0, 1, 2):
+        server.start()
+        server.wait_state(job_id, "training")
+        assert server.job(job_id)["strikes"] == strikes
+        server.process.send_signal(signal.SIGSEGV)
+        assert server.wait() == -signal.SIGSEGV
+    server.start()
+    job = server.job(job_id)
+    assert job["state"] == "failed" and "crashed" in job["error"] and "signal 11" in job["error"]
+    assert server.versions("me/crash")["current"] == 0
+    assert server.stop() == 0

@@ -300,6 +300,26 @@ static void main_node_comes_back(void **state)
     fixture_free(&main_node);
 }
 
+/* A node's actor cannot have a name that the main node has, nor the other way round. */
+static void name_in_use(void **state)
+{
+    struct fixture *fixture = *state;
+    pid_t pid = spawn("node", fixture->dir, "second", "storage");
+    int status = 0;
+
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 3);
+    struct question question = list_question("storage", "");
+    assert_int_equal(probe_call(fixture->probe, &question), 0);
+    pid = spawn("node", fixture->dir, "second", "other");
+    await_actor(fixture, "other");
+    assert_int_equal(claas_runtime_start(fixture->runtime, &fake_class, "other", fixture->probe),
+                     CLAAS_ERR_EXISTS);
+    assert_string_equal(claas_error_text(), "other: other is an actor of node second already");
+    end_child(pid, SIGTERM);
+    claas_metric_add(CLAAS_METRIC_MESSAGES_HANDLED, messages_unaccounted());
+}
+
 static void wrong_token(void **state)
 {
     struct fixture *fixture = *state;
@@ -323,6 +343,7 @@ int main(int argc, char **argv)
         TEST(frozen_node),
         TEST(restart_on_the_node),
         cmocka_unit_test(main_node_comes_back),
+        TEST(name_in_use),
         TEST(wrong_token),
     };
     sigset_t ends;
