@@ -33,7 +33,7 @@ struct peer {
     enum peer_phase phase;
     int64_t deadline_ms;     /* claas_clock_ms(), 0 = none */
     uint64_t bytes_received; /* of the socket, when PEER_IDLE began */
-    const char *target_end; /* of this request, in the daemon's buffer; only to compare with */
+    const char *target_end;  /* of this request, in the daemon's buffer; only to compare with */
     bool bad_target;         /* of the request whose headers come in */
     bool watched;
     struct request *request; /* or NULL */

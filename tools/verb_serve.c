@@ -13,6 +13,7 @@
 #include "../actors/storage/storage.h"
 #include "../actors/trainer/trainer.h"
 #include "../bridge/bridge.h"
+#include "claas/buf.h"
 #include "claas/chat_template.h"
 #include "claas/config.h"
 #include "claas/err.h"
@@ -107,9 +108,28 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
     return 0;
 }
 
+/* The settings behind the options' help, from the table that the parser reads. */
+static char *add_settings(int key, const char *text, void *input)
+{
+    const struct claas_setting *setting;
+    struct claas_buf buf;
+
+    (void)input;
+    if (key != ARGP_KEY_HELP_EXTRA)
+        return (char *)text;
+    claas_buf_init(&buf, 65536);
+    claas_buf_add_text(&buf,
+                       "Settings, for --set and the file of --config, with their defaults:\n");
+    for (size_t i = 0; (setting = claas_config_setting_at(i)); i++)
+        claas_buf_printf(&buf, "\n  %s=%s\n      %s", setting->key, setting->default_text,
+                         setting->help);
+    return claas_buf_take(&buf, NULL);
+}
+
 static const struct argp serve_argp = {
     .options = options,
     .parser = parse_option,
+    .help_filter = add_settings,
     .doc = "Runs the server: chat and feedback over HTTP and ZeroMQ.\v"
            "Prints one line `listening on http://ADDR:PORT` when it is ready. SIGTERM drains and "
            "ends it. "

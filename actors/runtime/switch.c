@@ -273,10 +273,11 @@ static int bind_ipc(zsock_t *socket, const char *path)
     return 0;
 }
 
-/* libzmq's bind takes an ipc file away from whoever has it, so a lock says whether it is stale. */
-static int lock_data(struct claas_switch *sw)
+/* libzmq's bind takes an ipc file away from whoever has it, so a lock says whether it is stale.
+ * Nodes of one name would take the name from each other in turns: they have a lock, too. */
+static int lock_data(struct claas_switch *sw, const char *name)
 {
-    CLAAS_AUTO_FREE char *path = claas_format("%s/claas.ipc.lock", sw->data);
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s.lock", sw->data, name);
 
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -300,9 +301,9 @@ static int open_outer(struct claas_switch *sw)
     if (strlen(events) > room)
         return claas_fail(CLAAS_ERR_LIMIT,
                           "the path %s has %zu bytes, a socket's has at most %zu: use a shorter "
-                          "or a relative data directory",
+                          "data directory",
                           events, strlen(events), room);
-    int rc = lock_data(sw);
+    int rc = lock_data(sw, "claas.ipc");
     if (rc == 0)
         rc = node_token(sw->data, true, sw->token);
     if (rc < 0)
@@ -319,6 +320,12 @@ static int open_outer(struct claas_switch *sw)
 
 static int open_link(struct claas_switch *sw)
 {
+    char lock[CLAAS_NAME_MAX + 8];
+
+    snprintf(lock, sizeof(lock), "node-%s", sw->node_name);
+    int rc = lock_data(sw, lock);
+    if (rc < 0)
+        return rc;
     sw->upstream = peer_new(sw, PEER_UPSTREAM, NULL);
     sw->link = new_socket(ZMQ_DEALER, OUTER_HWM);
     if (!sw->upstream || !sw->link)

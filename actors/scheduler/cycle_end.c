@@ -15,6 +15,7 @@
 
 #define RETRY_FIRST_MS 500
 #define RETRY_FULL_MS  5000 /* the disk is full: look again now and then */
+#define STRIKES_MAX    100  /* of a job, in messages */
 
 void cycle_run_free(struct cycle_run *run)
 {
@@ -39,7 +40,7 @@ static void end_trainer(struct cycle_run *run)
     cJSON *body = cJSON_CreateObject();
 
     claas_json_set_string(body, "cycle_id", run->cycle_id);
-    claas_actor_tell(run->scheduler->actor, "trainer", CLAAS_MSG_CYCLE_END, body);
+    claas_actor_tell(run->scheduler->actor, run->trainer, CLAAS_MSG_CYCLE_END, body);
 }
 
 void cycle_run_abandon(struct cycle_run *run)
@@ -66,28 +67,48 @@ static void close_run(struct cycle_run *run, int metric)
     jobs_dispatch(scheduler);
 }
 
-/* The jobs wait again, for at least delay_ms. */
+/* The jobs wait again, for at least delay_ms; cancelled ones are let go. The next cycle is left to
+ * a timer: this may be called from within the start of one. */
 static void requeue(struct cycle_run *run, int64_t delay_ms)
 {
     struct scheduler *scheduler = run->scheduler;
+    int kept = 0;
 
-    for (int i = 0; i < run->job_count; i++)
-        run->jobs[i]->not_before_ms = claas_clock_ms() + delay_ms;
+    for (int i = 0; i < run->job_count; i++) {
+        struct job *job = run->jobs[i];
+
+        if (job->cancel) {
+            job_remove(scheduler, job);
+        } else {
+            job->not_before_ms = claas_clock_ms() + delay_ms;
+            run->jobs[kept++] = job;
+        }
+    }
+    run->job_count = kept;
     cycle_run_abandon(run);
-    jobs_dispatch(scheduler);
+    jobs_wake(scheduler, 0);
 }
 
-/* A record is for all jobs of the run or none: one that was cancelled meanwhile (CONFLICT) leaves
+/* The jobs wait again, each by itself: one of them may be what spoils the cycle of all. */
+static void part(struct cycle_run *run, int64_t delay_ms)
+{
+    for (int i = 0; i < run->job_count; i++)
+        run->jobs[i]->alone = true;
+    requeue(run, delay_ms);
+}
+
+/* A record is for all jobs of the run or none: one that ended otherwise meanwhile (CONFLICT) leaves
  * the others without their end. */
 static void end_recorded(struct cycle_run *run, int error, int metric)
 {
     run->ending = false;
-    if (error == CLAAS_ERR_CONFLICT && cycle_run_drop_cancelled(run))
-        return;
-    if (error && error != CLAAS_ERR_CONFLICT)
-        requeue(run, RETRY_FULL_MS);
-    else
+    if (!error) {
         close_run(run, metric);
+        return;
+    }
+    if (error == CLAAS_ERR_CONFLICT)
+        jobs_load(run->scheduler);
+    requeue(run, error == CLAAS_ERR_CONFLICT ? 0 : RETRY_FULL_MS);
 }
 
 /* Records something that ends the run when it is on disk. */
@@ -130,9 +151,9 @@ static void park(struct cycle_run *run, int code, const char *text)
     claas_json_set_string(event, "error", text);
     claas_json_set_string(event, "code", claas_err_name(code));
     claas_json_set_string(result, "error", text);
-    record_end(run,
-               &(struct record){
-                   .state = "failed", .event = event, .result = result, .done = parked, .arg = run});
+    record_end(
+        run, &(struct record){
+                 .state = "failed", .event = event, .result = result, .done = parked, .arg = run});
 }
 
 static void struck(struct scheduler *scheduler, void *arg, int error, const char *text,
@@ -144,20 +165,22 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
 
     (void)text;
     run->ending = false;
-    claas_json_get_int(reply, "strikes", 0, 100, &strikes);
-    if (!error && strikes >= claas_config_int(scheduler->config, "cycle.retries"))
+    claas_json_get_int(reply, "strikes", 0, STRIKES_MAX, &strikes);
+    if (error)
+        end_recorded(run, error, CLAAS_METRIC_JOBS_FAILED);
+    else if (run->job_count == 1 &&
+             strikes >= claas_config_int(scheduler->config, "cycle.retries"))
         park(run, failed->code, failed->text);
     else
-        requeue(run, RETRY_FIRST_MS << (strikes < 6 ? strikes : 6));
+        part(run, RETRY_FIRST_MS << (strikes < 6 ? strikes : 6));
     free(failed);
 }
 
-/* Failures that say nothing against the job: the peer is away, the disk is full, the parent
- * changed. */
+/* Failures that say nothing against the job: the peer is away or stops, the disk is full. */
 static bool is_blameless(int code)
 {
     return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_NO_SPACE ||
-           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CONFLICT;
+           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CANCELLED;
 }
 
 /* Failures that no retry mends. */
@@ -165,36 +188,23 @@ static bool is_hopeless(int code)
 {
     return code == CLAAS_ERR_INVALID || code == CLAAS_ERR_LIMIT || code == CLAAS_ERR_NOT_FOUND ||
            code == CLAAS_ERR_UNPROCESSABLE || code == CLAAS_ERR_CORRUPT ||
-           code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED;
+           code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED ||
+           code == CLAAS_ERR_TOO_LARGE;
 }
 
-void cycle_run_fail(struct cycle_run *run, int code, const char *text)
+/* A strike for each of the jobs; what follows depends on how many they have now. */
+static void strike(struct cycle_run *run, int code, const char *text)
 {
-    struct failed_run *failed;
+    struct failed_run *failed = CLAAS_NEW(struct failed_run);
     cJSON *event;
 
-    claas_warning("cycle %s of %s: %s", run->cycle_id, run->lora_id, text);
-    run->publishing = false;
-    if (cycle_run_drop_cancelled(run))
-        return;
-    if (is_blameless(code)) {
-        requeue(run, code == CLAAS_ERR_NO_SPACE   ? RETRY_FULL_MS
-                     : code == CLAAS_ERR_CONFLICT ? 0
-                                                  : RETRY_FIRST_MS);
-        return;
-    }
-    if (is_hopeless(code)) {
-        park(run, code, text);
-        return;
-    }
-    failed = CLAAS_NEW(struct failed_run);
     if (!failed) {
         requeue(run, RETRY_FULL_MS);
         return;
     }
     failed->run = run;
     failed->code = code;
-    snprintf(failed->text, sizeof(failed->text), "%s", text);
+    claas_copy_text(failed->text, sizeof(failed->text), text);
     event = cJSON_CreateObject();
     claas_json_set_string(event, "kind", "error");
     claas_json_set_string(event, "error", text);
@@ -211,32 +221,43 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     }
 }
 
+void cycle_run_fail(struct cycle_run *run, int code, const char *text)
+{
+    claas_warning("cycle %s of %s: %s", run->cycle_id, run->lora_id, text);
+    run->publishing = false;
+    if (cycle_run_drop_cancelled(run))
+        return;
+    if (code == CLAAS_ERR_NOT_FOUND && run->step > 0)
+        code = CLAAS_ERR_UNAVAILABLE; /* the trainer that had the cycle started anew */
+    if (code == CLAAS_ERR_CONFLICT) {
+        jobs_load(run->scheduler); /* the parent changed, or a job has ended: which one? */
+        requeue(run, RETRY_FIRST_MS);
+    } else if (is_blameless(code)) {
+        requeue(run, code == CLAAS_ERR_NO_SPACE ? RETRY_FULL_MS : RETRY_FIRST_MS);
+    } else if (!is_hopeless(code)) {
+        strike(run, code, text);
+    } else if (run->job_count > 1) {
+        part(run, 0);
+    } else {
+        park(run, code, text);
+    }
+}
+
 /* --- cancelling
  * -------------------------------------------------------------------------------------------------------
  */
 
 bool cycle_run_drop_cancelled(struct cycle_run *run)
 {
-    struct scheduler *scheduler = run->scheduler;
-    int kept = 0;
-    bool dropped = false;
-
     for (int i = 0; i < run->job_count; i++) {
         if (run->jobs[i]->cancel) {
-            run->jobs[i]->run = NULL;
-            job_remove(scheduler, run->jobs[i]);
-            dropped = true;
-        } else {
-            run->jobs[kept++] = run->jobs[i];
+            /* What was learnt so far came from the cancelled feedback too: the others begin anew.
+             */
+            requeue(run, 0);
+            return true;
         }
     }
-    run->job_count = kept;
-    if (!dropped)
-        return false;
-    /* What was learnt so far came from the cancelled feedback too: the others begin anew. */
-    cycle_run_abandon(run);
-    jobs_dispatch(scheduler);
-    return true;
+    return false;
 }
 
 /* --- publishing
@@ -313,7 +334,7 @@ static void stage(struct cycle_run *run)
     record_jobs(run->scheduler, run->jobs, run->job_count,
                 &(struct record){.state = "publishing", .event = event});
     claas_json_set_string(body, "cycle_id", run->cycle_id);
-    rc = cycle_run_ask(run, "trainer", CLAAS_MSG_CYCLE_STAGE, body, 10 * ASK_MS, staged);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STAGE, body, 10 * ASK_MS, staged);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }
@@ -346,9 +367,8 @@ void cycle_run_finish(struct cycle_run *run)
     claas_json_set_string(event, "kind", "state");
     claas_json_set_string(event, "reason", run->last_reason);
     claas_json_set_string(result, "reason", run->last_reason);
-    record_end(run, &(struct record){.state = "rejected",
-                                     .event = event,
-                                     .result = result,
-                                     .done = rejected,
-                                     .arg = run});
+    record_end(
+        run,
+        &(struct record){
+            .state = "rejected", .event = event, .result = result, .done = rejected, .arg = run});
 }

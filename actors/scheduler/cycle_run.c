@@ -15,6 +15,8 @@
 #include "judge.h"
 #include "scheduler_internal.h"
 
+#define RETRY_MS 1000
+
 static void send_step(struct cycle_run *run);
 
 int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, int64_t timeout_ms,
@@ -50,7 +52,6 @@ static void record_state(struct cycle_run *run, const char *state)
     cJSON *event = cJSON_CreateObject();
 
     claas_json_set_string(event, "kind", "state");
-    snprintf(run->state, sizeof(run->state), "%s", state);
     record_jobs(run->scheduler, run->jobs, run->job_count,
                 &(struct record){.state = state, .event = event});
 }
@@ -125,7 +126,7 @@ static void keep_candidate(struct cycle_run *run)
     int rc;
 
     claas_json_set_int(body, "step", run->step);
-    rc = cycle_run_ask(run, "trainer", CLAAS_MSG_CYCLE_KEEP, body, ASK_MS, kept);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_KEEP, body, ASK_MS, kept);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }
@@ -183,7 +184,7 @@ static void send_step(struct cycle_run *run)
     claas_json_set(body, "rows", plan_rows(&run->plan, run->step));
     claas_json_set(body, "training", plan_training(&run->plan, run->scheduler->config, run->step));
     claas_json_set_bool(body, "gate", true);
-    rc = cycle_run_ask(run, "trainer", CLAAS_MSG_CYCLE_STEP, body, STEP_ASK_MS, stepped);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STEP, body, STEP_ASK_MS, stepped);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }
@@ -206,6 +207,8 @@ static void begun(void *self, void *arg, claas_message_t *reply)
         cycle_run_fail(run, reply->error, reply->error_text);
         return;
     }
+    /* Where there are several trainers, the cycle is in the one that answered. */
+    claas_copy_text(run->trainer, sizeof(run->trainer), reply->from);
     claas_json_get_string(reply->body, "model", &model);
     claas_json_get_string(reply->body, "fingerprint", &fingerprint);
     claas_json_get_int(reply->body, "prompts", 0, 1000000, &prompts);
@@ -276,7 +279,7 @@ static void input_read(void *self, void *arg, claas_message_t *reply)
     run->plan.replay = cJSON_GetArraySize(claas_json_get(reply->body, "replay"));
     rc = claas_actor_ask(scheduler->actor,
                          &(struct claas_ask){
-                             .to = "trainer",
+                             .to = run->trainer,
                              .type = CLAAS_MSG_CYCLE_BEGIN,
                              .body = begin_body(run, reply->body),
                              .attachments = reply->attachments,
@@ -322,9 +325,12 @@ void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int c
     int64_t seed = claas_config_int(scheduler->config, "cycle.seed");
     char hex[17];
 
-    if (!run)
-        return; /* the jobs wait for the next dispatch */
+    if (!run) {
+        jobs_wake(scheduler, RETRY_MS);
+        return;
+    }
     run->scheduler = scheduler;
+    claas_copy_text(run->trainer, sizeof(run->trainer), "trainer");
     run->started_ms = claas_clock_ms();
     run->steps = cJSON_CreateArray();
     claas_random_hex(hex, 8);

@@ -12,7 +12,8 @@
 #include "claas/metrics.h"
 #include "scheduler_internal.h"
 
-#define RETRY_MS 1000
+#define RETRY_MS       1000
+#define UNFINISHED_MAX 100000 /* jobs of one JOBS_UNFINISHED */
 
 struct job *job_add(struct scheduler *scheduler, const char *id, const char *lora_id,
                     const char *principal, int items, const cJSON *training)
@@ -64,13 +65,26 @@ void job_remove(struct scheduler *scheduler, struct job *job)
  * ---------------------------------------------------------------------------------------------------
  */
 
-static void dispatch_later(void *self, void *arg)
+static void woken(void *self, void *arg)
 {
     struct scheduler *scheduler = self;
 
     (void)arg;
     scheduler->timer = 0;
     jobs_dispatch(scheduler);
+}
+
+void jobs_wake(struct scheduler *scheduler, int64_t delay_ms)
+{
+    int64_t due = claas_clock_ms() + delay_ms;
+
+    if (scheduler->timer > 0 && scheduler->wake_ms <= due)
+        return;
+    claas_actor_timer_cancel(scheduler->actor, scheduler->timer);
+    scheduler->timer = claas_actor_timer(scheduler->actor, delay_ms, woken, NULL);
+    scheduler->wake_ms = due;
+    if (scheduler->timer < 0)
+        claas_warning("jobs wait for the next feedback: %s", claas_error_text());
 }
 
 /* The first job of the adapter whose turn it is; NULL if none may start now. *ret_wait: until the
@@ -84,6 +98,8 @@ static struct job *first_job(struct scheduler *scheduler, int64_t *ret_wait)
     for (struct job *job = scheduler->jobs; job; job = job->next) {
         int64_t wait = job->not_before_ms - now;
 
+        if (job->cancel)
+            continue;
         if (wait > 0) {
             if (*ret_wait < 0 || wait < *ret_wait)
                 *ret_wait = wait;
@@ -97,8 +113,11 @@ static struct job *first_job(struct scheduler *scheduler, int64_t *ret_wait)
     return same;
 }
 
-static bool same_kind(const struct job *a, const struct job *b)
+/* Whether two jobs may be learnt in one cycle. */
+static bool fits(const struct job *a, const struct job *b)
 {
+    if (a->alone || b->alone || b->cancel)
+        return false;
     if (strcmp(a->lora_id, b->lora_id) != 0 || strcmp(a->principal, b->principal) != 0)
         return false;
     if (!a->training || !b->training)
@@ -118,12 +137,12 @@ void jobs_dispatch(struct scheduler *scheduler)
         return;
     first = first_job(scheduler, &wait);
     if (!first) {
-        if (wait > 0 && !scheduler->timer)
-            scheduler->timer = claas_actor_timer(scheduler->actor, wait, dispatch_later, NULL);
+        if (wait > 0)
+            jobs_wake(scheduler, wait);
         return;
     }
     for (struct job *job = first; job && count < CYCLE_JOBS_MAX; job = job->next) {
-        if (!same_kind(first, job) || (count > 0 && items + job->items > items_max))
+        if (count > 0 && (!fits(first, job) || items + job->items > items_max))
             continue;
         taken[count++] = job;
         items += job->items;
@@ -131,47 +150,93 @@ void jobs_dispatch(struct scheduler *scheduler)
     cycle_run_start(scheduler, taken, count);
 }
 
-/* --- after a start
- * ----------------------------------------------------------------------------------------------------
+/* --- the list
+ * ---------------------------------------------------------------------------------------------------------
  */
 
 static void load_again(void *self, void *arg)
 {
+    struct scheduler *scheduler = self;
+
     (void)arg;
-    jobs_load(self);
+    scheduler->loading = false;
+    jobs_load(scheduler);
+}
+
+/* Storage lists in order of arrival, as the list here is: most often the job is the next one. */
+static struct job *find_next(struct scheduler *scheduler, struct job *last, const char *id)
+{
+    if (last && last->next && strcmp(last->next->id, id) == 0)
+        return last->next;
+    return job_find(scheduler, id);
 }
 
 static void take_unfinished(struct scheduler *scheduler, const cJSON *jobs)
 {
+    struct job *job = NULL;
     const cJSON *json;
 
     cJSON_ArrayForEach(json, jobs)
     {
         const char *id = NULL, *lora_id = NULL, *principal = "local";
         const cJSON *training = NULL;
-        int64_t items = 1;
+        int64_t items = 1, strikes = 0;
 
         claas_json_get_string(json, "job_id", &id);
         claas_json_get_string(json, "lora_id", &lora_id);
         claas_json_get_string(json, "principal", &principal);
         claas_json_get_int(json, "items", 1, 16, &items);
+        claas_json_get_int(json, "strikes", 0, 1000, &strikes);
         claas_json_get_object(json, "training", &training);
-        if (id && lora_id && !job_find(scheduler, id))
-            job_add(scheduler, id, lora_id, principal, (int)items, training);
+        if (!id || !lora_id)
+            continue;
+        job = find_next(scheduler, job, id);
+        if (!job)
+            job = job_add(scheduler, id, lora_id, principal, (int)items, training);
+        if (!job)
+            continue;
+        job->listing = false;
+        job->alone = job->alone || strikes > 0;
+    }
+}
+
+/* Jobs that storage does not list have ended there: with their adapter, or by a request whose
+ * answer was lost. */
+static void drop_ended(struct scheduler *scheduler)
+{
+    struct job *next;
+
+    for (struct job *job = scheduler->jobs; job; job = next) {
+        next = job->next;
+        if (!job->listing)
+            continue;
+        job->listing = false;
+        watch_ended(scheduler, job->id);
+        job->cancel = true; /* its cycle lets it go */
+        if (!job->run)
+            job_remove(scheduler, job);
     }
 }
 
 static void unfinished(void *self, void *arg, claas_message_t *reply)
 {
     struct scheduler *scheduler = self;
+    const cJSON *list = claas_json_get(reply->body, "jobs");
 
     (void)arg;
     if (reply->error) {
         claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
         return;
     }
-    take_unfinished(scheduler, claas_json_get(reply->body, "jobs"));
-    if (scheduler->job_count > 0)
+    scheduler->loading = false;
+    take_unfinished(scheduler, list);
+    if (cJSON_GetArraySize(list) < UNFINISHED_MAX)
+        drop_ended(scheduler);
+    if (scheduler->load_again) {
+        jobs_load(scheduler);
+        return;
+    }
+    if (!scheduler->last_lora_id[0] && scheduler->job_count > 0)
         claas_info("%zu unfinished jobs go on", scheduler->job_count);
     scheduler->loaded = true;
     jobs_dispatch(scheduler);
@@ -179,15 +244,23 @@ static void unfinished(void *self, void *arg, claas_message_t *reply)
 
 void jobs_load(struct scheduler *scheduler)
 {
-    int rc = claas_actor_ask(scheduler->actor,
-                             &(struct claas_ask){
-                                 .to = "storage",
-                                 .type = CLAAS_MSG_JOBS_UNFINISHED,
-                                 .timeout_ms = ASK_MS,
-                                 .reply = unfinished,
-                             },
-                             NULL);
+    int rc;
 
+    scheduler->loaded = false;
+    scheduler->load_again = scheduler->loading;
+    if (scheduler->loading)
+        return;
+    for (struct job *job = scheduler->jobs; job; job = job->next)
+        job->listing = true; /* later ones may be too new for the list */
+    scheduler->loading = true;
+    rc = claas_actor_ask(scheduler->actor,
+                         &(struct claas_ask){
+                             .to = "storage",
+                             .type = CLAAS_MSG_JOBS_UNFINISHED,
+                             .timeout_ms = ASK_MS,
+                             .reply = unfinished,
+                         },
+                         NULL);
     if (rc < 0)
         claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
 }

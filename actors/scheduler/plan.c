@@ -145,6 +145,7 @@ cJSON *plan_training(const struct plan *plan, const claas_config_t *config, int 
     claas_json_set_number(json, "kl_weight", claas_config_number(config, "cycle.kl_weight"));
     claas_json_set_number(json, "max_grad_norm",
                           claas_config_number(config, "cycle.max_grad_norm"));
+    claas_json_set_bool(json, "sample_mean", claas_config_bool(config, "cycle.sample_mean"));
     return json;
 }
 
@@ -155,16 +156,17 @@ struct bound {
     const char *key, *text;
     double min, max;
     bool above; /* min itself is out */
+    bool whole;
 };
 
 static const struct bound bounds[] = {
-    {"learning_rate", "learning_rate must be > 0", 0, HUGE_VAL, true},
-    {"alpha", "alpha must be within [0, 1]", 0, 1, false},
-    {"is_clip", "is_clip must be within [1, 20]", 1, 20, false},
-    {"max_grad_norm", "max_grad_norm must be >= 0", 0, HUGE_VAL, false},
-    {"kl_reg_weight", "kl_reg_weight must be within [0, 1]", 0, 1, false},
-    {"teacher_top_k", "teacher_top_k must be within [10, 100]", 10, 100, false},
-    {"steps", "steps must be within [1, 1000]", 1, 1000, false},
+    {"learning_rate", "learning_rate must be > 0", 0, HUGE_VAL, true, false},
+    {"alpha", "alpha must be within [0, 1]", 0, 1, false, false},
+    {"is_clip", "is_clip must be within [1, 20]", 1, 20, false, false},
+    {"max_grad_norm", "max_grad_norm must be >= 0", 0, HUGE_VAL, false, false},
+    {"kl_reg_weight", "kl_reg_weight must be within [0, 1]", 0, 1, false, false},
+    {"teacher_top_k", "teacher_top_k must be within [10, 100]", 10, 100, false, true},
+    {"steps", "steps must be within [1, 1000]", 1, 1000, false, true},
 };
 
 int training_check(const cJSON *training)
@@ -181,6 +183,8 @@ int training_check(const cJSON *training)
         if (!value)
             continue;
         number = cJSON_IsNumber(value) ? value->valuedouble : NAN;
+        if (bound->whole && number != floor(number))
+            number = NAN;
         if (number >= bound->min && number <= bound->max && !(bound->above && number == bound->min))
             continue;
         claas_buf_printf(&text, "%s%s", text.length ? "; " : "", bound->text);

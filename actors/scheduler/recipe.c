@@ -8,7 +8,7 @@
 #include "claas/mem.h"
 
 static const struct recipe recipes[] = {
-    {"smollm2-135m", 8, 12, 7e-4, 0, {"brief", "hindsight"}, 2},
+    {"smollm2-135m", 8, 12, 7e-4, 0, {"brief", "brief", "hindsight"}, 3},
     {"qwen2.5-0.5b", 8, 16, 5e-4, 0.375, {"list"}, 1},
     {NULL, 8, 16, 5e-4, 0.375, {"list"}, 1}, /* not measured yet */
 };

@@ -2,6 +2,7 @@
 #include "scheduler.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "claas/err.h"
 #include "claas/mem.h"
@@ -60,6 +61,16 @@ static void reply_with_job(struct scheduler *scheduler, struct cancellation *can
     }
 }
 
+/* A job that has ended on disk. */
+static void let_go(struct scheduler *scheduler, struct job *job)
+{
+    job->cancel = true; /* also when an earlier cancellation could not be recorded */
+    if (!job->run)
+        job_remove(scheduler, job);
+    else if (!job->run->publishing && !job->run->ending)
+        cycle_run_drop_cancelled(job->run);
+}
+
 static void cancel_recorded(struct scheduler *scheduler, void *arg, int error, const char *text,
                             const cJSON *reply)
 {
@@ -69,14 +80,16 @@ static void cancel_recorded(struct scheduler *scheduler, void *arg, int error, c
     (void)text;
     (void)reply;
     cancellation->cancelled = error == 0;
-    if (!error) {
+    if (!error)
         claas_metric_add(CLAAS_METRIC_JOBS_CANCELLED, 1);
-        if (job && !job->run)
-            job_remove(scheduler, job);
-    } else if (job) {
-        job->cancel = false;
+    if (!error || error == CLAAS_ERR_CONFLICT) {
+        watch_ended(scheduler, cancellation->job_id);
+        if (job)
+            let_go(scheduler, job);
     } else {
-        jobs_load(scheduler); /* its cycle let it go already: it waits again */
+        if (job)
+            job->cancel = false;
+        jobs_load(scheduler); /* it may be recorded all the same, or its cycle let it go already */
     }
     reply_with_job(scheduler, cancellation);
 }
@@ -88,6 +101,7 @@ static int handle_cancel(void *self, claas_message_t *message)
     const char *id = "";
     struct job *job;
     cJSON *event;
+    int rc;
 
     if (!cancellation)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -95,17 +109,23 @@ static int handle_cancel(void *self, claas_message_t *message)
     cancellation->reply_to = message->reply_to;
     claas_copy_text(cancellation->job_id, sizeof(cancellation->job_id), id);
     job = job_find(scheduler, cancellation->job_id);
-    if (!job || (job->run && job->run->publishing)) {
+    if (!job || strcmp(job->principal, message->principal) != 0 ||
+        (job->run && job->run->publishing)) {
         reply_with_job(scheduler, cancellation);
         return 0;
     }
-    job->cancel = true; /* its cycle stops at the next step */
+    job->cancel = true; /* no step and no cycle with it begins */
     event = cJSON_CreateObject();
     claas_json_set_string(event, "kind", "state");
-    return record_jobs(
+    rc = record_jobs(
         scheduler, &job, 1,
         &(struct record){
             .state = "cancelled", .event = event, .done = cancel_recorded, .arg = cancellation});
+    if (rc < 0) {
+        job->cancel = false;
+        free(cancellation);
+    }
+    return rc;
 }
 
 /* --- life

@@ -24,7 +24,9 @@ struct job {
     cJSON *training;                    /* NULL = the default cycle */
     int64_t accepted_ms, not_before_ms; /* monotonic */
     struct cycle_run *run;              /* the cycle it is in, NULL while it waits */
-    bool cancel;                        /* asked for while in a cycle */
+    bool cancel;  /* it ends, or has ended, outside of a cycle: no cycle takes it */
+    bool alone;   /* a cycle with it failed: without company from now on */
+    bool listing; /* the list under way will say whether it has ended (jobs_load) */
 };
 
 /* Somebody who gets the events of a job. */
@@ -45,6 +47,7 @@ struct cycle_run {
     struct scheduler *scheduler;
     char cycle_id[65];
     char lora_id[257];
+    char trainer[CLAAS_NAME_MAX]; /* "trainer" until one has begun the cycle */
     struct job *jobs[CYCLE_JOBS_MAX];
     int job_count;
     struct plan plan;
@@ -54,13 +57,12 @@ struct cycle_run {
     int best_step; /* 0 = none passed yet */
     double best_score;
     cJSON *best_metadata, *steps; /* of the best step; of all steps, for the result */
-    cJSON *gate; /* figures of the best step, else of the last one */
+    cJSON *gate;                  /* figures of the best step, else of the last one */
     char last_reason[256];
     uint64_t seed;
     uint64_t ask;    /* the request under way, 0 = none */
     bool publishing; /* too late to cancel */
     bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
-    char state[16];  /* last recorded state */
     int64_t started_ms;
 };
 
@@ -72,9 +74,13 @@ struct scheduler {
     struct watcher *watchers;
     struct cycle_run *run;
     char last_lora_id[257]; /* of the last cycle: others go first */
-    bool loaded;            /* unfinished jobs of the last run are known */
+    bool loaded;            /* the list of jobs is storage's: cycles may start */
+    bool loading;           /* storage was asked for its list … */
+    bool load_again;        /* … and has to be asked once more */
     bool draining;
-    int timer;
+    int timer; /* of the next dispatch, 0 = none; due at wake_ms */
+    int64_t wake_ms;
+    int watch_timer; /* of watchers whose reading failed */
 };
 
 /* jobs.c */
@@ -84,6 +90,10 @@ struct job *job_find(struct scheduler *scheduler, const char *id);
 void job_remove(struct scheduler *scheduler, struct job *job);
 /* Starts the next cycle if none runs and a job waits. */
 void jobs_dispatch(struct scheduler *scheduler);
+/* The same, in delay_ms at the latest. */
+void jobs_wake(struct scheduler *scheduler, int64_t delay_ms);
+/* Makes the list what storage says: at the start, and whenever something may have happened to a job
+ * without an answer to tell of it. No cycle starts meanwhile. */
 void jobs_load(struct scheduler *scheduler);
 
 /* submit.c, watch.c */
@@ -94,6 +104,8 @@ int watch_start(struct scheduler *scheduler, const struct claas_reply_to *to, co
                 int64_t since, bool feedback);
 /* Sends an event of a job to its watchers. */
 void watch_event(struct scheduler *scheduler, const cJSON *event);
+/* A job has ended on disk without an event that came this way. */
+void watch_ended(struct scheduler *scheduler, const char *job_id);
 /* The watchers' request was given up. */
 void watch_cancel(struct scheduler *scheduler, const struct claas_reply_to *to);
 void watch_free_all(struct scheduler *scheduler, bool tell);
@@ -114,14 +126,14 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
 
 /* cycle_run.c, cycle_end.c */
 void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int count);
-/* Drops the run; its jobs wait again. `end_trainer`: tell the trainer. */
+/* Drops the run, here and in the trainer; its jobs wait again. */
 void cycle_run_abandon(struct cycle_run *run);
 void cycle_run_free(struct cycle_run *run);
 /* After the last step: publish the best, or reject. */
 void cycle_run_finish(struct cycle_run *run);
-/* The cycle cannot go on. `strike`: it counts against its jobs; after three they are parked. */
+/* The cycle cannot go on: its jobs wait again, or a job alone is parked, by what the code says. */
 void cycle_run_fail(struct cycle_run *run, int code, const char *text);
-/* Takes cancelled jobs out; true if the run is over by that. */
+/* Lets cancelled jobs go; true if there were any: the run is over then, the others wait again. */
 bool cycle_run_drop_cancelled(struct cycle_run *run);
 int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, int64_t timeout_ms,
                   claas_reply_fn *reply);

@@ -60,14 +60,19 @@ static void put(void *self, void *arg, claas_message_t *reply)
         claas_actor_reply_error(scheduler->actor, &submission->reply_to, reply->error,
                                 reply->error_text);
         submission_free(submission);
+        if (reply->error == CLAAS_ERR_DEADLINE || reply->error == CLAAS_ERR_UNAVAILABLE)
+            jobs_load(scheduler); /* it may be on disk all the same */
         return;
     }
     claas_json_get_string(reply->body, "job_id", &job_id);
     claas_json_get_string(reply->body, "lora_id", &lora_id);
     claas_json_get_bool(reply->body, "duplicate", &duplicate);
-    if (!duplicate) {
+    if (!duplicate)
         claas_metric_add(CLAAS_METRIC_FEEDBACK_ACCEPTED, submission->items);
-        if (!job_find(scheduler, job_id))
+    if (!job_find(scheduler, job_id)) {
+        if (duplicate)
+            jobs_load(scheduler); /* ended, or never heard of because the first answer was lost */
+        else
             job_add(scheduler, job_id, lora_id, submission->reply_to.principal, submission->items,
                     submission->training);
     }

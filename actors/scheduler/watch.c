@@ -8,6 +8,9 @@
 #include "claas/mem.h"
 #include "scheduler_internal.h"
 
+#define RETRY_MS      1000
+#define SHUTTING_DOWN "the server is shutting down; the job goes on at its next start"
+
 static void watcher_free(struct watcher *watcher)
 {
     struct watcher **link = &watcher->scheduler->watchers;
@@ -52,22 +55,57 @@ static void finish(struct watcher *watcher, const cJSON *job)
     watcher_free(watcher);
 }
 
-static int read_job(struct watcher *watcher);
+static void fail(struct watcher *watcher, int code, const char *text)
+{
+    claas_actor_reply_error(watcher->scheduler->actor, &watcher->reply_to, code, text);
+    watcher_free(watcher);
+}
+
+static void read_job(struct watcher *watcher);
+
+static void read_again(void *self, void *arg)
+{
+    struct scheduler *scheduler = self;
+    struct watcher *next;
+
+    (void)arg;
+    scheduler->watch_timer = 0;
+    for (struct watcher *watcher = scheduler->watchers; watcher; watcher = next) {
+        next = watcher->next;
+        if (watcher->again && !watcher->reading)
+            read_job(watcher);
+    }
+}
+
+/* Storage is away for a moment: the job goes on, so its watchers have patience. */
+static void read_later(struct watcher *watcher)
+{
+    struct scheduler *scheduler = watcher->scheduler;
+
+    watcher->again = true;
+    if (scheduler->watch_timer <= 0)
+        scheduler->watch_timer = claas_actor_timer(scheduler->actor, RETRY_MS, read_again, NULL);
+    if (scheduler->watch_timer < 0)
+        fail(watcher, scheduler->watch_timer, claas_error_text());
+}
 
 static void job_read(void *self, void *arg, claas_message_t *reply)
 {
-    struct scheduler *scheduler = self;
     struct watcher *watcher = arg;
     const cJSON *job = claas_json_get(reply->body, "job");
     const char *state = "";
     const cJSON *event;
 
+    (void)self;
     watcher->ask = 0;
     watcher->reading = false;
+    if (reply->error == CLAAS_ERR_UNAVAILABLE || reply->error == CLAAS_ERR_OVERLOADED ||
+        reply->error == CLAAS_ERR_DEADLINE) {
+        read_later(watcher);
+        return;
+    }
     if (reply->error) {
-        claas_actor_reply_error(scheduler->actor, &watcher->reply_to, reply->error,
-                                reply->error_text);
-        watcher_free(watcher);
+        fail(watcher, reply->error, reply->error_text);
         return;
     }
     cJSON_ArrayForEach(event, claas_json_get(job, "events")) send_event(watcher, event);
@@ -76,14 +114,12 @@ static void job_read(void *self, void *arg, claas_message_t *reply)
         finish(watcher, job);
         return;
     }
-    if (watcher->again && read_job(watcher) < 0) {
-        claas_actor_reply_error(scheduler->actor, &watcher->reply_to, CLAAS_ERR_UNAVAILABLE,
-                                claas_error_text());
-        watcher_free(watcher);
-    }
+    if (watcher->again)
+        read_job(watcher);
 }
 
-static int read_job(struct watcher *watcher)
+/* The watcher may be gone afterwards. */
+static void read_job(struct watcher *watcher)
 {
     cJSON *body = cJSON_CreateObject();
     int rc;
@@ -103,15 +139,18 @@ static int read_job(struct watcher *watcher)
                          },
                          &watcher->ask);
     watcher->reading = rc == 0;
-    return rc;
+    if (rc < 0)
+        fail(watcher, rc, claas_error_text());
 }
 
 int watch_start(struct scheduler *scheduler, const struct claas_reply_to *to, const char *job_id,
                 int64_t since, bool feedback)
 {
-    struct watcher *watcher = CLAAS_NEW(struct watcher);
-    int rc;
+    struct watcher *watcher;
 
+    if (scheduler->draining)
+        return claas_fail(CLAAS_ERR_UNAVAILABLE, SHUTTING_DOWN);
+    watcher = CLAAS_NEW(struct watcher);
     if (!watcher)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     watcher->scheduler = scheduler;
@@ -121,10 +160,8 @@ int watch_start(struct scheduler *scheduler, const struct claas_reply_to *to, co
     watcher->feedback = feedback;
     watcher->next = scheduler->watchers;
     scheduler->watchers = watcher;
-    rc = read_job(watcher);
-    if (rc < 0)
-        watcher_free(watcher);
-    return rc;
+    read_job(watcher); /* answers its own failures */
+    return 0;
 }
 
 void watch_event(struct scheduler *scheduler, const cJSON *event)
@@ -148,6 +185,21 @@ void watch_event(struct scheduler *scheduler, const cJSON *event)
     }
 }
 
+void watch_ended(struct scheduler *scheduler, const char *job_id)
+{
+    struct watcher *next;
+
+    for (struct watcher *watcher = scheduler->watchers; watcher; watcher = next) {
+        next = watcher->next;
+        if (strcmp(watcher->job_id, job_id) != 0)
+            continue;
+        if (watcher->reading)
+            watcher->again = true;
+        else
+            read_job(watcher);
+    }
+}
+
 void watch_cancel(struct scheduler *scheduler, const struct claas_reply_to *to)
 {
     for (struct watcher *watcher = scheduler->watchers; watcher; watcher = watcher->next) {
@@ -165,9 +217,8 @@ void watch_free_all(struct scheduler *scheduler, bool tell)
         struct watcher *watcher = scheduler->watchers;
 
         if (tell)
-            claas_actor_reply_error(
-                scheduler->actor, &watcher->reply_to, CLAAS_ERR_UNAVAILABLE,
-                "the server is shutting down; the job goes on at its next start");
+            claas_actor_reply_error(scheduler->actor, &watcher->reply_to, CLAAS_ERR_UNAVAILABLE,
+                                    SHUTTING_DOWN);
         watcher_free(watcher);
     }
 }

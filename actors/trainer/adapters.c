@@ -180,6 +180,19 @@ static int read_lora(const struct trainer *trainer, const cJSON *body,
     return 0;
 }
 
+/* With cycle.seed set, the initial weights too follow from it: a whole experiment can be repeated.
+ */
+static uint64_t initial_seed(const struct trainer *trainer, const char *lora_id)
+{
+    uint64_t seed = (uint64_t)claas_config_int(trainer->config, "cycle.seed");
+
+    if (seed == 0)
+        return claas_random_seed();
+    for (; *lora_id; lora_id++)
+        seed = (seed ^ (unsigned char)*lora_id) * 1099511628211u;
+    return seed;
+}
+
 int handle_adapter_init(void *self, claas_message_t *message)
 {
     struct trainer *trainer = self;
@@ -195,7 +208,8 @@ int handle_adapter_init(void *self, claas_message_t *message)
     if (rc < 0)
         return rc;
     claas_json_get_bool(message->body, "overwrite", &work->overwrite);
-    rc = claas_device_adapter_init(trainer->client, &lora, claas_random_seed(), &id);
+    rc = claas_device_adapter_init(trainer->client, &lora, initial_seed(trainer, work->lora_id),
+                                   &id);
     if (rc == 0)
         rc = device_call_add(trainer, id, made, work);
     if (rc < 0)

@@ -10,8 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define CLAAS_JSON_DEPTH_MAX  64
-#define CLAAS_JSON_VALUES_MAX (1 << 20) /* a value takes 64 bytes and more in memory, 2 in the text */
+#define CLAAS_JSON_DEPTH_MAX 64
+#define CLAAS_JSON_VALUES_MAX                                                                      \
+    (1 << 20) /* a value takes 64 bytes and more in memory, 2 in the text */
 
 /* Parses exactly `length` bytes (at most `limit`). Errors: TOO_LARGE, FORMAT (with line and
  * column), NO_MEMORY. */

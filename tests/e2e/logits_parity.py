@@ -13,6 +13,11 @@ dequantised weights, so what is left is arithmetic. --models holds small Hugging
   ours -> PEFT an adapter trained here for some steps loads in PEFT and gives the same logits, within 1e-3 in float32
   PEFT -> ours an adapter with random A and B, written by PEFT, loads here and gives the same logits
 
+What is left in float32 is rounding times the model's own sensitivity: every dot product here is one sum in increasing k
+(the price of bits that do not depend on how rows are packed), which rounds about twice as much as PyTorch's blocked sums;
+typical errors against float64 are 1.5 times PyTorch's. An adapter trained far harder than a cycle does makes some positions
+so sensitive that this exceeds 1e-3 there.
+
 An adapter counts only if it moves the logits a hundred times further than the tolerance. Prints one line per check and
 `N passed, N failed`; exits 1 on a failure, 77 where torch, transformers, peft or gguf is missing.
 """
@@ -38,7 +43,8 @@ except ImportError as missing:
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, STEPS = 8, 12
+# A default cycle's shape (rank, steps); dump_logits takes its rates too. All seeds count.
+RANK, STEPS, SEEDS = 32, 8, (1, 2, 3)
 PROSE = """The harbour town had two clocks, and they never agreed. The older one sat above the customs house and ran on
 weights that a man called Anselm wound every Sunday; the newer one, electric and silent, looked down from the railway
 station. For years the difference was four minutes, and people learned to live inside it: a wedding could begin on time
@@ -99,9 +105,9 @@ class Ours:
         out.unlink()
         return values.reshape(sum(map(len, self.prompts.values())), -1)
 
-    def train(self, directory):
+    def train(self, directory, seed):
         # In float32: the sums of a step are then those of the parity tests, and the figures do not depend on the CPU.
-        subprocess.run([self.tool, "train", self.source, "f32", directory, str(RANK), str(STEPS)], check=True)
+        subprocess.run([self.tool, "train", self.source, "f32", directory, str(RANK), str(STEPS), str(seed)], check=True)
 
 
 def open_base(directory):
@@ -161,19 +167,20 @@ def check_adapter(name, ours, model, prompts, exact, adapter):
     peer = theirs(model, prompts)
     values = ours.logits("f32", adapter)
     worst, moved = largest(values - peer), largest(peer - exact)
+    beyond = int((~(np.abs(values - peer).max(axis=1) <= TOLERANCE)).sum())
     check(name, worst <= TOLERANCE and moved >= 100 * TOLERANCE,
-          f"largest difference {worst:.1e}, rms {rms(values - peer):.1e}; the adapter moves logits by up to {moved:.2f}",
-          largest=worst, moved=moved)
+          f"largest difference {worst:.1e}, rms {rms(values - peer):.1e}; {beyond} of {len(values)} positions beyond "
+          f"{TOLERANCE:g}; the adapter moves logits by up to {moved:.2f}", largest=worst, beyond=beyond, moved=moved)
 
 
-def from_ours(name, ours, directory, prompts, exact, adapter):
-    ours.train(adapter)
+def from_ours(name, ours, directory, prompts, exact, adapter, seed):
+    ours.train(adapter, seed)
     model = peft.PeftModel.from_pretrained(open_base(directory), adapter).eval()
     matrices = [p for n, p in model.named_parameters() if "lora_B" in n]
     trained = all(bool((p != 0).any()) for p in matrices)
-    check(f"{name}, ours -> PEFT, every B is trained", trained and matrices, f"{len(matrices)} matrices",
+    check(f"{name}, ours {seed} -> PEFT, every B is trained", trained and matrices, f"{len(matrices)} matrices",
           matrices=len(matrices))
-    check_adapter(f"{name}, ours -> PEFT, logits", ours, model, prompts, exact, adapter)
+    check_adapter(f"{name}, ours {seed} -> PEFT, logits", ours, model, prompts, exact, adapter)
 
 
 def from_peft(name, ours, directory, prompts, exact, adapter):
@@ -197,7 +204,8 @@ def check_model(name, tool, source, directory, work, is_rounded, longest):
     check_base(name, ours, exact)
     if is_rounded:
         check_rounded(name, ours, directory, prompts, exact)
-    from_ours(name, ours, directory, prompts, exact, work / "ours")
+    for seed in SEEDS:
+        from_ours(name, ours, directory, prompts, exact, work / f"ours{seed}", seed)
     from_peft(name, ours, directory, prompts, exact, work / "peft")
 
 

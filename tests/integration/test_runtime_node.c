@@ -49,23 +49,23 @@ static int run_child(const char *dir, const char *connect_to, const char *name, 
     if (connect_to)
         snprintf(connect, sizeof(connect), "connect=ipc://%s/claas.ipc", connect_to);
     snprintf(node, sizeof(node), "node_name=%s", name);
-    if (claas_config_load(NULL, overrides, 3, &config) < 0 ||
-        claas_runtime_new(config, &runtime) < 0 ||
-        claas_runtime_start(runtime, &fake_class, actor, probe) < 0) {
-        fprintf(stderr, "%s: %s\n", name, claas_error_text());
-        return 3;
-    }
-    claas_runtime_wait(runtime);
+    int rc = claas_config_load(NULL, overrides, 3, &config);
+    if (rc == 0)
+        rc = claas_runtime_new(config, &runtime);
+    if (rc == 0)
+        rc = claas_runtime_start(runtime, &fake_class, actor, probe);
+    if (rc == 0)
+        claas_runtime_wait(runtime);
     claas_runtime_free(&runtime);
     snprintf(data, sizeof(data), "%s/%s.sum", dir, name);
-    FILE *file = fopen(data, "w");
+    FILE *file = rc == 0 ? fopen(data, "w") : NULL;
     if (file) {
         fprintf(file, "%.17g\n", messages_unaccounted());
         fclose(file);
     }
     claas_config_free(&config);
     probe_free(&probe);
-    return 0;
+    return rc == 0 ? 0 : 3;
 }
 
 static pid_t spawn(const char *verb, const char *dir, const char *name, const char *actor)

@@ -3,8 +3,8 @@
  *
  *   dump_logits logits MODEL f32|bf16 ADAPTER|- OUT TOKENS...   TOKENS: files of int32; OUT gets
  *       float32 [count][vocab] of each of them, one behind the other
- *   dump_logits train MODEL f32|bf16 DIRECTORY RANK STEPS       a new adapter, trained for STEPS
- *       steps on random tokens, written with its moments to DIRECTORY
+ *   dump_logits train MODEL f32|bf16 DIRECTORY RANK STEPS SEED  a new adapter, trained for STEPS
+ *       steps on random tokens, written with its moments to DIRECTORY; rates as in a default cycle
  *
  * Prompts are read in chunks that are no multiple of a key/value block, as the server may read
  * them. */
@@ -24,6 +24,7 @@
 #define ROWS    2
 #define PROMPT  24
 #define ANSWER  24
+#define RATE    7e-4f /* of the first step, falling linearly */
 
 struct rig {
     claas_model_t *model;
@@ -130,7 +131,7 @@ static int run_logits(char **args, int count)
 
 /* --- train --- */
 
-static int new_adapter(struct rig *rig, int rank)
+static int new_adapter(struct rig *rig, int rank, uint64_t seed)
 {
     CLAAS_AUTO(claas_adapter_image_done)
     struct claas_adapter_image image = {
@@ -141,21 +142,22 @@ static int new_adapter(struct rig *rig, int rank)
     image.parameters = CLAAS_NEW_ARRAY(float, claas_lora_parameter_count(config, &image.lora));
     if (!image.parameters)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    claas_lora_init(config, &image.lora, 1, image.parameters);
+    claas_lora_init(config, &image.lora, seed, image.parameters);
     code = claas_backend_cpu.adapter_new(rig->backend, &image.lora, CLAAS_ADAPTER_TRAIN,
                                          &rig->adapter);
     return code < 0 ? code : claas_backend_cpu.adapter_upload(rig->backend, rig->adapter, &image);
 }
 
-static void random_tokens(const struct rig *rig, uint64_t stream, int count, int32_t *out)
+static void random_tokens(const struct rig *rig, uint64_t seed, uint64_t stream, int count,
+                          int32_t *out)
 {
     for (int i = 0; i < count; i++)
-        out[i] = (int32_t)(claas_random_uniform(9, stream, (uint64_t)i) *
+        out[i] = (int32_t)(claas_random_uniform(seed, stream, (uint64_t)i) *
                            (float)rig->backend->model.config.vocab);
 }
 
 /* Teachers read other prompts than students do, so there is something to learn. */
-static int train_step(struct rig *rig, int step)
+static int train_step(struct rig *rig, int step, int steps, uint64_t seed)
 {
     int32_t student[ROWS][PROMPT], teacher[ROWS][PROMPT], answer[ROWS][ANSWER];
     struct claas_backend_row rows[ROWS] = {0};
@@ -163,7 +165,11 @@ static int train_step(struct rig *rig, int step)
         .rows = rows,
         .row_count = ROWS,
         .loss = {.variant = CLAAS_LOSS_FULL},
-        .adamw = {.rate = 1e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .max_grad_norm = 1},
+        .adamw = {.rate = RATE * (1 - 0.9f * (float)step / (float)steps),
+                  .beta1 = 0.9f,
+                  .beta2 = 0.999f,
+                  .eps = 1e-8f,
+                  .max_grad_norm = 1},
         .update = true};
     struct claas_train_result result = {0};
     int code;
@@ -171,9 +177,9 @@ static int train_step(struct rig *rig, int step)
     for (int i = 0; i < ROWS; i++) {
         uint64_t stream = 3 * (uint64_t)(step * ROWS + i);
 
-        random_tokens(rig, stream, PROMPT, student[i]);
-        random_tokens(rig, stream + 1, PROMPT, teacher[i]);
-        random_tokens(rig, stream + 2, ANSWER, answer[i]);
+        random_tokens(rig, seed, stream, PROMPT, student[i]);
+        random_tokens(rig, seed, stream + 1, PROMPT, teacher[i]);
+        random_tokens(rig, seed, stream + 2, ANSWER, answer[i]);
         rows[i].student = rig->adapter;
         rows[i].row = (struct claas_train_row){.student_prompt = student[i],
                                                .student_count = PROMPT,
@@ -193,12 +199,13 @@ static int run_train(char **args)
 {
     CLAAS_AUTO(close_rig) struct rig rig = {0};
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
+    uint64_t seed = strtoull(args[5], NULL, 10);
     int steps = atoi(args[4]), code = open_rig(&rig, args[0], args[1]);
 
     if (code >= 0)
-        code = new_adapter(&rig, atoi(args[3]));
+        code = new_adapter(&rig, atoi(args[3]), seed);
     for (int step = 0; step < steps && code >= 0; step++)
-        code = train_step(&rig, step);
+        code = train_step(&rig, step, steps, seed);
     if (code >= 0)
         code = claas_backend_cpu.adapter_download(rig.backend, rig.adapter, &image);
     if (code < 0)
@@ -210,11 +217,12 @@ static int run_train(char **args)
 int main(int argc, char **argv)
 {
     bool is_logits = argc >= 7 && strcmp(argv[1], "logits") == 0;
-    bool is_train = argc == 7 && strcmp(argv[1], "train") == 0;
+    bool is_train = argc == 8 && strcmp(argv[1], "train") == 0;
 
     if (!is_logits && !is_train) {
-        (void)fprintf(stderr, "usage: dump_logits logits MODEL f32|bf16 ADAPTER|- OUT TOKENS...\n"
-                              "       dump_logits train MODEL f32|bf16 DIRECTORY RANK STEPS\n");
+        (void)fprintf(stderr,
+                      "usage: dump_logits logits MODEL f32|bf16 ADAPTER|- OUT TOKENS...\n"
+                      "       dump_logits train MODEL f32|bf16 DIRECTORY RANK STEPS SEED\n");
         return 2;
     }
     if ((is_logits ? run_logits(argv + 2, argc - 2) : run_train(argv + 2)) < 0) {

@@ -206,7 +206,8 @@ static void headers_refuse(void **state)
 
     claas_header_encode(&header, bytes);
     for (size_t length = 0; length <= sizeof(bytes); length++) {
-        uint8_t *exact = length ? claas_alloc(1, length) : NULL; /* so that a sanitizer sees an overrun */
+        uint8_t *exact =
+            length ? claas_alloc(1, length) : NULL; /* so that a sanitizer sees an overrun */
 
         if (exact)
             memcpy(exact, bytes, length);

@@ -71,7 +71,7 @@ static void test_recipes(void **state)
     (void)state;
     assert_int_equal(smollm.rows, 12);
     assert_true(fabs(smollm.rate - 7e-4) < 1e-12);
-    assert_int_equal(smollm.form_count, 2);
+    assert_int_equal(smollm.form_count, 3);
     assert_string_equal(smollm.forms[0], "brief");
     assert_true(smollm.other_share == 0);
     assert_int_equal(qwen.rows, 16);
@@ -116,10 +116,10 @@ static void test_default_cycle(void **state)
         assert_int_equal(counts.feedback, 8);
         assert_int_equal(counts.replay, 4);
         assert_int_equal(counts.other, 0);
-        assert_int_equal(counts.forms[0], counts.forms[1]);
+        assert_true(counts.forms[0] > counts.forms[1] && counts.forms[1] > 0);
         if (step == 1) {
             assert_int_equal(counts.from_teacher, 6);
-            assert_int_equal(counts.teacher_forms[0], 3); /* both forms have teacher rollouts */
+            assert_true(counts.teacher_forms[0] > 0 && counts.teacher_forms[1] > 0);
         }
         if (step > 4)
             assert_int_equal(counts.from_teacher, 0);

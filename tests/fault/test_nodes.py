@@ -1,0 +1,125 @@
+"""Two processes: bridge, storage and sampler in one; scheduler and trainer in the other. Either may be killed at any time."""
+import pytest
+
+from server import FAST, ends_of, Server
+
+LONG = FAST + ("cycle.steps=400", "cycle.rows=16", "cycle.max_tokens=64")
+
+
+class Pair:
+    def __init__(self, tmp_path):
+        self.data = tmp_path / "db"
+        self.main = Server(self.data, arguments=["--roles", "bridge,storage,sampler"])
+        self.node = self.new_node(FAST)
+
+    def new_node(self, settings):
+        return Server(self.data, settings=settings, arguments=["--roles", "scheduler,trainer", "--connect", f"ipc://{self.data}/claas.ipc"],
+                      log=str(self.data) + ".node.log")
+
+    def start_node(self, settings=FAST):
+        self.node = self.new_node(settings).start()
+
+    def wait_joined(self):
+        self.main.wait_until(lambda: self.main.health()["status"] == "healthy", what="a joined node")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    both = Pair(tmp_path)
+    both.main.start()
+    yield both
+    both.node.kill()
+    both.main.kill()
+
+
+def test_loop_over_two_processes(pair):
+    pair.start_node()
+    pair.wait_joined()
+    pair.main.init("a/one")
+    before = pair.main.text("a/one")
+    reply = pair.main.feedback("a/one")
+    assert reply["status"] == "ok" and reply["version"] == 1
+    assert pair.main.text("a/one@0") == before
+    assert pair.main.call("POST", "/v1/lora/rollback", {"lora_id": "a/one", "version": 0})["version"] == 0
+    assert pair.node.stop() == 0
+    assert pair.main.stop() == 0
+
+
+def test_without_the_node(pair):
+    """Chat goes on; what needs the node says so at once."""
+    assert pair.main.chat("base")["choices"]
+    assert pair.main.health()["status"] == "degraded"
+    refused = pair.main.request("POST", "/v1/lora/init", {"lora_id": "a/one"})
+    assert refused.status == 503 and refused.headers["Retry-After"]
+    pair.start_node()
+    pair.wait_joined()
+    pair.main.init("a/one")
+
+
+def test_kill_the_node_during_a_cycle(pair):
+    pair.start_node(LONG)
+    pair.wait_joined()
+    pair.main.init("a/one")
+    answer = pair.main.chat("a/one")["id"]
+    jobs = [pair.main.feedback("a/one", response_id=answer, wait=False)["job_id"]]
+    for settings in (LONG, FAST):
+        pair.main.wait_until(lambda: any(e["kind"] == "step" for e in pair.main.job(jobs[0])["events"]), what="a step")
+        jobs.append(pair.main.feedback("a/one", response_id=answer, wait=False)["job_id"])
+        pair.node.kill()
+        refused = pair.main.request("POST", "/v1/feedback", {"lora_id": "a/one", "response_id": answer, "feedback": "x"})
+        assert refused.status == 503, refused
+        assert pair.main.chat("a/one")["choices"]
+        pair.start_node(settings)
+        pair.wait_joined()
+    ended = pair.main.wait_jobs(jobs, 60)
+    assert all(ends_of(job) == ["done"] for job in ended.values()), ended
+    assert pair.main.versions("a/one")["current"] == max(job["version"] for job in ended.values())
+
+
+def test_kill_the_main_process_during_a_cycle(pair):
+    """The node finds the new main process by itself, and its jobs go on."""
+    pair.start_node(FAST + ("cycle.steps=60", "cycle.rows=16", "cycle.max_tokens=64"))
+    pair.wait_joined()
+    pair.main.init("a/one")
+    answer = pair.main.chat("a/one")["id"]
+    jobs = [pair.main.feedback("a/one", response_id=answer, wait=False)["job_id"]]
+    pair.main.wait_state(jobs[0], "training")
+    pair.main.kill()
+    pair.main.start()
+    pair.wait_joined()
+    jobs.append(pair.main.feedback("a/one", response_id=answer, wait=False)["job_id"])
+    ended = pair.main.wait_jobs(jobs, 60)
+    assert all(ends_of(job) == ["done"] for job in ended.values()), ended
+    assert pair.node.is_running()
+    assert pair.node.stop() == 0
+
+
+def test_waiting_client_survives_the_node(pair):
+    """A request that waits for its version is not failed by the restart of who trains."""
+    import threading  # pylint: disable=import-outside-toplevel
+    pair.start_node(LONG)
+    pair.wait_joined()
+    pair.main.init("a/one")
+    results = []
+    waiting = threading.Thread(target=lambda: results.append(pair.main.feedback("a/one")))
+    waiting.start()
+    pair.main.wait_until(lambda: any(j["state"] == "training" for j in pair.main.call("GET", "/v1/jobs")["jobs"]))
+    pair.node.kill()
+    pair.start_node()
+    waiting.join(60)
+    assert results and results[0]["status"] == "ok" and results[0]["version"] == 1
+
+
+def test_two_nodes_of_one_kind(pair):
+    """They would take the names from each other in turns: the second is refused."""
+    pair.start_node()
+    pair.wait_joined()
+    second = pair.new_node(FAST)
+    second.log_path += ".second"
+    try:
+        code, said = second.fail_to_start(timeout=20)
+        assert code == 1 and "another server runs on" in said, said
+    finally:
+        second.kill()
+    pair.main.init("a/one")
+    assert pair.main.feedback("a/one")["status"] == "ok"
