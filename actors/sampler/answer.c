@@ -9,6 +9,7 @@
 #include "claas/tokenizer.h"
 
 #define STORE_TIMEOUT_MS 30000
+#define PIECE_ENTRIES    2048 /* of log-probs: a message holds twice as many */
 
 /* A token's text as JSON wants it (broken UTF-8 shown as U+FFFD) and its exact bytes. */
 static void set_token_text(cJSON *entry, const claas_tokenizer_t *tokenizer, int32_t token)
@@ -79,7 +80,8 @@ int chat_send_piece(struct chat *chat, struct choice *choice, bool last)
         take_entries(choice, false);
         return 0;
     }
-    if (text[0] == '\0' && !last)
+    /* Long hidden thinking shows no text, but its log-probs have to go at some time. */
+    if (text[0] == '\0' && !last && cJSON_GetArraySize(choice->entries) < PIECE_ENTRIES)
         return 0;
     body = cJSON_CreateObject();
     claas_json_set_string(body, "id", chat->id);
@@ -142,48 +144,7 @@ static cJSON *rollout_body(const struct chat *chat)
     return body;
 }
 
-static void stored(void *self, void *arg, claas_message_t *reply)
-{
-    struct chat *chat = arg;
-
-    (void)self;
-    chat->ask = 0;
-    /* The answer itself is good: it goes out, and feedback on it will say that it was not kept. */
-    if (reply->error)
-        claas_warning("answer %s was not kept for feedback: %s", chat->id, reply->error_text);
-    chat_send_reply(chat);
-    chat_free(chat);
-}
-
-int chat_store_rollout(struct chat *chat)
-{
-    struct claas_attachment parts[3 * CHAT_CHOICES_MAX];
-    size_t count = 0;
-
-    for (int i = 0; i < chat->params.n; i++) {
-        const struct choice *choice = &chat->choices[i];
-
-        parts[count++] =
-            (struct claas_attachment){chat->prompt, chat->prompt_count * sizeof(int32_t)};
-        parts[count++] = (struct claas_attachment){choice->tokens, choice->count * sizeof(int32_t)};
-        parts[count++] = (struct claas_attachment){choice->logprobs, choice->count * sizeof(float)};
-    }
-    return claas_actor_ask(chat->sampler->actor,
-                           &(struct claas_ask){
-                               .to = "storage",
-                               .type = CLAAS_MSG_ROLLOUT_PUT,
-                               .body = rollout_body(chat),
-                               .attachments = parts,
-                               .attachment_count = count,
-                               .timeout_ms = STORE_TIMEOUT_MS,
-                               .principal = chat->reply_to.principal,
-                               .reply = stored,
-                               .arg = chat,
-                           },
-                           &chat->ask);
-}
-
-void chat_send_reply(struct chat *chat)
+static void send_reply(struct chat *chat)
 {
     cJSON *body = cJSON_CreateObject();
     cJSON *choices = cJSON_CreateArray();
@@ -214,4 +175,56 @@ void chat_send_reply(struct chat *chat)
     claas_json_set_int(body, "completion_tokens", completion_tokens);
     claas_json_set_int(body, "cached_tokens", (int64_t)chat->cached_tokens);
     claas_actor_reply(chat->sampler->actor, &chat->reply_to, body);
+}
+
+/* The answer itself is good: it goes out, and feedback on it will say that it was not kept. */
+static void warn_not_kept(const struct chat *chat, const char *text)
+{
+    claas_warning("answer %s was not kept for feedback: %s", chat->id, text);
+}
+
+static void stored(void *self, void *arg, claas_message_t *reply)
+{
+    struct chat *chat = arg;
+
+    (void)self;
+    chat->ask = 0;
+    if (reply->error)
+        warn_not_kept(chat, reply->error_text);
+    send_reply(chat);
+    chat_free(chat);
+}
+
+void chat_finish(struct chat *chat)
+{
+    struct claas_attachment parts[3 * CHAT_CHOICES_MAX];
+    size_t count = 0;
+    int rc;
+
+    for (int i = 0; i < chat->params.n; i++) {
+        const struct choice *choice = &chat->choices[i];
+
+        parts[count++] =
+            (struct claas_attachment){chat->prompt, chat->prompt_count * sizeof(int32_t)};
+        parts[count++] = (struct claas_attachment){choice->tokens, choice->count * sizeof(int32_t)};
+        parts[count++] = (struct claas_attachment){choice->logprobs, choice->count * sizeof(float)};
+    }
+    rc = claas_actor_ask(chat->sampler->actor,
+                         &(struct claas_ask){
+                             .to = "storage",
+                             .type = CLAAS_MSG_ROLLOUT_PUT,
+                             .body = rollout_body(chat),
+                             .attachments = parts,
+                             .attachment_count = count,
+                             .timeout_ms = STORE_TIMEOUT_MS,
+                             .principal = chat->reply_to.principal,
+                             .reply = stored,
+                             .arg = chat,
+                         },
+                         &chat->ask);
+    if (rc == 0)
+        return;
+    warn_not_kept(chat, claas_error_text());
+    send_reply(chat);
+    chat_free(chat);
 }

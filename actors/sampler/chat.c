@@ -52,11 +52,6 @@ static void chat_fail(struct chat *chat, int code, const char *text)
     chat_free(chat);
 }
 
-void chat_abandon(struct chat *chat)
-{
-    chat_free(chat);
-}
-
 /* --- prompt
  * -----------------------------------------------------------------------------------------------------------
  */
@@ -240,10 +235,10 @@ void chat_event(struct chat *chat, struct choice *choice, const struct claas_dev
         rc = take_token(chat, choice, event);
     else if (event->kind == CLAAS_EVENT_FINISHED)
         rc = finish_choice(chat, choice, event);
-    if (rc == 0 && chat->running == 0 && event->kind == CLAAS_EVENT_FINISHED)
-        rc = chat_store_rollout(chat);
     if (rc < 0)
         chat_fail(chat, rc, claas_error_text());
+    else if (chat->running == 0)
+        chat_finish(chat);
 }
 
 /* --- which weights

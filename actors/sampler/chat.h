@@ -57,7 +57,6 @@ struct chat {
     int running;  /* choices not finished */
     uint64_t ask; /* request to storage under way, 0 = none */
     int64_t started_ns;
-    bool failed;
 };
 
 struct sampler {
@@ -74,8 +73,7 @@ struct sampler {
 
 /* Starts a chat for a request; an error is the caller's to answer. */
 int chat_start(struct sampler *sampler, claas_message_t *message);
-/* The requester went away: stops the generation and forgets the chat. */
-void chat_abandon(struct chat *chat);
+/* Also when the requester went away: stops the generation and forgets the chat. */
 void chat_free(struct chat *chat);
 /* A TOKEN, FINISHED or FAILED event of one of the chat's choices; the chat may be gone afterwards.
  */
@@ -85,7 +83,7 @@ void chat_event(struct chat *chat, struct choice *choice, const struct claas_dev
 cJSON *chat_logprob_entry(const claas_tokenizer_t *tokenizer,
                           const struct claas_device_event *event);
 int chat_send_piece(struct chat *chat, struct choice *choice, bool last);
-int chat_store_rollout(struct chat *chat);
-void chat_send_reply(struct chat *chat);
+/* All choices have ended: stores the rollout, replies and frees the chat. */
+void chat_finish(struct chat *chat);
 
 #endif

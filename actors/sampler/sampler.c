@@ -109,7 +109,7 @@ static void cancelled(void *self, const struct claas_reply_to *to)
     for (struct chat *chat = sampler->chats; chat; chat = chat->next) {
         if (chat->reply_to.correlation == to->correlation &&
             strcmp(chat->reply_to.to, to->to) == 0) {
-            chat_abandon(chat);
+            chat_free(chat);
             return;
         }
     }

@@ -168,8 +168,7 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     claas_json_get_int(reply, "strikes", 0, STRIKES_MAX, &strikes);
     if (error)
         end_recorded(run, error, CLAAS_METRIC_JOBS_FAILED);
-    else if (run->job_count == 1 &&
-             strikes >= claas_config_int(scheduler->config, "cycle.retries"))
+    else if (run->job_count == 1 && strikes >= claas_config_int(scheduler->config, "cycle.retries"))
         park(run, failed->code, failed->text);
     else
         part(run, RETRY_FIRST_MS << (strikes < 6 ? strikes : 6));
@@ -188,8 +187,7 @@ static bool is_hopeless(int code)
 {
     return code == CLAAS_ERR_INVALID || code == CLAAS_ERR_LIMIT || code == CLAAS_ERR_NOT_FOUND ||
            code == CLAAS_ERR_UNPROCESSABLE || code == CLAAS_ERR_CORRUPT ||
-           code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED ||
-           code == CLAAS_ERR_TOO_LARGE;
+           code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED || code == CLAAS_ERR_TOO_LARGE;
 }
 
 /* A strike for each of the jobs; what follows depends on how many they have now. */

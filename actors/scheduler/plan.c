@@ -19,7 +19,7 @@ static double value_of(const cJSON *training, const char *key, double fallback)
     double value = fallback;
 
     if (training)
-        claas_json_get_number(training, key, -1e30, 1e30, &value);
+        claas_json_get_number(training, key, -HUGE_VAL, HUGE_VAL, &value);
     return value;
 }
 

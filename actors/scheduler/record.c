@@ -20,6 +20,8 @@ static void recorded(void *self, void *arg, claas_message_t *reply)
 
     if (reply->error)
         claas_warning("a job's transition was not recorded: %s", reply->error_text);
+    if (reply->error == CLAAS_ERR_CONFLICT && !pending->done)
+        jobs_load(scheduler); /* one of the jobs has ended on disk: its adapter was deleted, say */
     cJSON_ArrayForEach(event, claas_json_get(reply->body, "events")) watch_event(scheduler, event);
     if (pending->done)
         pending->done(scheduler, pending->arg, reply->error, reply->error_text, reply->body);

@@ -19,7 +19,6 @@ struct adapter_work {
     struct claas_reply_to reply_to;
     char lora_id[257];
     bool overwrite;
-    bool import; /* an existing name gets a new version */
     claas_adapter_t *adapter;
     char directory[4096]; /* staged, to be published */
     char unpacked[4096];  /* import: removed at the end */
@@ -36,11 +35,19 @@ static void work_free(struct adapter_work *work)
     free(work);
 }
 
+void staged_remove(const char *directory)
+{
+    CLAAS_AUTO_FREE char *aside = claas_format("%s.dropped", directory);
+
+    if (aside && rename(directory, aside) == 0)
+        claas_remove_all(aside);
+}
+
 static void work_fail(struct adapter_work *work, int code, const char *text)
 {
     claas_actor_reply_error(work->trainer->actor, &work->reply_to, code, text);
     if (work->directory[0])
-        claas_remove_all(work->directory);
+        staged_remove(work->directory);
     work_free(work);
 }
 
@@ -122,10 +129,13 @@ static void made(struct trainer *trainer, void *arg, struct claas_device_event *
 static int work_new(struct trainer *trainer, const claas_message_t *message,
                     struct adapter_work **ret)
 {
-    struct adapter_work *work = CLAAS_NEW(struct adapter_work);
+    struct adapter_work *work;
     const char *lora_id = "";
     char hex[17];
 
+    if (trainer->draining)
+        return claas_fail(CLAAS_ERR_UNAVAILABLE, "the server is shutting down");
+    work = CLAAS_NEW(struct adapter_work);
     if (!work)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     trainer->adapters_in_work++;
@@ -276,9 +286,8 @@ int handle_adapter_import(void *self, claas_message_t *message)
         rc = work_new(trainer, message, &work);
     if (rc < 0)
         return rc;
-    work->import = true;
     snprintf(work->unpacked, sizeof(work->unpacked), "%s.unpacked", path);
-    rc = unpack_adapter(path, work->unpacked);
+    rc = unpack_adapter(claas_model_config(trainer->model), path, work->unpacked);
     claas_remove_all(path);
     if (rc == 0) {
         body = cJSON_CreateObject();

@@ -50,6 +50,8 @@ void cycle_free(struct cycle *cycle)
         free(cycle->held_out[i].tokens);
     }
     cJSON_Delete(cycle->recent);
+    if (cycle->stage_directory[0])
+        staged_remove(cycle->stage_directory); /* if it was not published */
     claas_adapter_unref(&cycle->adapter);
     claas_adapter_unref(&cycle->kept);
     free(cycle);
@@ -185,7 +187,6 @@ static int read_begin(struct cycle *cycle, const claas_message_t *message)
     cycle->seed = (uint64_t)value;
     claas_json_get_int(body, "max_tokens", 1, 4096, &value);
     cycle->max_tokens = (int)value;
-    claas_json_get_bool(body, "reference", &cycle->reference);
     if (rc == 0)
         rc = read_items(cycle, message, "items", &cycle->item_count);
     if (rc == 0)
@@ -237,6 +238,18 @@ static void adapter_loaded(struct trainer *trainer, void *arg, struct claas_devi
     }
 }
 
+/* Cycles that the asker opened in an earlier life are nobody's. */
+static void drop_orphans(struct trainer *trainer, const struct claas_reply_to *asker)
+{
+    struct cycle *next;
+
+    for (struct cycle *cycle = trainer->cycles; cycle; cycle = next) {
+        next = cycle->next;
+        if (strcmp(cycle->reply_to.to, asker->to) == 0 && cycle->reply_to.epoch != asker->epoch)
+            cycle_free(cycle);
+    }
+}
+
 int handle_cycle_begin(void *self, claas_message_t *message)
 {
     struct trainer *trainer = self;
@@ -247,6 +260,7 @@ int handle_cycle_begin(void *self, claas_message_t *message)
 
     if (!cycle)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    drop_orphans(trainer, &message->reply_to);
     cycle->trainer = trainer;
     cycle->reply_to = message->reply_to;
     rc = read_begin(cycle, message);
@@ -360,6 +374,18 @@ int handle_cycle_stage(void *self, claas_message_t *message)
     if (rc < 0)
         cycle->busy = false;
     return rc;
+}
+
+void cycle_cancel(struct trainer *trainer, const struct claas_reply_to *to)
+{
+    struct cycle *next;
+
+    for (struct cycle *cycle = trainer->cycles; cycle; cycle = next) {
+        next = cycle->next;
+        if (cycle->busy && cycle->reply_to.correlation == to->correlation &&
+            strcmp(cycle->reply_to.to, to->to) == 0)
+            cycle_free(cycle);
+    }
 }
 
 int handle_cycle_end(void *self, claas_message_t *message)

@@ -32,6 +32,7 @@ struct step_row {
     size_t student_count;
     int32_t *own_prompt, *teacher_prompt; /* owned */
     size_t teacher_count;
+    int max_tokens;             /* of its rollout: what the context leaves of the cycle's */
     uint8_t *mask;              /* owned; NULL = all trained */
     struct generation *rollout; /* NULL for recorded rows */
     const struct item *item;    /* NULL for other rows */
@@ -59,7 +60,6 @@ struct cycle {
     char lora_id[257];
     uint64_t seed;
     int max_tokens;
-    bool reference;
     struct item items[CYCLE_ITEMS_MAX];
     size_t item_count, replay_count; /* replay stands behind the new ones */
     char *standing[CYCLE_STANDING_MAX];

@@ -1,5 +1,7 @@
 /* One step of a cycle: rollouts with the weights as they stand, one optimizer step over all rows,
  * then the gate's figures. Each phase starts from the last event of the one before. */
+#include <float.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +13,7 @@
 #include "cycle.h"
 
 #define SCORED_TEXTS_MAX 16
+#define SCORED_BYTES_MAX (128 << 10) /* together: they travel in the result, a message of 1 MiB */
 
 /* The candidate, or at a later step the student that samples, is broken. */
 static void reply_not_finite(struct cycle *cycle)
@@ -67,15 +70,20 @@ static cJSON *scored_texts(const struct cycle *cycle)
     const claas_tokenizer_t *tokenizer = claas_model_tokenizer(cycle->trainer->model);
     const struct cycle_step *step = cycle->step;
     cJSON *texts = cJSON_CreateArray();
+    size_t bytes = 0;
 
     for (size_t i = 0; i < step->row_count && i < SCORED_TEXTS_MAX; i++) {
         CLAAS_AUTO_FREE char *text = NULL;
         size_t length = 0;
 
         if (claas_tokenizer_decode(tokenizer, step->rows[i].teacher_prompt,
-                                   step->rows[i].teacher_count, false, &text, &length) == 0 &&
-            claas_utf8_valid(text, length))
-            cJSON_AddItemToArray(texts, cJSON_CreateString(text));
+                                   step->rows[i].teacher_count, false, &text, &length) < 0 ||
+            !claas_utf8_valid(text, length))
+            continue;
+        bytes += length;
+        if (bytes > SCORED_BYTES_MAX)
+            break;
+        cJSON_AddItemToArray(texts, cJSON_CreateString(text));
     }
     return texts;
 }
@@ -102,7 +110,7 @@ static cJSON *step_metadata(const struct cycle *cycle, const struct claas_train_
     claas_json_set_number(metadata, "clip_fraction", clipped / tokens);
     claas_json_set_number(metadata, "grad_norm", result->grad_norm);
     claas_json_set_int(metadata, "tokens_processed", result->tokens);
-    claas_json_set_int(metadata, "batch_size", (int64_t)cycle->step->row_count);
+    claas_json_set_int(metadata, "batch_size", (int64_t)result->row_count);
     claas_json_set_number(metadata, "max_ratio_error", result->max_ratio_error);
     claas_json_set_int(metadata, "optimizer_step", result->step);
     claas_json_set(metadata, "teacher_scored_texts", scored_texts(cycle));
@@ -159,6 +167,13 @@ static int fill_train_row(struct cycle *cycle, struct step_row *row, struct claa
                          out->response_count, &row->mask);
 }
 
+static bool has_trained_token(const struct claas_train_row *row)
+{
+    if (!row->mask)
+        return row->response_count > 0;
+    return memchr(row->mask, 1, row->response_count) != NULL;
+}
+
 static int start_training(struct cycle *cycle)
 {
     struct cycle_step *step = cycle->step;
@@ -180,11 +195,12 @@ static int start_training(struct cycle *cycle)
 
         rc = fill_train_row(cycle, &step->rows[i], row);
         row->mask = step->rows[i].mask;
-        if (row->response_count > 0)
+        if (has_trained_token(row))
             request.row_count++;
     }
     if (rc == 0 && request.row_count == 0)
-        rc = claas_fail(CLAAS_ERR_UNPROCESSABLE, "there is not one token to train on");
+        rc = claas_fail(CLAAS_ERR_UNPROCESSABLE,
+                        "there is not one token to train on: the answers are empty or thinking");
     if (rc == 0)
         rc = claas_device_train(cycle->trainer->client, &request, &id);
     if (rc == 0)
@@ -309,6 +325,7 @@ static int start_rollouts(struct cycle *cycle)
         row->rollout->prompt_count = row->from_teacher ? row->teacher_count : row->student_count;
         row->rollout->adapter = row->from_teacher ? NULL : cycle->adapter;
         row->rollout->temperature = 1;
+        row->rollout->max_tokens = row->max_tokens;
         row->rollout->seed = row_seed(cycle, i);
     }
     for (size_t i = 0; rc == 0 && i < extra; i++) {
@@ -317,6 +334,7 @@ static int start_rollouts(struct cycle *cycle)
         answer->prompt = held_out[i]->teacher_prompt;
         answer->prompt_count = held_out[i]->teacher_count;
         answer->temperature = 1;
+        answer->max_tokens = held_out[i]->max_tokens;
         answer->seed = row_seed(cycle, 500000 + i);
     }
     return rc < 0 ? rc : generations_start(step->rollouts);
@@ -330,8 +348,8 @@ static float number(const cJSON *object, const char *key, double fallback)
 {
     double value = fallback;
 
-    claas_json_get_number(object, key, -1e30, 1e30, &value);
-    return (float)value;
+    claas_json_get_number(object, key, -HUGE_VAL, HUGE_VAL, &value);
+    return (float)fmin(fmax(value, -FLT_MAX), FLT_MAX);
 }
 
 static int read_training(const cJSON *json, struct cycle_step *step)

@@ -64,12 +64,17 @@ void device_calls_pump(struct trainer *trainer)
     }
 }
 
-void device_calls_free(struct trainer *trainer)
+void device_calls_end(struct trainer *trainer)
 {
-    while (trainer->calls) {
-        struct device_call *call = trainer->calls;
+    struct claas_device_event event = {
+        .kind = CLAAS_EVENT_FAILED, .error = CLAAS_ERR_UNAVAILABLE, .text = "the trainer stopped"};
 
-        trainer->calls = call->next;
-        free(call);
+    while (trainer->calls) {
+        struct device_call call = *trainer->calls;
+
+        free(trainer->calls);
+        trainer->calls = call.next;
+        event.id = call.id;
+        call.fn(trainer, call.arg, &event);
     }
 }

@@ -40,6 +40,7 @@ static void base_done(struct trainer *trainer, int error, const char *text)
     struct probe_waiter *waiter = trainer->probes->waiters;
 
     trainer->probes->waiters = NULL;
+    trainer->probes->measuring = false;
     trainer->probes->measured = error == 0;
     while (waiter) {
         struct probe_waiter *next = waiter->next;
@@ -94,7 +95,7 @@ int base_figures_measure(struct trainer *trainer, base_measured_fn *done, void *
     waiter = CLAAS_NEW(struct probe_waiter);
     if (!waiter)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (!probes->waiters) {
+    if (!probes->measuring) { /* it goes on when all who waited went away */
         generations_free(&probes->base_answers);
         rc = probes_generations(probes, NULL, base_answered, probes, &probes->base_answers);
         if (rc == 0)
@@ -104,6 +105,7 @@ int base_figures_measure(struct trainer *trainer, base_measured_fn *done, void *
         free(waiter);
         return rc;
     }
+    probes->measuring = true;
     *waiter = (struct probe_waiter){probes->waiters, done, arg};
     probes->waiters = waiter;
     return 0;

@@ -79,7 +79,7 @@ static int start_one(struct generations *set, struct generation *item)
         .prompt = item->prompt,
         .prompt_count = item->prompt_count,
         .adapter = item->adapter,
-        .max_tokens = set->max_tokens,
+        .max_tokens = item->max_tokens > 0 ? item->max_tokens : set->max_tokens,
         .temperature = item->temperature,
         .top_p = 1,
         .seed = item->seed,

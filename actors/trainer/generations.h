@@ -11,6 +11,7 @@ struct generation {
     size_t prompt_count;
     claas_adapter_t *adapter; /* borrowed; NULL = base */
     float temperature;
+    int max_tokens; /* 0 = the set's, which is the most */
     uint64_t seed;
     /* out, owned */
     int32_t *tokens;

@@ -31,7 +31,7 @@ struct probes {
     size_t sentence_counts[PROBE_SENTENCES];
     struct generations *base_answers;
     struct gate_figures base;
-    bool measured;
+    bool measuring, measured;
 };
 
 int probes_new(struct trainer *trainer, struct probes **ret);

@@ -7,6 +7,8 @@
 #include "claas/mem.h"
 #include "cycle.h"
 
+#define ROLLOUT_MIN 8 /* tokens: a shorter answer teaches nothing */
+
 static int read_row(const cJSON *json, struct step_row *row, int64_t *ret_index)
 {
     static const char *const sources[] = {"feedback", "replay", "other", "recorded"};
@@ -30,9 +32,9 @@ static int read_row(const cJSON *json, struct step_row *row, int64_t *ret_index)
     return claas_fail(CLAAS_ERR_INVALID, "'%s' is no source of rows", source);
 }
 
-/* Which feedback the teacher is shown with this row: its own, or every standing one and the new
- * ones. */
-static size_t shown_feedback(const struct cycle *cycle, const struct step_row *row,
+/* Which feedback the teacher is shown with this row: its own, or every standing one but the
+ * `skipped` oldest, and the new ones. */
+static size_t shown_feedback(const struct cycle *cycle, const struct step_row *row, size_t skipped,
                              const char **texts)
 {
     const char *mode = claas_config_string(cycle->trainer->config, "cycle.show_standing");
@@ -44,7 +46,7 @@ static size_t shown_feedback(const struct cycle *cycle, const struct step_row *r
         return count;
     }
     if (all) {
-        for (size_t i = 0; i < cycle->standing_count; i++)
+        for (size_t i = skipped; i < cycle->standing_count; i++)
             texts[count++] = cycle->standing[i];
     }
     for (size_t i = 0; i < cycle->item_count; i++)
@@ -81,15 +83,58 @@ static int find_item(struct cycle *cycle, struct step_row *row, int64_t index)
     return 0;
 }
 
+/* The conversation with the feedback shown. A long list loses its oldest entries until an answer
+ * fits behind it. */
+static int encode_teacher(struct cycle *cycle, struct step_row *row, const cJSON *messages)
+{
+    const claas_model_t *model = cycle->trainer->model;
+    size_t context = (size_t)claas_model_config(model)->context;
+    const char *texts[CYCLE_STANDING_MAX + CYCLE_ITEMS_MAX];
+    size_t skipped = 0, count, last = 0;
+
+    for (;;) {
+        int rc;
+
+        count = shown_feedback(cycle, row, skipped, texts);
+        if (count == last) /* there was no list to shorten */
+            return 0;
+        free(CLAAS_TAKE(row->teacher_prompt));
+        rc = form_encode(row->form, messages, texts, count, claas_model_chat_template(model),
+                         claas_model_tokenizer(model), &row->teacher_prompt, &row->teacher_count);
+        if (rc < 0)
+            return rc;
+        if (row->teacher_count + (size_t)cycle->max_tokens <= context ||
+            skipped == cycle->standing_count)
+            return 0;
+        last = count;
+        skipped += (cycle->standing_count - skipped + 1) / 2;
+    }
+}
+
+/* How long the rollout may be. */
+static int set_room(const struct cycle *cycle, struct step_row *row)
+{
+    size_t context = (size_t)claas_model_config(cycle->trainer->model)->context;
+    size_t longest =
+        row->teacher_count > row->student_count ? row->teacher_count : row->student_count;
+    size_t needed = row->source == ROW_RECORDED ? row->item->response_count : ROLLOUT_MIN;
+
+    if (longest + needed > context)
+        return claas_fail(CLAAS_ERR_LIMIT,
+                          "the conversation with its feedback and an answer has %zu tokens, the "
+                          "context is %zu",
+                          longest + needed, context);
+    row->max_tokens = cycle->max_tokens;
+    if ((size_t)cycle->max_tokens > context - longest)
+        row->max_tokens = (int)(context - longest);
+    return 0;
+}
+
 static int build_row(struct cycle *cycle, struct step_row *row, int64_t index)
 {
     const claas_tokenizer_t *tokenizer = claas_model_tokenizer(cycle->trainer->model);
     const claas_chat_template_t *chat_template = claas_model_chat_template(cycle->trainer->model);
-    int context = claas_model_config(cycle->trainer->model)->context;
     CLAAS_AUTO(claas_json_free) cJSON *other = NULL;
-    const char *texts[CYCLE_STANDING_MAX + CYCLE_ITEMS_MAX];
-    size_t room = (size_t)cycle->max_tokens;
-    size_t count;
     int rc = 0;
 
     if (row->source == ROW_OTHER) {
@@ -100,19 +145,17 @@ static int build_row(struct cycle *cycle, struct step_row *row, int64_t index)
     } else {
         rc = find_item(cycle, row, index);
     }
-    if (rc < 0)
-        return rc;
-    if (row->source == ROW_RECORDED)
-        room = row->item->response_count;
-    count = shown_feedback(cycle, row, texts);
-    rc = form_encode(row->form, other ? other : row->item->messages, texts, count, chat_template,
-                     tokenizer, &row->teacher_prompt, &row->teacher_count);
-    if (rc == 0 && (row->teacher_count + room > (size_t)context ||
-                    row->student_count + room > (size_t)context))
-        rc = claas_fail(CLAAS_ERR_LIMIT,
-                        "the conversation with its feedback has %zu tokens, the context is %d",
-                        row->teacher_count + room, context);
-    return rc;
+    if (rc == 0)
+        rc = encode_teacher(cycle, row, other ? other : row->item->messages);
+    return rc < 0 ? rc : set_room(cycle, row);
+}
+
+static void row_done(struct step_row *row)
+{
+    free(row->own_prompt);
+    free(row->teacher_prompt);
+    free(row->mask);
+    *row = (struct step_row){0};
 }
 
 int step_rows_build(struct cycle *cycle, struct cycle_step *step, const cJSON *rows)
@@ -130,9 +173,16 @@ int step_rows_build(struct cycle *cycle, struct cycle_step *step, const cJSON *r
 
         if (rc == 0)
             rc = build_row(cycle, row, index);
+        if (rc == CLAAS_ERR_LIMIT && (row->source == ROW_OTHER || row->source == ROW_REPLAY)) {
+            row_done(row); /* the new feedback can be learnt without it */
+            step->row_count--;
+            rc = 0;
+        }
         if (rc < 0)
             return rc;
     }
+    if (step->row_count == 0)
+        return claas_fail(CLAAS_ERR_LIMIT, "none of the step's conversations fits the context");
     return 0;
 }
 
@@ -144,15 +194,17 @@ int step_row_mask(const claas_tokenizer_t *tokenizer, const int32_t *tokens, siz
     bool thinking = false;
 
     for (size_t i = 0; open >= 0 && close >= 0 && i < count; i++) {
-        if (tokens[i] == open && !*ret) {
+        if ((tokens[i] == open || tokens[i] == close) && !*ret) {
             *ret = CLAAS_NEW_ARRAY(uint8_t, count);
             if (!*ret)
                 return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
             memset(*ret, 1, count);
+            if (tokens[i] == close) /* the prompt had opened it */
+                memset(*ret, 0, i + 1);
         }
-        thinking = tokens[i] == open || thinking;
-        if (*ret)
-            (*ret)[i] = !thinking;
+        thinking = thinking || tokens[i] == open;
+        if (thinking)
+            (*ret)[i] = 0;
         thinking = thinking && tokens[i] != close;
     }
     return 0;
@@ -167,11 +219,8 @@ void cycle_step_free(struct cycle *cycle)
     device_calls_drop(cycle->trainer, cycle);
     generations_free(&step->rollouts);
     generations_free(&step->answers);
-    for (size_t i = 0; i < step->row_count; i++) {
-        free(step->rows[i].own_prompt);
-        free(step->rows[i].teacher_prompt);
-        free(step->rows[i].mask);
-    }
+    for (size_t i = 0; i < step->row_count; i++)
+        row_done(&step->rows[i]);
     free(step->rows);
     cJSON_Delete(step->reply);
     free(step);

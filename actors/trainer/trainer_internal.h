@@ -29,6 +29,7 @@ struct trainer {
     struct cycle *cycles;
     struct probes *probes;
     int adapters_in_work; /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
+    bool draining;
 };
 
 /* device_calls.c: remembers who waits for a request. */
@@ -36,14 +37,19 @@ int device_call_add(struct trainer *trainer, uint64_t id, device_call_fn *fn, vo
 /* Forgets every call of `arg`, cancelling generations. */
 void device_calls_drop(struct trainer *trainer, void *arg);
 void device_calls_pump(struct trainer *trainer);
-void device_calls_free(struct trainer *trainer);
+/* Ends what still waits, as if it had failed. */
+void device_calls_end(struct trainer *trainer);
 
 /* adapters.c */
 int handle_adapter_init(void *self, claas_message_t *message);
 int handle_adapter_import(void *self, claas_message_t *message);
+/* Removes a staged directory that will not be published, all at once: storage has either moved it
+ * away before, whole, or finds nothing. */
+void staged_remove(const char *directory);
 /* unpack.c: the files of a PEFT directory out of a zip, into a new directory. Refuses anything
  * else. */
-int unpack_adapter(const char *zip_path, const char *directory);
+int unpack_adapter(const struct claas_model_config *model, const char *zip_path,
+                   const char *directory);
 
 /* cycle.c, cycle_step.c */
 int handle_cycle_begin(void *self, claas_message_t *message);
@@ -51,6 +57,8 @@ int handle_cycle_step(void *self, claas_message_t *message);
 int handle_cycle_keep(void *self, claas_message_t *message);
 int handle_cycle_stage(void *self, claas_message_t *message);
 int handle_cycle_end(void *self, claas_message_t *message);
+/* The asker of a request under way has given up: its cycle ends. */
+void cycle_cancel(struct trainer *trainer, const struct claas_reply_to *to);
 void cycles_free(struct trainer *trainer);
 
 #endif

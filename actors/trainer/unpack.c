@@ -1,6 +1,7 @@
 /* Takes a PEFT adapter out of an uploaded zip. Only the files of an adapter are taken, by their
  * base names, into a new directory; paths inside the archive never decide where anything is
- * written, and sizes are bounded while they are read, not by what the headers say. */
+ * written, and sizes are bounded while they are read, by what the largest adapter of this model
+ * takes and not by what the headers say: a few kilobytes of zip can hold gigabytes of zeros. */
 #include <archive.h>
 #include <archive_entry.h>
 #include <fcntl.h>
@@ -13,13 +14,24 @@
 #include "claas/mem.h"
 #include "trainer_internal.h"
 
-#define FILE_BYTES_MAX  ((int64_t)4 << 30)
+#define TEXT_BYTES_MAX ((int64_t)1 << 20) /* the configuration; the header of a safetensors file   \
+                                           */
 #define ARCHIVE_ENTRIES 64
 
-static const char *const wanted[] = {
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.safetensors",
+static const struct {
+    const char *name;
+    int images; /* float32 images of the adapter that it holds */
+} wanted[] = {
+    {"adapter_config.json", 0},
+    {"adapter_model.safetensors", 1},
+    {"optimizer.safetensors", 2},
+};
+
+struct unpacking {
+    struct archive *reader;
+    const char *directory;
+    int64_t image_bytes; /* of the largest adapter of this model */
+    unsigned found;      /* bits of wanted */
 };
 
 static void reader_free(struct archive **reader)
@@ -35,9 +47,11 @@ static void close_fd(int *fd)
         close(*fd);
 }
 
-static int write_entry(struct archive *reader, const char *directory, const char *name)
+static int write_entry(const struct unpacking *unpacking, unsigned file)
 {
-    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", directory, name);
+    const char *name = wanted[file].name;
+    int64_t limit = TEXT_BYTES_MAX + wanted[file].images * unpacking->image_bytes;
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", unpacking->directory, name);
     CLAAS_AUTO(close_fd) int fd = -1;
     char block[65536];
     int64_t total = 0;
@@ -48,12 +62,14 @@ static int write_entry(struct archive *reader, const char *directory, const char
     fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
         return claas_fail_errno("%s", name);
-    while ((n = archive_read_data(reader, block, sizeof(block))) > 0) {
+    while ((n = archive_read_data(unpacking->reader, block, sizeof(block))) > 0) {
         int rc;
 
         total += n;
-        if (total > FILE_BYTES_MAX)
-            return claas_fail(CLAAS_ERR_TOO_LARGE, "%s in the zip is too large", name);
+        if (total > limit)
+            return claas_fail(CLAAS_ERR_TOO_LARGE,
+                              "%s in the zip is larger than any adapter of this model (%lld bytes)",
+                              name, (long long)limit);
         rc = claas_fd_write_all(fd, block, (size_t)n);
         if (rc < 0)
             return rc;
@@ -63,8 +79,9 @@ static int write_entry(struct archive *reader, const char *directory, const char
     return 0;
 }
 
-static int read_entries(struct archive *reader, const char *directory, unsigned *found)
+static int read_entries(struct unpacking *unpacking)
 {
+    struct archive *reader = unpacking->reader;
     struct archive_entry *entry;
     int entries = 0, status;
 
@@ -78,14 +95,14 @@ static int read_entries(struct archive *reader, const char *directory, unsigned 
         for (unsigned i = 0; name && i < CLAAS_COUNT(wanted); i++) {
             int rc;
 
-            if (strcmp(name, wanted[i]) != 0 || archive_entry_filetype(entry) != AE_IFREG)
+            if (strcmp(name, wanted[i].name) != 0 || archive_entry_filetype(entry) != AE_IFREG)
                 continue;
-            if (*found & (1u << i))
+            if (unpacking->found & (1u << i))
                 return claas_fail(CLAAS_ERR_FORMAT, "the zip holds %s twice", name);
-            rc = write_entry(reader, directory, wanted[i]);
+            rc = write_entry(unpacking, i);
             if (rc < 0)
                 return rc;
-            *found |= 1u << i;
+            unpacking->found |= 1u << i;
         }
     }
     if (status != ARCHIVE_EOF)
@@ -94,10 +111,16 @@ static int read_entries(struct archive *reader, const char *directory, unsigned 
     return 0;
 }
 
-int unpack_adapter(const char *zip_path, const char *directory)
+int unpack_adapter(const struct claas_model_config *model, const char *zip_path,
+                   const char *directory)
 {
+    const struct claas_lora_config largest = {CLAAS_RANK_MAX, 1, CLAAS_MODULE_ALL};
     CLAAS_AUTO(reader_free) struct archive *reader = archive_read_new();
-    unsigned found = 0;
+    struct unpacking unpacking = {
+        .reader = reader,
+        .directory = directory,
+        .image_bytes = (int64_t)(claas_lora_parameter_count(model, &largest) * sizeof(float)),
+    };
     int rc;
 
     if (!reader)
@@ -108,8 +131,8 @@ int unpack_adapter(const char *zip_path, const char *directory)
                           archive_error_string(reader));
     rc = claas_mkdir_all(directory);
     if (rc == 0)
-        rc = read_entries(reader, directory, &found);
-    if (rc == 0 && (found & 3u) != 3u)
+        rc = read_entries(&unpacking);
+    if (rc == 0 && (unpacking.found & 3u) != 3u)
         rc = claas_fail(CLAAS_ERR_FORMAT,
                         "the zip needs adapter_config.json and adapter_model.safetensors");
     return rc;

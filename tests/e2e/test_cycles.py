@@ -5,7 +5,7 @@ import pytest
 
 from server import FAST, ends_of, in_parallel, serving
 
-LONG = FAST + ("cycle.steps=150", "cycle.rows=16", "cycle.max_tokens=64")
+LONG = FAST + ("cycle.steps=60", "cycle.rows=8", "cycle.max_tokens=32")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_rejected(tmp_path):
         assert server.call("GET", "/v1/lora/feedback?lora_id=a/one")["feedback"] == []
 
 
-@pytest.mark.parametrize("training", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "steps": 4}, {"learning_rate": 1e4}, {"learning_rate": 1e38}])
+@pytest.mark.parametrize("training", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "steps": 4}, {"learning_rate": 1e38}])
 def test_rates_that_break_an_adapter(server, adapter, training):
     """Refused by the gate; and what the broken candidate left on the device harms nobody."""
     before = server.text("base", "Who are you, and what is it that you do all day?")

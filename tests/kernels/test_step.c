@@ -201,6 +201,50 @@ static void decode_prefill_and_training_agree_bit_for_bit(void **state)
         }
 }
 
+/* The same on a real model: thirty layers, quantised weights read from their blocks when decoding.
+ */
+static void check_long(struct bits *b)
+{
+    enum { COUNT = 300, PROMPT = 200 };
+    int32_t tokens[COUNT];
+    float decoded[COUNT], chunked[COUNT];
+    struct claas_backend_row row = {.student = b->adapters[1]};
+    struct claas_train_result result;
+
+    step_random_tokens(&b->f, 31, COUNT, tokens);
+    step_score(&b->f, b->adapters[1], tokens, COUNT, 1, 0, decoded);
+    step_score(&b->f, b->adapters[1], tokens, COUNT, 256, 40, chunked);
+    expect_same(chunked, decoded, COUNT - 1, "chunked, long", 1);
+    row.row = (struct claas_train_row){.student_prompt = tokens,
+                                       .student_count = PROMPT,
+                                       .response = tokens + PROMPT,
+                                       .response_count = COUNT - PROMPT,
+                                       .rollout_logprobs = decoded + PROMPT - 1};
+    result = step_train(&b->f, &row, 1, &forward_kl, NULL, false);
+    if (!(result.max_ratio_error == 0))
+        fail_msg("evaluation, long: a log-prob differs by %g", result.max_ratio_error);
+    assert_true(result.rows[0].ratio == 1);
+    free(result.rows);
+}
+
+static void the_embedded_model_agrees_bit_for_bit(void **state)
+{
+    const char *path = getenv("CLAAS_TEST_MODEL");
+    struct bits b;
+
+    if (!path || !*path) {
+        print_message("CLAAS_TEST_MODEL is not set\n");
+        skip();
+    }
+    open_bits(&b, path, "bf16", 2, NULL);
+    print_message("%s on %s\n", claas_model_name(b.f.model), b.f.ops->describe(b.f.backend));
+    check_chunks(&b);
+    check_mixed(&b);
+    check_training(&b);
+    check_long(&b);
+    close_bits(&b);
+}
+
 static void a_new_adapter_is_the_base_model(void **state)
 {
     for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
@@ -377,6 +421,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(decode_prefill_and_training_agree_bit_for_bit),
+        cmocka_unit_test(the_embedded_model_agrees_bit_for_bit),
         cmocka_unit_test(a_new_adapter_is_the_base_model),
         cmocka_unit_test(runs_and_thread_counts_agree),
         cmocka_unit_test(together_is_alone),
