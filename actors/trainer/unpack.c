@@ -14,8 +14,9 @@
 #include "claas/mem.h"
 #include "trainer_internal.h"
 
-#define TEXT_BYTES_MAX ((int64_t)1 << 20) /* the configuration; the header of a safetensors file   \
-                                           */
+#define TEXT_BYTES_MAX                                                                             \
+    ((int64_t)1 << 20) /* the configuration; the header of a safetensors file                      \
+                        */
 #define ARCHIVE_ENTRIES 64
 
 static const struct {

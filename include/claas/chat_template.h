@@ -24,8 +24,9 @@ const char *claas_chat_template_warning(const claas_chat_template_t *chat_templa
 /* The system text the template puts in when a conversation has none, or NULL. */
 const char *claas_chat_template_default_system(const claas_chat_template_t *chat_template);
 
-/* The conversation as text, as the original template gives it (without tools; Qwen3's enable_thinking left at its
- * default); free with free(). Errors: INVALID for no messages or an unknown role, TOO_LARGE. */
+/* The conversation as text, as the original template gives it (without tools; Qwen3's
+ * enable_thinking left at its default); free with free(). Errors: INVALID for no messages or an
+ * unknown role, TOO_LARGE. */
 int claas_chat_template_render(const claas_chat_template_t *chat_template,
                                const struct claas_chat_message *messages, size_t count,
                                bool add_generation_prompt, char **ret_text, size_t *ret_length);

@@ -112,8 +112,9 @@ struct claas_generate_request {
  * too long), OVERLOADED (queue full). */
 int claas_device_generate(claas_device_client_t *client,
                           const struct claas_generate_request *request, uint64_t *ret_id);
-/* The request's last event is FINISHED with CLAAS_FINISH_CANCELLED, unless it ended before. Other requests end in FAILED
- * with CLAAS_ERR_CANCELLED: a training step within an operation, and nothing is changed then. */
+/* The request's last event is FINISHED with CLAAS_FINISH_CANCELLED, unless it ended before. Other
+ * requests end in FAILED with CLAAS_ERR_CANCELLED: a training step within an operation, and nothing
+ * is changed then. */
 void claas_device_cancel(claas_device_client_t *client, uint64_t id);
 
 /* --- training and evaluation
@@ -124,7 +125,8 @@ void claas_device_cancel(claas_device_client_t *client, uint64_t id);
  * log-prob and entropy are measured. */
 struct claas_train_row {
     const int32_t *student_prompt, *teacher_prompt, *response;
-    size_t student_count, teacher_count, response_count; /* teacher_count 0: no teacher (EVALUATE only) */
+    size_t student_count, teacher_count,
+        response_count;            /* teacher_count 0: no teacher (EVALUATE only) */
     const float *rollout_logprobs; /* [response_count] or NULL: ratio 1 */
     const uint8_t *mask;           /* [response_count], 0 = not trained; NULL = all trained */
     claas_adapter_t *student;      /* TRAIN adapter; NULL = the base model (EVALUATE only) */

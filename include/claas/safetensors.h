@@ -6,8 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Largest header read or written. The format allows 100 MB, but the largest real ones have a few megabytes, and a hostile
- * one costs up to 32 times its size while it is parsed. */
+/* Largest header read or written. The format allows 100 MB, but the largest real ones have a few
+ * megabytes, and a hostile one costs up to 32 times its size while it is parsed. */
 #define CLAAS_SAFETENSORS_HEADER_MAX ((size_t)8 << 20)
 
 enum claas_dtype { CLAAS_DTYPE_F32, CLAAS_DTYPE_F16, CLAAS_DTYPE_BF16, CLAAS_DTYPE_OTHER };

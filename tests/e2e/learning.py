@@ -9,13 +9,12 @@ Prints one JSON line per seed and a verdict; exits 1 if a bound of the project i
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+
+from server import Server
 
 NAME_FEEDBACK = "Your name is Kuro. When asked who you are, say that your name is Kuro."
 LENGTH_FEEDBACK = "Too long. Answer in one short sentence."
@@ -29,39 +28,15 @@ UNRELATED = ["What is the capital of Italy?", "How do I bake bread?", "Explain w
              "Give me a tip for running faster.", "What is 12 times 12?", "Write a sentence about autumn."]
 
 
-class Server:
-    def __init__(self, args, seed, data):
-        command = [args.claas, "serve", "--listen", "127.0.0.1:0", "--data", data, "--model", args.model,
-                   "--set", f"cycle.seed={seed}"]
-        for setting in args.set:
-            command += ["--set", setting]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=open(os.path.join(data, "log"), "w"), text=True)
-        line = self.process.stdout.readline()
-        if not line.startswith("listening on "):
-            raise SystemExit(f"the server did not start: {line!r}\n" + open(os.path.join(data, "log")).read())
-        self.url = line.split()[-1]
+class Asker(Server):
+    """Chats of the length that the bounds are about, with time for a slow machine."""
 
-    def call(self, method, path, body=None, timeout=900):
-        request = urllib.request.Request(self.url + path, method=method, data=json.dumps(body).encode() if body is not None else None,
-                                         headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
-            return json.loads(reply.read())
-
-    def chat(self, model, question, **more):
-        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 64, **more}
-        return self.call("POST", "/v1/chat/completions", body)
+    def chat(self, model, question="hello", timeout=900, **more):
+        return super().chat(model, question, timeout, **{"max_tokens": 64, **more})
 
     def answers(self, model, question, n, seed):
         reply = self.chat(model, question, n=n, temperature=0.7, top_p=0.9, seed=seed)
         return [choice["message"]["content"] for choice in reply["choices"]]
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def share(server, model, questions, n, success, seed=1000):
@@ -81,13 +56,14 @@ def feedback(server, adapter, question, text):
     answer = server.chat(adapter, question, temperature=0.7, seed=7)
     started = time.monotonic()
     reply = server.call("POST", "/v1/feedback", {"lora_id": adapter, "response_id": answer["id"], "feedback": text,
-                                                 "prompt": question, "response": answer["choices"][0]["message"]["content"] or "-"})
+                                                 "prompt": question, "response": answer["choices"][0]["message"]["content"] or "-"}, timeout=900)
     return reply, time.monotonic() - started
 
 
 def run(args, seed):
-    with tempfile.TemporaryDirectory() as data:
-        server = Server(args, seed, data)
+    with tempfile.TemporaryDirectory() as folder:
+        server = Asker(os.path.join(folder, "db"), model=args.model, settings=[f"cycle.seed={seed}", *args.set], binary=args.claas)
+        server.start()
         try:
             adapter = server.call("POST", "/v1/lora/init", {"lora_id": "me/test"})["lora_id"]
             result = {"seed": seed}

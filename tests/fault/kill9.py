@@ -7,46 +7,23 @@ every version directory is whole, and the versions form a chain without holes.
   kill9.py --claas build/tools/claas [--model random:tiny-llama] [--kills 100] [--seed 1] [--set key=value]...
 """
 import argparse
+import http.client
 import json
 import os
+import pathlib
 import random
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 
-FAST = ["cycle.steps=3", "cycle.rows=4", "cycle.max_tokens=8", "log.level=warning"]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "e2e"))
 
+from server import TINY, Failed, Server, ends_of
 
-class Server:
-    def __init__(self, args, data):
-        self.args, self.data, self.url, self.process = args, data, None, None
-
-    def start(self):
-        command = [self.args.claas, "serve", "--listen", "127.0.0.1:0", "--data", os.path.join(self.data, "db"), "--model", self.args.model]
-        for setting in FAST + self.args.set:
-            command += ["--set", setting]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=open(os.path.join(self.data, "log"), "a"), text=True)
-        line = self.process.stdout.readline()
-        if not line.startswith("listening on "):
-            raise SystemExit("FAIL the server did not start again:\n" + open(os.path.join(self.data, "log")).read()[-3000:])
-        self.url = line.split()[-1]
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
-
-    def call(self, method, path, body=None, timeout=20):
-        request = urllib.request.Request(self.url + path, method=method, data=json.dumps(body).encode() if body is not None else None,
-                                         headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
-            return json.loads(reply.read())
+FAST = ("cycle.steps=3", "cycle.rows=4", "cycle.max_tokens=8", "log.level=warning")
 
 
 class Load:
@@ -54,7 +31,7 @@ class Load:
 
     def __init__(self, server, adapters, seed):
         self.server, self.adapters, self.random = server, adapters, random.Random(seed)
-        self.jobs, self.lock, self.running = {}, threading.Lock(), True
+        self.jobs, self.lock, self.running, self.failures = {}, threading.Lock(), True, []
         self.threads = [threading.Thread(target=self.run, args=(name,)) for name in adapters]
         for thread in self.threads:
             thread.start()
@@ -62,13 +39,15 @@ class Load:
     def run(self, name):
         while self.running:
             try:
-                answer = self.server.call("POST", "/v1/chat/completions", {
-                    "model": name, "max_tokens": 6, "messages": [{"role": "user", "content": f"hello {self.random.random()}"}]})
-                reply = self.server.call("POST", "/v1/feedback", {
-                    "lora_id": name, "response_id": answer["id"], "feedback": "Say it better.", "wait": False})
+                answer = self.server.chat(name, f"hello {self.random.random()}", timeout=20, max_tokens=6)
+                reply = self.server.feedback(name, response_id=answer["id"], timeout=20, wait=False)
                 with self.lock:
                     self.jobs[reply["job_id"]] = name
-            except (urllib.error.URLError, ConnectionError, TimeoutError, json.JSONDecodeError, OSError):
+            except Failed as failed:
+                # 404: the answer was sent, but what it was had not come to the disk. Nothing else may go wrong.
+                if failed.answer.status not in (404, 503):
+                    self.failures.append(str(failed))
+            except (OSError, http.client.HTTPException, ValueError):
                 time.sleep(0.01)  # the server is down: try again
 
     def stop(self):
@@ -88,11 +67,12 @@ def check_safetensors(path):
 
 def check_directories(data):
     count = 0
-    for folder, _, files in os.walk(os.path.join(data, "db", "adapters")):
+    for folder, _, files in os.walk(os.path.join(data, "adapters")):
         if os.path.basename(folder).startswith("v0") and files:
             if "adapter_config.json" not in files or "adapter_model.safetensors" not in files:
                 raise SystemExit(f"FAIL {folder} is not whole: {files}")
-            json.load(open(os.path.join(folder, "adapter_config.json")))
+            with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
+                json.load(file)
             for name in files:
                 if name.endswith(".safetensors"):
                     check_safetensors(os.path.join(folder, name))
@@ -100,46 +80,41 @@ def check_directories(data):
     return count
 
 
-def check_jobs(server, jobs):
+def check_jobs(jobs):
     states = {}
-    for job_id in jobs:
-        job = server.call("GET", "/v1/jobs/" + job_id)
-        ends = [t["state"] for t in job["transitions"] if t["state"] in ("done", "rejected", "failed", "cancelled")]
+    for job_id, job in jobs.items():
+        ends = ends_of(job)
         if len(ends) != 1 or ends[0] not in ("done", "rejected"):
             raise SystemExit(f"FAIL {job_id} ended {ends}: {json.dumps(job)[:2000]}")
         states[ends[0]] = states.get(ends[0], 0) + 1
     return states
 
 
-def wait_for_jobs(server, jobs, seconds):
-    deadline = time.monotonic() + seconds
-    left = set(jobs)
-    while left and time.monotonic() < deadline:
-        for job_id in list(left):
-            if server.call("GET", "/v1/jobs/" + job_id)["state"] in ("done", "rejected", "failed", "cancelled"):
-                left.remove(job_id)
-        if left:
-            time.sleep(0.1)
-    if left:
-        raise SystemExit(f"FAIL {len(left)} jobs have not ended, {next(iter(left))} among them")
+def check_versions(server, name):
+    answer = server.versions(name)
+    numbers = [v["version"] for v in answer["versions"]]
+    if sorted(numbers) != list(range(len(numbers))) or answer["current"] != max(numbers):
+        raise SystemExit(f"FAIL {name} has versions {numbers}, current {answer['current']}")
+    for entry in answer["versions"][1:]:
+        if entry["parent"] != entry["version"] - 1:
+            raise SystemExit(f"FAIL {name}: {entry}")
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--claas", required=True)
-    parser.add_argument("--model", default="random:tiny-llama")
+    parser.add_argument("--model", default=TINY)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--longest", type=float, default=0.6, help="longest life of a server in seconds")
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
     chance = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as data:
-        server = Server(args, data)
-        server.start()
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(os.path.join(folder, "db"), model=args.model, settings=[*FAST, *args.set], binary=args.claas).start()
         adapters = ["a/one", "a/two", "b/three"]
         for name in adapters:
-            server.call("POST", "/v1/lora/init", {"lora_id": name, "lora_r": 4, "lora_alpha": 8})
+            server.init(name)
         load = Load(server, adapters, args.seed)
         try:
             for _ in range(args.kills):
@@ -148,16 +123,17 @@ def main():
                 server.start()
         finally:
             load.stop()
-        wait_for_jobs(server, load.jobs, 600)
-        states = check_jobs(server, load.jobs)
-        versions = {name: server.call("GET", "/v1/lora/versions?lora_id=" + name) for name in adapters}
-        for name, answer in versions.items():
-            numbers = [v["version"] for v in answer["versions"]]
-            if sorted(numbers) != list(range(len(numbers))) or answer["current"] != max(numbers):
-                raise SystemExit(f"FAIL {name} has versions {numbers}, current {answer['current']}")
-        server.process.send_signal(signal.SIGTERM)
-        code = server.process.wait(40)
-        directories = check_directories(data)
+        try:
+            states = check_jobs(server.wait_jobs(load.jobs))
+            for name in adapters:
+                check_versions(server, name)
+            server.process.send_signal(signal.SIGTERM)
+            code = server.wait()
+        finally:
+            server.kill()
+        directories = check_directories(server.data)
+        if load.failures:
+            raise SystemExit(f"FAIL {load.failures[0]}")
         print(f"{args.kills} kills, {len(load.jobs)} acknowledged feedbacks ended {states}, "
               f"{directories} version directories whole, exit {code}")
         sys.exit(0 if code == 0 and load.jobs else 1)

@@ -20,7 +20,7 @@ struct claas_backend_adapter {
 struct fake {
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    int gate;            /* forward() waits once `passes` has come to it */
+    int gate;          /* forward() waits once `passes` has come to it */
     int at_gate;       /* calls that came to a closed gate so far */
     int fail_forwards; /* so many next calls of forward() fail */
     int fail_trains;

@@ -205,7 +205,8 @@ static void test_shared_prefix(void **state)
     rig_close(&rig);
 }
 
-/* Room for both prompts in one pass: the second waits all the same, and computes only its last tokens. */
+/* Room for both prompts in one pass: the second waits all the same, and computes only its last
+ * tokens. */
 static void test_shared_prefix_in_one_pass(void **state)
 {
     struct rig rig = rig_open((struct claas_device_options){.prefill_chunk = 1024});
