@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import statistics
 import sys
 import tempfile
@@ -169,6 +170,8 @@ def main():
     args = parser.parse_args()
     if bool(args.url) == bool(args.claas and args.model):
         parser.error("either --url, or --claas and --model")
+    # So that SIGTERM too runs what ends the server.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     load = os.getloadavg()[0]
     if args.url:
         server = Server("unused")

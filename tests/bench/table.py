@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 
@@ -68,9 +69,12 @@ def run_row(args, name, modules, command):
         return {"row": name, "state": "skipped", "reason": reason}
     command = [str(word) for word in command]
     load = os.getloadavg()[0]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     row = {"row": name, "command": command, "load_before": round(load, 2)}
+    try:
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=args.timeout)
+    except subprocess.TimeoutExpired:
+        return {**row, "state": "failed", "reason": f"not done after {args.timeout:g} s"}
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not results:
         said = done.stderr.strip().splitlines()[-3:]
         return {**row, "state": "failed", "reason": f"exit {done.returncode}: " + " | ".join(said)}
@@ -135,8 +139,11 @@ def main():
     parser.add_argument("--rows", help="comma separated; default all")
     parser.add_argument("--iters", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one row")
     parser.add_argument("--json", help="file for everything measured; - for standard output")
     args = parser.parse_args()
+    # So that SIGTERM too ends the program that runs.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     table = commands(args)
     wanted = args.rows.split(",") if args.rows else list(table)
     unknown = [name for name in wanted if name not in table]
