@@ -189,7 +189,8 @@ def main():
             finally:
                 server.stop()
     figures["load_before"] = round(load, 2)
-    print(f"load before: {load:.2f}")
+    busy = load > 0.5
+    print(f"load before: {load:.2f}" + (": BUSY, so the times below are no measurement and their verdicts mean nothing" if busy else ""))
     report(figures)
     if args.json:
         text = json.dumps(figures)

@@ -12,8 +12,11 @@ Rows, in the order they run, one process at a time:
 
 Medians of --iters runs after each program's own warm-up. A ratio is shown where both of its sides ran; a row whose Python
 packages are missing is skipped with the reason. Peers run with --python (default: this interpreter), without BLAS and OpenMP
-variables of the environment. Exits 1 if a row failed; a bound that is missed is shown, not an error. The machine should
-have nothing else to do: the load is shown with the table.
+variables of the environment. Exits 1 if a row failed; a bound that is missed is shown, not an error.
+
+The machine must have nothing else to do. On a busy one a ratio flatters us: programs whose threads spin at barriers (llama.cpp,
+PyTorch) were seen to lose a factor of 30 where ours lost 2. So ratios get no verdict when other processes had more than
+--busy CPUs' worth of time during either side's row.
 """
 import argparse
 import json
@@ -23,6 +26,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHAPE = ["--batch", "4", "--prompt", "128", "--response", "128", "--hint", "64"]
@@ -62,18 +66,30 @@ def missing_module(python, modules):
     return None
 
 
+def busy_seconds():
+    """CPU seconds that the whole machine has spent, and those of our ended children."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    times = os.times()
+    return ((user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"),
+            times.user + times.system + times.children_user + times.children_system)
+
+
 def run_row(args, name, modules, command):
     """{"row", "state": ok|skipped|failed, "results" or "reason"}."""
     reason = missing_module(args.python, modules)
     if reason:
         return {"row": name, "state": "skipped", "reason": reason}
     command = [str(word) for word in command]
-    load = os.getloadavg()[0]
-    row = {"row": name, "command": command, "load_before": round(load, 2)}
+    row = {"row": name, "command": command}
+    started, (all_before, ours_before) = time.monotonic(), busy_seconds()
     try:
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=args.timeout)
     except subprocess.TimeoutExpired:
         return {**row, "state": "failed", "reason": f"not done after {args.timeout:g} s"}
+    all_after, ours_after = busy_seconds()
+    others = (all_after - all_before) - (ours_after - ours_before)
+    row["others_cpus"] = round(max(others, 0) / (time.monotonic() - started), 2)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not results:
         said = done.stderr.strip().splitlines()[-3:]
@@ -107,9 +123,10 @@ def show_row(row):
         print(f"{row['row'] + batch:16} {'   '.join(more)}", flush=True)
 
 
-def ratios(rows):
+def ratios(rows, busy):
     """How many times faster ours is; where both sides ran. The first result of a row is the one compared (batch 1)."""
     figures = {row["row"]: row["results"][0] for row in rows if row["state"] == "ok"}
+    others = {row["row"]: row["others_cpus"] for row in rows if row["state"] == "ok"}
     out = []
     for what, ours, peers, key, bound, goal in RATIOS:
         present = [peer for peer in peers if peer in figures]
@@ -119,7 +136,10 @@ def ratios(rows):
         best = (min if is_time else max)(figures[peer][key] for peer in present)
         ratio = best / figures[ours][key] if is_time else figures[ours][key] / best
         verdict = "" if bound is None else "met" if ratio >= bound else "MISSED"
-        if len(present) < len(peers):
+        disturbed = max(others[name] for name in (ours, *present))
+        if disturbed > busy:
+            verdict = f"INVALID, the machine was busy (others had {disturbed:.1f} CPUs)"
+        elif len(present) < len(peers):
             verdict = f"incomplete, without {', '.join(set(peers) - set(present))}"
         out.append({"what": what, "ratio": round(ratio, 3), "bound": bound, "goal": goal, "verdict": verdict})
     return out
@@ -139,6 +159,7 @@ def main():
     parser.add_argument("--rows", help="comma separated; default all")
     parser.add_argument("--iters", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", type=float, default=0.1, help="CPUs' worth of other processes from which on ratios are invalid")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one row")
     parser.add_argument("--json", help="file for everything measured; - for standard output")
     args = parser.parse_args()
@@ -155,7 +176,7 @@ def main():
         if name in wanted:
             rows.append(run_row(args, name, *table[name]))
             show_row(rows[-1])
-    compared = ratios(rows)
+    compared = ratios(rows, args.busy)
     for entry in compared:
         show_ratio(entry)
     if args.json:
