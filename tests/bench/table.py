@@ -14,9 +14,9 @@ Medians of --iters runs after each program's own warm-up. A ratio is shown where
 packages are missing is skipped with the reason. Peers run with --python (default: this interpreter), without BLAS and OpenMP
 variables of the environment. Exits 1 if a row failed; a bound that is missed is shown, not an error.
 
-The machine must have nothing else to do. On a busy one a ratio flatters us: programs whose threads spin at barriers (llama.cpp,
-PyTorch) were seen to lose a factor of 30 where ours lost 2. So ratios get no verdict when other processes had more than
---busy CPUs' worth of time during either side's row.
+The machine must have nothing else to do. On a busy one a ratio flatters us, since threads that spin at barriers suffer most:
+beside other work llama.cpp was seen at 2.8 tokens/s with two threads, where it has about 110 alone. So a ratio gets no verdict
+when other processes had more than --busy CPUs' worth of time during a row of either side.
 """
 import argparse
 import json
