@@ -20,18 +20,18 @@
 #if defined(CLAAS_OPS_BF16) && !OPERAND_WIDENED
 typedef claas_bf16 g_elem;
 #define G_STEP        2
-#define G_ROWS        TILE_ROWS
-#define g_tiles       tiles
+#define G_ROWS        GEMM_ROWS
 #define g_write(p, v) weight_write(p, v)
 #else
 typedef float g_elem;
 #define G_STEP        1
 #define G_ROWS        F32_ROWS
-#define g_tiles       tiles_f32
 #define g_write(p, v) l_store(p, v)
 #endif
 
-#if defined(__AVX512F__)
+#if defined(CLAAS_OPS_AMX)
+#define BWD_ROWS (2 * G_ROWS)
+#elif defined(__AVX512F__)
 #define BWD_ROWS (4 * G_ROWS)
 #else
 #define BWD_ROWS (8 * G_ROWS)
@@ -67,6 +67,17 @@ _Static_assert(2 * BWD_ROWS * BWD_KEYS * (sizeof(float) + sizeof(g_elem)) +
                    CLAAS_POOL_SCRATCH,
                "a part's state fits the scratch memory");
 
+static void g_tile(int rows, int panels, struct operand x, const g_elem *w, size_t stride,
+                   int steps, float *out, int ldo)
+{
+#if G_STEP == 2
+    multiply(rows, panels, x, w, stride, steps, out, ldo);
+#else
+    tiles_f32[panels - 1][rows](x.x, x.ld, x.step, (const char *)w,
+                                (ptrdiff_t)(stride * sizeof(g_elem)), steps, out, ldo);
+#endif
+}
+
 static void g_multiply(int rows, struct operand x, int panels, const g_elem *w, size_t stride,
                        int steps, float *out, int ldo)
 {
@@ -76,11 +87,10 @@ static void g_multiply(int rows, struct operand x, int panels, const g_elem *w, 
         for (int i = 0; i < n_tiles; i++) {
             const int start = tile_start(rows, n_tiles, i);
             const int height = tile_start(rows, n_tiles, i + 1) - start;
+            const struct operand tile = {x.x + start * x.ld, x.ld, x.step};
 
-            g_tiles[smaller(TILE_PANELS, panels - p) - 1][height](
-                x.x + start * x.ld, x.ld, x.step, (const char *)(w + p * stride),
-                (ptrdiff_t)(stride * sizeof(g_elem)), steps,
-                out + (size_t)start * ldo + p * CLAAS_LANES, ldo);
+            g_tile(height, smaller(TILE_PANELS, panels - p), tile, w + p * stride, stride, steps,
+                   out + (size_t)start * ldo + p * CLAAS_LANES, ldo);
         }
 }
 
@@ -203,19 +213,38 @@ static void bwd_weights(struct bwd_tile *t)
     }
 }
 
+#if G_STEP == 2
+/* Positions [j, j+16) of rows (row, row+1) as pairs; zero past the last row. */
+static void bwd_pair(const struct bwd_tile *t, const float *weights, int row, int j,
+                     claas_bf16 out[32])
+{
+    claas_bf16 pair[2][16] = {{0}, {0}};
+
+    for (int i = 0; i < 2 && row + i < t->rows; i++)
+        g_write(pair[i], l_load(weights + (row + i) * BWD_KEYS + j));
+    pair_rows(pair[0], pair[1], 16, out);
+}
+#endif
+
 /* weights[rows][BWD_KEYS] as the operand whose row is a position and whose steps are the rows. */
 static struct operand bwd_turned(const struct bwd_tile *t, const float *weights, g_elem *out)
 {
-#if G_STEP == 2
-    for (int row = 0; row < t->rows; row += 2)
-        for (int j = 0; j < BWD_KEYS; j += 16) {
-            claas_bf16 pair[2][16] = {{0}, {0}};
+#if defined(CLAAS_OPS_AMX)
+    const size_t bytes = BWD_ROWS * sizeof(g_elem);
 
-            g_write(pair[0], l_load(weights + row * BWD_KEYS + j));
-            if (row + 1 < t->rows)
-                g_write(pair[1], l_load(weights + (row + 1) * BWD_KEYS + j));
-            pair_rows(pair[0], pair[1], 16, out + row * BWD_KEYS + 2 * j);
+    for (int row = 0; row < t->rows; row += 32)
+        for (int j = 0; j < BWD_KEYS; j += 16) {
+            __m512i steps[16];
+
+            for (int s = 0; s < 16; s++)
+                bwd_pair(t, weights, row + 2 * s, j, (claas_bf16 *)&steps[s]);
+            transpose_steps(steps, (char *)out + j * bytes + row * sizeof(g_elem), bytes);
         }
+    return (struct operand){(const char *)out, (ptrdiff_t)bytes, 4};
+#elif G_STEP == 2
+    for (int row = 0; row < t->rows; row += 2)
+        for (int j = 0; j < BWD_KEYS; j += 16)
+            bwd_pair(t, weights, row, j, out + row * BWD_KEYS + 2 * j);
     return (struct operand){(const char *)out, 4, BWD_KEYS * 4};
 #else
     (void)out;

@@ -269,7 +269,9 @@ static bool is_packable(const struct claas_tensor *const *tensors, int count)
     const struct claas_tensor *first = count > 0 ? tensors[0] : NULL;
 
 #if defined(__x86_64__)
-    if (claas_ops_pick(CLAAS_PRECISION_BF16) != &claas_ops_bf16_avx512bf16)
+    const struct claas_ops *ops = claas_ops_pick(CLAAS_PRECISION_BF16);
+
+    if (ops != &claas_ops_bf16_avx512bf16 && ops != &claas_ops_bf16_amx)
         return false;
 #else
     return false;

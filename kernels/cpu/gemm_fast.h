@@ -12,11 +12,22 @@
 #define PARTS_PER_TEAM 4    /* parts per thread to aim at: evens out what the neighbours take */
 #define SUMS_BYTES     4096 /* one tile of sums, at the start of the scratch memory */
 
+#if defined(CLAAS_OPS_AMX)
+#define GEMM_ROWS (2 * AMX_ROWS) /* the most rows of one tile */
+#else
+#define GEMM_ROWS TILE_ROWS
+#endif
+
 static void multiply(int rows, int panels, struct operand x, const act *w, size_t stride, int steps,
                      float *acc, ptrdiff_t ldacc)
 {
-    tiles[panels - 1][rows](x.x, x.ld, x.step, (const char *)w, (ptrdiff_t)(stride * sizeof(act)),
-                            steps, acc, ldacc);
+    const ptrdiff_t second = (ptrdiff_t)(stride * sizeof(act));
+
+#if defined(CLAAS_OPS_AMX)
+    amx_multiply(rows, panels, x.x, x.ld, (const char *)w, second, steps, acc, ldacc);
+#else
+    tiles[panels - 1][rows](x.x, x.ld, x.step, (const char *)w, second, steps, acc, ldacc);
+#endif
 }
 
 /* Rows of tile number `tile` of `count` rows dealt to `n_tiles`. */
@@ -29,9 +40,9 @@ static int tile_start(int count, int n_tiles, int tile)
 static int tile_rows(size_t bytes)
 {
     const size_t room = CLAAS_POOL_SCRATCH - SUMS_BYTES;
-    const size_t fit = bytes ? room / bytes : TILE_ROWS;
+    const size_t fit = bytes ? room / bytes : GEMM_ROWS;
 
-    return fit < 1 ? 1 : fit < TILE_ROWS ? (int)fit : TILE_ROWS;
+    return fit < 1 ? 1 : fit < GEMM_ROWS ? (int)fit : GEMM_ROWS;
 }
 
 /* --- gemm --- */
@@ -171,7 +182,7 @@ static void gemm(claas_pool_t *pool, const struct claas_gemm_args *a)
 #define DX_SUMS    SUMS_BYTES
 #define DX_W_BYTES (DX_PANELS * DX_CHUNK * CLAAS_LANES * sizeof(act))
 
-_Static_assert(DX_SUMS + DX_W_BYTES + TILE_ROWS * (DX_CHUNK * WIDTH_OF_STEP + 128) <=
+_Static_assert(DX_SUMS + DX_W_BYTES + GEMM_ROWS * (DX_CHUNK * WIDTH_OF_STEP + 128) <=
                    CLAAS_POOL_SCRATCH,
                "a part's panels and operands fit the scratch memory");
 
@@ -237,7 +248,7 @@ static void dx_part(void *arg, int index)
     const int panels = smaller(job->panels, divide_up(a->k, CLAAS_LANES) - first);
     const int row = tile_start(a->m, job->row_parts, index % job->row_parts);
     const int rows = tile_start(a->m, job->row_parts, index % job->row_parts + 1) - row;
-    const int n_tiles = divide_up(rows, TILE_ROWS);
+    const int n_tiles = divide_up(rows, GEMM_ROWS);
     char *scratch = claas_pool_scratch(job->pool);
     act *wt = (act *)(scratch + DX_SUMS);
     char *dy_scratch = scratch + DX_SUMS + DX_W_BYTES;
@@ -274,7 +285,7 @@ static void gemm_dx(claas_pool_t *pool, const struct claas_gemm_dx_args *a)
 
     if (a->m <= 0 || a->k <= 0)
         return;
-    job.row_parts = larger(1, smaller(divide_up(want, parts), divide_up(a->m, 4 * TILE_ROWS)));
+    job.row_parts = larger(1, smaller(divide_up(want, parts), divide_up(a->m, 4 * GEMM_ROWS)));
     for (; job.from < larger(a->n, 1); job.from += DX_SPAN) {
         job.to = smaller(job.from + DX_SPAN, a->n);
         claas_pool_run(pool, parts * job.row_parts, dx_part, &job);
@@ -283,14 +294,19 @@ static void gemm_dx(claas_pool_t *pool, const struct claas_gemm_dx_args *a)
 
 /* --- gemm_tn --- */
 
-#define TN_PANELS 4   /* per part */
-#define TN_CHUNK  256 /* rows at a time (even: pairs of rows never straddle chunks) */
-#define TN_ROWS   256 /* r at a time */
-#define TN_WIDTH  (TN_PANELS * CLAAS_LANES)
+#if defined(CLAAS_OPS_AMX)
+#define TN_PANELS 6 /* per part; each part turns the whole P, which costs as much as its product   \
+                     */
+#else
+#define TN_PANELS 4
+#endif
+#define TN_CHUNK 256 /* rows at a time (even: pairs of rows never straddle chunks) */
+#define TN_ROWS  256 /* r at a time */
+#define TN_WIDTH (TN_PANELS * CLAAS_LANES)
 
 _Static_assert(TN_ROWS *TN_WIDTH * sizeof(float) +
                        TN_PANELS * TN_CHUNK * CLAAS_LANES * sizeof(act) +
-                       TN_CHUNK / STEP_K * TN_ROWS * WIDTH_OF_STEP <=
+                       TRANSPOSED_BYTES(TN_CHUNK, TN_ROWS) <=
                    CLAAS_POOL_SCRATCH,
                "a part's sums and operands fit the scratch memory");
 
@@ -303,7 +319,7 @@ struct tn_job {
 static void tn_chunk(const struct claas_gemm_tn_args *a, int row, int count, int r0, int rs, int k0,
                      int ks, float *acc, char *scratch)
 {
-    const int panels = divide_up(ks, CLAAS_LANES), n_tiles = divide_up(rs, TILE_ROWS);
+    const int panels = divide_up(ks, CLAAS_LANES), n_tiles = divide_up(rs, GEMM_ROWS);
     const size_t stride = (size_t)TN_CHUNK * CLAAS_LANES;
     act *w = (act *)scratch;
     const act *x = (const act *)a->x + (size_t)row * a->ldx + k0;

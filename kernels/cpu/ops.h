@@ -233,8 +233,8 @@ struct claas_ops {
 };
 
 /* The fastest table this CPU runs; the environment variable CLAAS_CPU = ref | avx2 | avx512 |
- * avx512bf16 forces a slower one (never a faster one than the CPU has). Never NULL: "ref" always
- * works. */
+ * avx512bf16 | amx forces a slower one (never a faster one than the CPU has). Never NULL: "ref"
+ * always works. */
 const struct claas_ops *claas_ops_pick(enum claas_precision precision);
 /* All tables this CPU can run, for tests: index 0 is the reference. NULL past the end. */
 const struct claas_ops *claas_ops_at(enum claas_precision precision, int index);

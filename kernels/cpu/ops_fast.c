@@ -2,6 +2,7 @@
  * instruction set and
  *
  *   CLAAS_OPS_F32 or CLAAS_OPS_BF16    the precision
+ *   CLAAS_OPS_AMX                      with the matrix unit, in BF16 only
  *   CLAAS_OPS_TABLE, CLAAS_OPS_NAME    the exported table and its name
  *
  * so the files included here see one element type and one vector width, and everything but the
@@ -19,6 +20,9 @@
 #endif
 #include "cpu/act.h"
 #include "cpu/tile.h"
+#if defined(CLAAS_OPS_AMX)
+#include "cpu/amx.h"
+#endif
 #include "cpu/transpose.h"
 #if defined(CLAAS_OPS_BF16) && defined(__AVX512BF16__)
 #include "cpu/blocks_fast.h"

@@ -11,7 +11,7 @@ extern const struct claas_ops claas_ops_bf16_ref, claas_ops_f32_ref;
 #if defined(__x86_64__)
 extern const struct claas_ops claas_ops_bf16_avx2, claas_ops_f32_avx2;
 extern const struct claas_ops claas_ops_bf16_avx512, claas_ops_f32_avx512;
-extern const struct claas_ops claas_ops_bf16_avx512bf16;
+extern const struct claas_ops claas_ops_bf16_avx512bf16, claas_ops_bf16_amx;
 #endif
 
 static inline int divide_up(int a, int b)

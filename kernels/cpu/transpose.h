@@ -77,6 +77,8 @@ static void pack_rows(const act *x, int ldx, int count, int n, act *out)
         a_store(out + 16 * i, a_read(x + (size_t)i * ldx, n));
 }
 
+#define TRANSPOSED_BYTES(count, rs) 0
+
 /* The operand whose row r, step i is p[i][r]. */
 static struct operand transposed_operand(const act *p, int ldp, int count, int rs, char *scratch)
 {
@@ -185,6 +187,66 @@ static void pack_rows(const act *x, int ldx, int count, int n, act *out)
     }
 }
 
+#if defined(CLAAS_OPS_AMX)
+
+/* Bytes of a row of `count` transposed: whole cache lines, an odd number of them. */
+#define TRANSPOSED_ROW(count)       ((((size_t)(count) + 31) / 32 | 1) * 64)
+#define TRANSPOSED_BYTES(count, rs) (TRANSPOSED_ROW(count) * (rs))
+
+/* 16 steps of 16 rows: in[i][r] -> row r, step i, each a pair; rows `bytes` apart. */
+INLINE void transpose_steps(const __m512i in[16], char *out, size_t bytes)
+{
+    __m512i r[16], t[16];
+
+    for (int i = 0; i < 16; i += 2) {
+        r[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
+        r[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
+    }
+    /* t[4g+j] holds columns j, 4+j, 8+j, 12+j of rows 4g … 4g+3. */
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            t[i + 2 * j] = _mm512_unpacklo_epi64(r[i + j], r[i + 2 + j]);
+            t[i + 2 * j + 1] = _mm512_unpackhi_epi64(r[i + j], r[i + 2 + j]);
+        }
+    for (int j = 0; j < 4; j++) { /* 4 x 4 quarters */
+        const __m512i a = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x44);
+        const __m512i b = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x44);
+        const __m512i c = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xee);
+        const __m512i d = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xee);
+
+        _mm512_storeu_si512(out + j * bytes, _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_storeu_si512(out + (4 + j) * bytes, _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_storeu_si512(out + (8 + j) * bytes, _mm512_shuffle_i32x4(c, d, 0x88));
+        _mm512_storeu_si512(out + (12 + j) * bytes, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+}
+
+/* The operand whose row r, step i is (p[2i][r], p[2i+1][r]), steps side by side. */
+static struct operand transposed_operand(const act *p, int ldp, int count, int rs, char *scratch)
+{
+    static const act zero[16];
+    const size_t bytes = TRANSPOSED_ROW(count);
+
+    for (int r = 0; r < rs; r += 16)
+        for (int i = 0; i < count; i += 32) {
+            const int n = smaller(16, rs - r);
+            __m512i steps[16];
+
+            for (int s = 0; s < 16; s++) {
+                const int row = i + 2 * s;
+                const act *a = row < count ? p + (size_t)row * ldp + r : zero;
+
+                pair_rows(a, row + 1 < count ? a + ldp : zero, n, (act *)&steps[s]);
+            }
+            transpose_steps(steps, scratch + (size_t)r * bytes + (size_t)i * 2, bytes);
+        }
+    return (struct operand){scratch, (ptrdiff_t)bytes, 4};
+}
+
+#else
+
+#define TRANSPOSED_BYTES(count, rs) ((count) / STEP_K * (rs)*WIDTH_OF_STEP)
+
 /* The operand whose row r, step i is (p[2i][r], p[2i+1][r]). */
 static struct operand transposed_operand(const act *p, int ldp, int count, int rs, char *scratch)
 {
@@ -211,6 +273,8 @@ static struct operand transposed_operand(const act *p, int ldp, int count, int r
     return (struct operand){scratch, 4, (ptrdiff_t)width * 4};
 #endif
 }
+
+#endif
 
 #endif
 

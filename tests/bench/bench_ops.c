@@ -93,6 +93,25 @@ __attribute__((target("avx512f,avx512bf16"))) static void peak_dot(void *arg, in
 #undef SUM
 #undef STEP
 }
+/* Four tiles of sums from two of each side, as the products do it. */
+#define FLOP_AMX (4.0 * 2 * 16 * 16 * 32)
+__attribute__((target("amx-tile,amx-bf16"))) static void peak_amx(void *arg, int index)
+{
+    static const struct {
+        unsigned char palette, zero[15];
+        unsigned short row_bytes[16];
+        unsigned char rows[16];
+    } config = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+    _tile_loadconfig(&config);
+    for (int r = 0; r < PEAK_ROUNDS; r++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+}
 __attribute__((target("avx512f"))) static void peak_512(void *arg, int index)
 {
     const __m512 a = _mm512_set1_ps(1), b = _mm512_set1_ps(0.5f);
@@ -136,7 +155,9 @@ static double measure_peak(const struct bench *bench)
     struct peak peak = {peak_256};
     double flop = FLOP_256;
 
-    if (strstr(name, "avx512bf16"))
+    if (strstr(name, "amx"))
+        peak.loop = peak_amx, flop = FLOP_AMX;
+    else if (strstr(name, "avx512bf16"))
         peak.loop = peak_dot, flop = FLOP_DOT;
     else if (strstr(name, "avx512"))
         peak.loop = peak_512, flop = FLOP_512;

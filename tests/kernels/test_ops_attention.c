@@ -106,7 +106,9 @@ static double weights_double(const double *q, const double *k, int i, int d, dou
 /* Whether weights are rounded to bfloat16 in this table. */
 static double weight_rounding(const struct claas_ops *ops)
 {
-    return strcmp(ops->name, "bf16-avx512bf16") == 0 ? HALF_ULP_BF16 : 0;
+    return strcmp(ops->name, "bf16-avx512bf16") == 0 || strcmp(ops->name, "bf16-amx") == 0
+               ? HALF_ULP_BF16
+               : 0;
 }
 
 static void check_forward(const struct claas_ops *ops, claas_pool_t *pool, struct setup s)
