@@ -19,6 +19,7 @@
 #include "errors.h"
 #include "lora.h"
 #include "request.h"
+#include "schema.h"
 
 #define EXPORT_MS 120000
 
@@ -86,15 +87,37 @@ static int exported(struct request *request, claas_message_t *reply, void *arg)
     return answer_file(request, path, lora_id);
 }
 
+/* False when it is neither: the request is answered then. */
+static bool read_optimizer(struct request *request, const char *text, bool *ret)
+{
+    static const struct schema_place query = {NULL, "query", 0};
+    const struct schema_place place = {&query, "optimizer", 0};
+    cJSON *faults;
+
+    *ret = text && (strcmp(text, "true") == 0 || strcmp(text, "1") == 0);
+    if (!text || *ret || strcmp(text, "false") == 0 || strcmp(text, "0") == 0)
+        return true;
+    faults = cJSON_CreateArray();
+    schema_fault(faults, &place, "bool_parsing", "Input should be true or false");
+    request_fail_schema(request, faults);
+    return false;
+}
+
 int route_lora_export(struct request *request)
 {
-    const char *lora_id;
+    const char *lora_id, *text;
+    bool optimizer;
     cJSON *body;
+    int rc = request_query(request, "optimizer", &text);
 
-    if (lora_id_query(request, &lora_id) < 0)
+    if (rc < 0)
+        return rc;
+    if (lora_id_query(request, &lora_id) < 0 || !read_optimizer(request, text, &optimizer))
         return 0;
     body = cJSON_CreateObject();
     claas_json_set_string(body, "lora_id", lora_id);
+    if (optimizer)
+        claas_json_set_bool(body, "optimizer", true);
     return request_ask(request, &(struct request_ask){
                                     .to = "storage",
                                     .type = CLAAS_MSG_ADAPTER_EXPORT,
@@ -160,7 +183,7 @@ static int upload_open(struct request *request)
     request->state_free = upload_free;
     rc = claas_mkdir_all(staging);
     if (rc < 0)
-        return rc;
+        return claas_fail(rc, "upload: there is no staging folder"); /* and no word where it was */
     claas_random_hex(hex, 8);
     upload->path = claas_format("%s/upload-%s.zip", staging, hex);
     if (!upload->path)

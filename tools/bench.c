@@ -1,5 +1,5 @@
-/* `claas bench step|decode|prefill`: how long the work of training and serving takes here, beside
- * what the machine could do at best. One device, no server, no network. */
+/* `claas bench step|decode|prefill|cycle`: how long the work of training and serving takes here,
+ * beside what the machine could do at best. One device, no network. */
 #include "bench.h"
 
 #include <stdio.h>
@@ -12,6 +12,7 @@
 
 enum {
     KEY_MODEL = 256,
+    KEY_DEVICE,
     KEY_PRECISION,
     KEY_THREADS,
     KEY_BATCH,
@@ -21,6 +22,8 @@ enum {
     KEY_RANK,
     KEY_TOKENS,
     KEY_ADAPTERS,
+    KEY_ROWS,
+    KEY_STEPS,
     KEY_ITERATIONS,
     KEY_ALPHA,
     KEY_JSON,
@@ -29,6 +32,11 @@ enum {
 #define OPTION_MODEL                                                                               \
     {                                                                                              \
         "model", KEY_MODEL, "PATH", 0, "GGUF file, Hugging Face directory, or random:NAME", 0      \
+    }
+#define OPTION_DEVICE                                                                              \
+    {                                                                                              \
+        "device", KEY_DEVICE, "NAME", 0, "where the numbers are made: auto (default), cpu, cuda",  \
+            0                                                                                      \
     }
 #define OPTION_PRECISION                                                                           \
     {                                                                                              \
@@ -46,41 +54,38 @@ enum {
     {                                                                                              \
         "json", KEY_JSON, NULL, 0, "one JSON object per line", 0                                   \
     }
+#define OPTIONS_OF_ALL                                                                             \
+    OPTION_MODEL, OPTION_ITERS, OPTION_DEVICE, OPTION_PRECISION, OPTION_THREADS, OPTION_JSON
 
 static const struct argp_option step_options[] = {
-    OPTION_MODEL,
+    OPTIONS_OF_ALL,
     {"batch", KEY_BATCH, "N", 0, "rows of the step (4)", 0},
     {"prompt", KEY_PROMPT, "N", 0, "tokens of each prompt (128)", 0},
     {"response", KEY_RESPONSE, "N", 0, "tokens of each response (128)", 0},
     {"hint", KEY_HINT, "N", 0, "tokens the teacher sees beside the prompt (64)", 0},
     {"rank", KEY_RANK, "R", 0, "of the LoRA adapter (32)", 0},
     {"alpha", KEY_ALPHA, "A", 0, "0 forward KL … 1 reverse KL (0.5)", 0},
-    OPTION_ITERS,
-    OPTION_PRECISION,
-    OPTION_THREADS,
-    OPTION_JSON,
     {0},
 };
 static const struct argp_option decode_options[] = {
-    OPTION_MODEL,
+    OPTIONS_OF_ALL,
     {"batch", KEY_BATCH, "N,…", 0, "sequences decoded together (1,8)", 0},
     {"prompt", KEY_PROMPT, "N", 0, "tokens of each prompt (64)", 0},
     {"tokens", KEY_TOKENS, "N", 0, "tokens of each answer (128)", 0},
     {"adapters", KEY_ADAPTERS, "N", 0, "different adapters among the sequences (0)", 0},
     {"rank", KEY_RANK, "R", 0, "of the adapters (32)", 0},
-    OPTION_ITERS,
-    OPTION_PRECISION,
-    OPTION_THREADS,
-    OPTION_JSON,
     {0},
 };
 static const struct argp_option prefill_options[] = {
-    OPTION_MODEL,
+    OPTIONS_OF_ALL,
     {"prompt", KEY_PROMPT, "N,…", 0, "tokens of the prompt (512)", 0},
-    OPTION_ITERS,
-    OPTION_PRECISION,
-    OPTION_THREADS,
-    OPTION_JSON,
+    {0},
+};
+static const struct argp_option cycle_options[] = {
+    OPTIONS_OF_ALL,
+    {"rows", KEY_ROWS, "N", 0, "rollouts of a step (the model's recipe)", 0},
+    {"steps", KEY_STEPS, "N", 0, "optimizer steps of a cycle (the model's recipe)", 0},
+    {"tokens", KEY_TOKENS, "N", 0, "most tokens of a rollout (64)", 0},
     {0},
 };
 
@@ -117,6 +122,9 @@ static error_t parse_option(int key, char *arg, struct argp_state *state)
     case KEY_MODEL:
         args->model = arg;
         return 0;
+    case KEY_DEVICE:
+        args->device = arg;
+        return 0;
     case KEY_PRECISION:
         args->precision = arg;
         return 0;
@@ -143,6 +151,12 @@ static error_t parse_option(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_ADAPTERS:
         args->adapters = parse_int(state, arg, 0, 1024);
+        return 0;
+    case KEY_ROWS:
+        args->rows = parse_int(state, arg, 1, 256);
+        return 0;
+    case KEY_STEPS:
+        args->steps = parse_int(state, arg, 1, 1000);
         return 0;
     case KEY_ITERATIONS:
         args->iterations = parse_int(state, arg, 1, 1000);
@@ -204,11 +218,18 @@ static const struct benchmark {
      bench_prefill,
      {.prompt = {512}, .prompt_count = 1, .iterations = 5},
      "Measures how fast a prompt is read."},
+    {"cycle",
+     cycle_options,
+     bench_cycle,
+     {.iterations = 3},
+     "Measures learning cycles, from feedback to the new version: rollouts, teacher, training, the "
+     "gate's figures, and the rest (files, messages)."},
 };
 
 static int print_usage(FILE *out)
 {
-    fputs("usage: claas bench step|decode|prefill --model PATH [OPTION]... [--json]\n\n", out);
+    fputs("usage: claas bench step|decode|prefill|cycle --model PATH [OPTION]... [--json]\n\n",
+          out);
     for (size_t i = 0; i < CLAAS_COUNT(benchmarks); i++)
         fprintf(out, "  %-8s %s\n", benchmarks[i].name, benchmarks[i].help);
     fputs("\n`claas bench step --help` lists the options of one.\n", out);
@@ -248,6 +269,6 @@ int claas_bench_main(int argc, char **argv)
     for (size_t i = 0; i < CLAAS_COUNT(benchmarks); i++)
         if (strcmp(argv[1], benchmarks[i].name) == 0)
             return run(&benchmarks[i], argc - 1, argv + 1);
-    fprintf(stderr, "claas bench: '%s' is none of step, decode, prefill\n", argv[1]);
+    fprintf(stderr, "claas bench: '%s' is none of step, decode, prefill, cycle\n", argv[1]);
     return print_usage(stderr);
 }

@@ -13,11 +13,11 @@
 
 /* Options of all benchmarks; each uses its own. */
 struct bench_args {
-    const char *model, *precision;
+    const char *model, *device, *precision;
     int threads;
     int batch[BENCH_LIST_MAX], batch_count;
     int prompt[BENCH_LIST_MAX], prompt_count;
-    int response, hint, rank, tokens, adapters, iterations;
+    int response, hint, rank, tokens, adapters, rows, steps, iterations;
     double alpha;
     bool json;
 };
@@ -33,6 +33,9 @@ struct bench_rig {
     double lora_per_rank; /* adapter parameters per unit of rank, all modules */
 };
 
+/* What --model means: a bare name of a known shape is random weights of that shape. Free with
+ * free(); NULL when out of memory. */
+char *bench_model_path(const char *model);
 int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens);
 void bench_close(struct bench_rig *rig);
 /* The next event, with FAILED turned into its error. */
@@ -66,5 +69,6 @@ int bench_read_peak(const struct bench_args *args, double *ret);
 int bench_step(const struct bench_args *args);
 int bench_decode(const struct bench_args *args);
 int bench_prefill(const struct bench_args *args);
+int bench_cycle(const struct bench_args *args);
 
 #endif

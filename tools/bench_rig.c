@@ -13,19 +13,19 @@
 #include "claas/mem.h"
 #include "claas/random.h"
 
-/* A bare name of a known shape ("smollm2-135m") means random weights of that shape. */
-static int open_model(const char *path, claas_model_t **ret)
+char *bench_model_path(const char *model)
 {
-    CLAAS_AUTO_FREE char *random = NULL;
+    if (strncmp(model, "random:", 7) != 0 && access(model, F_OK) != 0 && strchr(model, '/') == NULL)
+        return claas_format("random:%s", model);
+    return claas_strdup(model);
+}
+
+static int open_model(const char *model, claas_model_t **ret)
+{
+    CLAAS_AUTO_FREE char *path = bench_model_path(model);
     struct claas_model_options options = {.path = path};
 
-    if (strncmp(path, "random:", 7) != 0 && access(path, F_OK) != 0 && strchr(path, '/') == NULL) {
-        random = claas_format("random:%s", path);
-        if (random == NULL)
-            return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-        options.path = random;
-    }
-    return claas_model_open(&options, ret);
+    return path != NULL ? claas_model_open(&options, ret) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
 /* Random models have no file: their weights count as bfloat16. */
@@ -65,7 +65,7 @@ static void measure_model(struct bench_rig *rig)
 int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens)
 {
     struct claas_device_options options = {
-        .device = "cpu",
+        .device = args->device != NULL ? args->device : "auto",
         .precision = args->precision != NULL ? args->precision : "bf16",
         .threads = args->threads,
         .kv_tokens = kv_tokens,
@@ -130,7 +130,7 @@ int bench_adapter(struct bench_rig *rig, int rank, claas_adapter_t **ret)
         .rank = rank, .alpha = 2.0f * (float)rank, .modules = CLAAS_MODULE_ALL};
     struct claas_device_event event;
     uint64_t id;
-    int rc = claas_device_adapter_init(rig->client, &lora, 1, &id);
+    int rc = claas_device_adapter_init(rig->client, &lora, 1, CLAAS_ADAPTER_TRAIN, &id);
 
     if (rc == 0)
         rc = bench_wait(rig, &event);

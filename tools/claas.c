@@ -14,7 +14,7 @@ static const struct cli_verb verbs[] = {
     {"jobs", verb_jobs, "list, show, watch or cancel learning jobs"},
     {"lora", verb_lora, "make, list, show, delete, roll back, export or import adapters"},
     {"model", verb_model, "show a base model, or measure how it is best shown feedback"},
-    {"bench", claas_bench_main, "measure training steps, decoding and prefill"},
+    {"bench", claas_bench_main, "measure training steps, learning cycles, decoding and prefill"},
     {"health", verb_health, "ask a server how it is"},
     {"version", verb_version, "print the version"},
 };

@@ -292,15 +292,30 @@ static char *default_target(const char *lora_id)
     return claas_buf_take(&buf, NULL);
 }
 
+static const struct argp_option export_options[] = {
+    {"optimizer", 'o', NULL, 0, "with the optimizer's state, to go on learning elsewhere", 0},
+    {0},
+};
+
+static error_t take_export_option(int key, char *value, struct argp_state *state, void *input)
+{
+    (void)value;
+    (void)state;
+    if (key != 'o')
+        return ARGP_ERR_UNKNOWN;
+    *(bool *)input = true;
+    return 0;
+}
+
 static int export_one(struct http *http, const struct cli *cli, const void *input)
 {
-    CLAAS_AUTO_FREE char *path =
-        http_path(http, "/v1/lora/export", "lora_id", cli->positional[0], NULL);
+    const bool *optimizer = input;
+    CLAAS_AUTO_FREE char *path = http_path(http, "/v1/lora/export", "lora_id", cli->positional[0],
+                                           "optimizer", *optimizer ? "true" : NULL, NULL);
     CLAAS_AUTO_FREE char *target =
         cli->count == 2 ? claas_strdup(cli->positional[1]) : default_target(cli->positional[0]);
     int rc;
 
-    (void)input;
     if (!target)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     if (strcmp(target, "-") == 0)
@@ -319,9 +334,12 @@ static int lora_export(int argc, char **argv)
         .max = 2,
         .args = "USER/NAME[@VERSION] [FILE]",
         .doc = "Writes an adapter to a zip of its PEFT files; - is stdout.",
+        .options = export_options,
+        .take = take_export_option,
     };
+    bool optimizer = false;
 
-    return run(&spec, argc, argv, NULL, export_one);
+    return run(&spec, argc, argv, &optimizer, export_one);
 }
 
 static int import_one(struct http *http, const struct cli *cli, const void *input)

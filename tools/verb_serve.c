@@ -8,19 +8,13 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "../actors/sampler/sampler.h"
-#include "../actors/scheduler/scheduler.h"
-#include "../actors/storage/storage.h"
-#include "../actors/trainer/trainer.h"
-#include "../bridge/bridge.h"
 #include "claas/buf.h"
-#include "claas/chat_template.h"
 #include "claas/config.h"
 #include "claas/err.h"
 #include "claas/file.h"
 #include "claas/log.h"
 #include "claas/mem.h"
-#include "claas/runtime.h"
+#include "process.h"
 #include "verbs.h"
 
 #define OVERRIDES_MAX 128
@@ -138,29 +132,6 @@ static const struct argp serve_argp = {
            "command line.",
 };
 
-/* Everything a serving process owns; freed in reverse order of its making. */
-struct process {
-    claas_config_t *config;
-    claas_model_t *model;
-    claas_device_t *device;
-    claas_runtime_t *runtime;
-    bool bad_config; /* what failed was the configuration */
-    int port;
-    struct claas_storage_args storage;
-    struct claas_trainer_args trainer;
-    struct claas_sampler_args sampler;
-    struct claas_scheduler_args scheduler;
-    struct claas_bridge_args bridge;
-};
-
-static void process_done(struct process *process)
-{
-    claas_runtime_free(&process->runtime);
-    claas_device_free(&process->device);
-    claas_model_free(&process->model);
-    claas_config_free(&process->config);
-}
-
 /* --- signals
  * ----------------------------------------------------------------------------------------------------------
  */
@@ -207,11 +178,6 @@ static void prepare_signals(const char *data)
  * ------------------------------------------------------------------------------------------------
  */
 
-static bool has_role(const struct process *process, const char *role)
-{
-    return claas_config_list_has(process->config, "roles", role);
-}
-
 static int load_config(struct serve_args *args, struct process *process)
 {
     CLAAS_AUTO_FREE char *absolute = NULL;
@@ -239,81 +205,12 @@ static int load_config(struct serve_args *args, struct process *process)
     return claas_config_load(args->config_path, args->overrides, args->count, &process->config);
 }
 
-static int open_device(struct process *process)
-{
-    const claas_config_t *config = process->config;
-    const char *template_name = claas_config_string(config, "chat_template");
-    struct claas_model_options model = {
-        .path = claas_config_string(config, "model"),
-        .chat_template = template_name[0] ? template_name : NULL,
-    };
-    struct claas_device_options device = {
-        .device = claas_config_string(config, "device.name"),
-        .precision = claas_config_string(config, "device.precision"),
-        .threads = (int)claas_config_int(config, "device.threads"),
-        .kv_tokens = (size_t)claas_config_int(config, "device.kv_tokens"),
-        .prefill_chunk = (int)claas_config_int(config, "device.prefill_chunk"),
-        .max_batch = (int)claas_config_int(config, "device.max_batch"),
-        .slice_ms = (int)claas_config_int(config, "device.slice"),
-    };
-    const char *warning;
-    int rc;
-
-    if (!model.path[0])
-        return claas_fail(CLAAS_ERR_INVALID,
-                          "no model: give --model PATH (a GGUF file or a Hugging Face directory)");
-    rc = claas_model_open(&model, &process->model);
-    if (rc < 0)
-        return claas_fail_context(rc, "model %s: ", model.path);
-    warning = claas_chat_template_warning(claas_model_chat_template(process->model));
-    if (warning)
-        claas_warning("%s", warning);
-    rc = claas_device_open(&device, process->model, &process->device);
-    if (rc == 0)
-        claas_model_release_weights(process->model);
-    return rc;
-}
-
-static int start_actor(struct process *process, const char *role,
-                       const struct claas_actor_class *actor_class, const void *args)
-{
-    char name[64];
-    bool numbered = strcmp(role, "trainer") == 0 || strcmp(role, "sampler") == 0;
-
-    if (!has_role(process, role))
-        return 0;
-    snprintf(name, sizeof(name), numbered ? "%s.0" : "%s", role);
-    return claas_runtime_start(process->runtime, actor_class, name, args);
-}
-
-static int start_actors(struct process *process)
-{
-    const claas_config_t *config = process->config;
-    int rc;
-
-    process->storage = (struct claas_storage_args){.config = config};
-    process->trainer = (struct claas_trainer_args){config, process->device};
-    process->sampler = (struct claas_sampler_args){config, process->device};
-    process->scheduler = (struct claas_scheduler_args){config};
-    process->bridge = (struct claas_bridge_args){.config = config, .ret_port = &process->port};
-    rc = start_actor(process, "storage", &claas_storage_class, &process->storage);
-    if (rc == 0)
-        rc = start_actor(process, "trainer", &claas_trainer_class, &process->trainer);
-    if (rc == 0)
-        rc = start_actor(process, "sampler", &claas_sampler_class, &process->sampler);
-    if (rc == 0)
-        rc = start_actor(process, "scheduler", &claas_scheduler_class, &process->scheduler);
-    if (rc == 0)
-        rc = start_actor(process, "bridge", &claas_bridge_class, &process->bridge);
-    return rc;
-}
-
 static void announce(const struct process *process)
 {
     const char *listen = claas_config_string(process->config, "listen");
     const char *colon = strrchr(listen, ':');
 
-    if (has_role(process, "bridge"))
+    if (process_has_role(process, "bridge"))
         printf("listening on http://%.*s:%d\n", (int)(colon ? colon - listen : 0), listen,
                process->port);
     else
@@ -334,12 +231,12 @@ static int run(struct serve_args *args, struct process *process)
         return claas_fail_context(rc, "log.level: ");
     claas_log_setup(level, claas_config_string(process->config, "log.format"));
     prepare_signals(claas_config_string(process->config, "data"));
-    if (has_role(process, "trainer") || has_role(process, "sampler"))
-        rc = open_device(process);
+    if (process_has_role(process, "trainer") || process_has_role(process, "sampler"))
+        rc = process_open_device(process);
     if (rc == 0)
         rc = claas_runtime_new(process->config, &process->runtime);
     if (rc == 0)
-        rc = start_actors(process);
+        rc = process_start_actors(process);
     if (rc < 0)
         return rc;
     announce(process);

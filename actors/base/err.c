@@ -7,10 +7,12 @@
 
 #include <errno.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
 #define TEXT_BYTES 1024
+#define QUOTED_MAX 100
 
 struct catalogue_row {
     int code;
@@ -129,6 +131,60 @@ int claas_fail_context(int code, const char *format, ...)
     trim_broken_tail(text);
     record(text);
     return code;
+}
+
+static bool is_in_names(char c)
+{
+    return c != '\0' && !strchr(" '\":,;()", c);
+}
+
+int claas_fail_hide_path(int code, const char *path, const char *word)
+{
+    size_t length = strlen(path), used = 0;
+    char text[TEXT_BYTES];
+    char before = '\0';
+
+    for (const char *from = last_text; *from && used + 1 < sizeof(text);) {
+        bool found = length > 0 && !is_in_names(before) && strncmp(from, path, length) == 0;
+
+        if (found && from[length] == '/') {
+            from += length + 1;
+        } else if (found && !is_in_names(from[length])) {
+            from += length;
+            used += (size_t)snprintf(text + used, sizeof(text) - used, "%s", word);
+        } else {
+            before = text[used++] = *from++;
+        }
+    }
+    text[used < sizeof(text) ? used : sizeof(text) - 1] = '\0';
+    trim_broken_tail(text);
+    record(text);
+    return code;
+}
+
+struct claas_quoted claas_quote(const char *text)
+{
+    struct claas_quoted quoted;
+    size_t used = 0;
+
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        char escaped[5];
+
+        if (c == '\\')
+            snprintf(escaped, sizeof(escaped), "\\\\");
+        else if (c >= ' ' && c < 0x7f)
+            snprintf(escaped, sizeof(escaped), "%c", c);
+        else
+            snprintf(escaped, sizeof(escaped), "\\x%02X", c);
+        if (used + strlen(escaped) > QUOTED_MAX) {
+            used += (size_t)snprintf(quoted.text + used, sizeof(quoted.text) - used, "…");
+            break;
+        }
+        used += (size_t)snprintf(quoted.text + used, sizeof(quoted.text) - used, "%s", escaped);
+    }
+    quoted.text[used] = '\0';
+    return quoted;
 }
 
 static int code_of_errno(int number)

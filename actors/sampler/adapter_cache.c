@@ -9,6 +9,10 @@
 #include "claas/err.h"
 #include "claas/mem.h"
 
+/* Of one adapter: the current version and one to compare it with. What learning has left behind is
+ * rarely asked for again. */
+#define VERSIONS_MAX 2
+
 struct waiter {
     struct waiter *next;
     adapter_ready_fn *ready;
@@ -82,19 +86,21 @@ static void entry_remove(struct adapter_cache *cache, struct entry *entry)
     entry_free(entry);
 }
 
-/* Makes room for one more; entries that are still loading stay. Requests in flight hold their own
- * references. */
-static void evict_oldest(struct adapter_cache *cache)
+/* Makes room for one more of an adapter (NULL: of any) if `limit` are there; entries that are still
+ * loading stay. Requests in flight hold their own references. */
+static void make_room(struct adapter_cache *cache, const char *uid, size_t limit)
 {
     struct entry *oldest = NULL;
     size_t count = 0;
 
     for (struct entry *e = cache->entries; e; e = e->next) {
+        if (uid && strcmp(e->uid, uid) != 0)
+            continue;
         count++;
         if (e->adapter && (!oldest || e->used < oldest->used))
             oldest = e;
     }
-    if (count >= cache->limit && oldest)
+    if (count >= limit && oldest)
         entry_remove(cache, oldest);
 }
 
@@ -126,7 +132,8 @@ int adapter_cache_get(struct adapter_cache *cache, const char *uid, int version,
         return 0;
     }
     if (!entry) {
-        evict_oldest(cache);
+        make_room(cache, uid, VERSIONS_MAX);
+        make_room(cache, NULL, cache->limit);
         entry = entry_add(cache, uid, version);
         if (!entry)
             return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);

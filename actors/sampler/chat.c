@@ -250,7 +250,8 @@ static void adapter_ready(void *arg, claas_adapter_t *adapter, int error, const 
     struct chat *chat = arg;
 
     if (error) {
-        chat_fail(chat, error, text);
+        claas_fail(error, "LoRA %s@%d: %s", chat->lora_id, chat->version, text);
+        chat_fail(chat, error, claas_error_text());
         return;
     }
     chat->adapter = adapter;

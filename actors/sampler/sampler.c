@@ -51,7 +51,7 @@ static int handle_model_info(void *self, claas_message_t *message)
 
     claas_json_set_string(body, "name", claas_model_name(sampler->model));
     claas_json_set_string(body, "fingerprint", claas_model_fingerprint(sampler->model));
-    claas_json_set_int(body, "context", claas_model_config(sampler->model)->context);
+    claas_json_set_int(body, "context", claas_device_context(sampler->device));
     claas_json_set_string(body, "chat_template",
                           claas_chat_template_name(claas_model_chat_template(sampler->model)));
     claas_json_set(body, "device", device_object(sampler));

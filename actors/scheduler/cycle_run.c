@@ -1,6 +1,7 @@
 /* A cycle, step by step: input from storage, CYCLE_BEGIN, one CYCLE_STEP after the other with the
- * gate's judgement in between, and CYCLE_KEEP whenever a candidate is the best so far. Each
- * function sends one request; its reply starts the next. The end of a cycle is in cycle_end.c. */
+ * gate's judgement in between, CYCLE_KEEP whenever a candidate is the best so far, and around every
+ * step CYCLE_CHECK. Each function sends one request; its reply starts the next. The end of a cycle
+ * is in cycle_end.c. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,7 +18,7 @@
 
 #define RETRY_MS 1000
 
-static void send_step(struct cycle_run *run);
+static void next_step(struct cycle_run *run);
 
 int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, int64_t timeout_ms,
                   claas_reply_fn *reply)
@@ -94,7 +95,7 @@ static void kept(void *self, void *arg, claas_message_t *reply)
         cycle_run_fail(run, reply->error, reply->error_text);
         return;
     }
-    send_step(run);
+    next_step(run);
 }
 
 static void keep_gate(struct cycle_run *run, const cJSON *reply)
@@ -164,27 +165,60 @@ static void stepped(void *self, void *arg, claas_message_t *reply)
     if (passed && is_best(run, reply->body))
         keep_candidate(run);
     else
-        send_step(run);
+        next_step(run);
 }
 
 static void send_step(struct cycle_run *run)
+{
+    cJSON *body = cycle_body(run);
+    int rc;
+
+    run->step++;
+    claas_json_set_int(body, "step", run->step);
+    claas_json_set(body, "rows", plan_rows(&run->plan, run->step));
+    claas_json_set(body, "training", plan_training(&run->plan, run->scheduler->config, run->step));
+    claas_json_set_bool(body, "gate", true);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STEP, body, STEP_ASK_MS, stepped);
+    if (rc < 0)
+        cycle_run_fail(run, rc, claas_error_text());
+}
+
+/* What was withdrawn shall be shown to the teacher no more; and since what was learnt so far came
+ * from it too, the cycle begins anew without it. So it does for a rollback, whose version it would
+ * be refused for at its end. */
+static void checked(void *self, void *arg, claas_message_t *reply)
+{
+    struct cycle_run *run = arg;
+
+    (void)self;
+    run->ask = 0;
+    if (reply->error) {
+        /* An adapter that is gone has ended its jobs: read which. */
+        cycle_run_fail(run, reply->error == CLAAS_ERR_NOT_FOUND ? CLAAS_ERR_CONFLICT : reply->error,
+                       reply->error_text);
+        return;
+    }
+    if (cycle_run_drop_cancelled(run))
+        return;
+    if (run->step == run->plan.steps)
+        cycle_run_finish(run);
+    else
+        send_step(run);
+}
+
+/* The next step, or the end: but first, whether what the cycle learns from still stands. */
+static void next_step(struct cycle_run *run)
 {
     cJSON *body;
     int rc;
 
     if (cycle_run_drop_cancelled(run))
         return;
-    if (run->step == run->plan.steps) {
-        cycle_run_finish(run);
-        return;
-    }
-    run->step++;
-    body = cycle_body(run);
-    claas_json_set_int(body, "step", run->step);
-    claas_json_set(body, "rows", plan_rows(&run->plan, run->step));
-    claas_json_set(body, "training", plan_training(&run->plan, run->scheduler->config, run->step));
-    claas_json_set_bool(body, "gate", true);
-    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STEP, body, STEP_ASK_MS, stepped);
+    body = cJSON_CreateObject();
+    claas_json_set_string(body, "lora_id", run->lora_id);
+    claas_json_set_int(body, "version", run->version);
+    claas_json_set_int(body, "withdrawn", run->withdrawn);
+    rc = cycle_run_ask(run, "storage", CLAAS_MSG_CYCLE_CHECK, body, ASK_MS, checked);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }
@@ -220,7 +254,7 @@ static void begun(void *self, void *arg, claas_message_t *reply)
     run->plan.prompts = (int)prompts;
     run->base = cJSON_Duplicate(claas_json_get(reply->body, "base"), true);
     record_state(run, "training");
-    send_step(run);
+    next_step(run);
 }
 
 /* CYCLE_INPUT's standing entries have ids; the trainer needs the texts. */
@@ -243,8 +277,6 @@ static cJSON *begin_body(struct cycle_run *run, const cJSON *input)
 {
     cJSON *body = cycle_body(run);
     const char *directory = "";
-    const cJSON *training = run->jobs[0]->training;
-    int64_t steps = 1;
 
     claas_json_get_string(input, "directory", &directory);
     claas_json_set_string(body, "lora_id", run->lora_id);
@@ -257,9 +289,6 @@ static cJSON *begin_body(struct cycle_run *run, const cJSON *input)
     claas_json_set(body, "standing", standing_texts(claas_json_get(input, "standing")));
     claas_json_set_int(body, "max_tokens",
                        claas_config_int(run->scheduler->config, "cycle.max_tokens"));
-    if (training)
-        claas_json_get_int(training, "steps", 1, 1000, &steps);
-    claas_json_set_bool(body, "reference", training && steps == 1);
     return body;
 }
 
@@ -275,6 +304,7 @@ static void input_read(void *self, void *arg, claas_message_t *reply)
         return;
     }
     claas_json_get_int(reply->body, "version", 0, 1000000000, &run->version);
+    claas_json_get_int(reply->body, "withdrawn", 0, (int64_t)1 << 53, &run->withdrawn);
     run->plan.items = cJSON_GetArraySize(claas_json_get(reply->body, "items"));
     run->plan.replay = cJSON_GetArraySize(claas_json_get(reply->body, "replay"));
     rc = claas_actor_ask(scheduler->actor,

@@ -51,8 +51,9 @@ struct cycle_run {
     struct job *jobs[CYCLE_JOBS_MAX];
     int job_count;
     struct plan plan;
-    int64_t version; /* the parent */
-    cJSON *base;     /* the base's gate figures */
+    int64_t version;   /* the parent */
+    int64_t withdrawn; /* CYCLE_INPUT's, for CYCLE_CHECK */
+    cJSON *base;       /* the base's gate figures */
     int step;
     int best_step; /* 0 = none passed yet */
     double best_score;

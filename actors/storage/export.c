@@ -28,21 +28,26 @@ void export_close(struct export_files *files)
     files->count = 0;
 }
 
-int export_open(const char *directory, struct export_files *ret)
+int export_open(const char *directory, bool optimizer, struct export_files *ret)
 {
     CLAAS_AUTO(export_close) struct export_files files = {.count = 0};
 
     for (size_t i = 0; i < CLAAS_COUNT(names); i++) {
         CLAAS_AUTO_FREE char *path = claas_format("%s/%s", directory, names[i]);
+        bool moments = strcmp(names[i], ADAPTER_MOMENTS) == 0;
         int fd;
 
+        if (moments && !optimizer)
+            continue;
         if (!path)
             return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
         fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-        if (fd < 0 && errno == ENOENT && strcmp(names[i], ADAPTER_MOMENTS) == 0)
-            continue;
+        if (fd < 0 && errno == ENOENT && moments)
+            return claas_fail(CLAAS_ERR_NOT_FOUND,
+                              "the optimizer's state of this version is not kept "
+                              "(storage.keep_moments)");
         if (fd < 0)
-            return claas_fail_errno("%s", path);
+            return claas_fail_errno("%s", names[i]);
         files.fds[files.count] = fd;
         files.names[files.count++] = names[i];
     }
@@ -142,7 +147,7 @@ int export_write(const struct export_files *files, const char *path)
     int rc;
 
     if (fd < 0)
-        return claas_fail_errno("%s", path);
+        return claas_fail_errno("export");
     rc = write_zip(files, fd);
     close(fd);
     if (rc < 0)

@@ -1,8 +1,10 @@
 /* An adapter version as a zip: stored, sorted, without times: the same bytes for the same version.
- */
+ * The optimizer's state is kept for the newest versions only, so it is part of a zip only when it
+ * is asked for. */
 #ifndef CLAAS_STORAGE_EXPORT_H
 #define CLAAS_STORAGE_EXPORT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #define EXPORT_FILES_MAX 8
@@ -14,8 +16,8 @@ struct export_files {
     size_t count;
 };
 
-/* Opens what is in the directory. */
-int export_open(const char *directory, struct export_files *ret);
+/* Opens the files of the directory; with `optimizer` its state too: NOT_FOUND if that is gone. */
+int export_open(const char *directory, bool optimizer, struct export_files *ret);
 void export_close(struct export_files *files);
 /* Writes `path`, which must not exist; removes it again on failure. Reads and writes in bulk: not
  * for an actor's loop. */

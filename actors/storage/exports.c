@@ -125,7 +125,8 @@ int exports_start(struct exports *exports, const struct export_order *order, con
     work->order = *order;
     claas_random_hex(hex, 8);
     work->path = claas_format("%s/export-%s.zip", staging, hex);
-    rc = work->path ? export_open(directory, &work->files) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    rc = work->path ? export_open(directory, order->optimizer, &work->files)
+                    : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     if (rc == 0)
         rc = start_thread(work);
     if (rc < 0)

@@ -14,6 +14,7 @@ struct export_order {
     struct claas_reply_to reply_to;
     char lora_id[CLAAS_LORA_NAME_BYTES];
     int64_t version;
+    bool optimizer; /* with its state */
 };
 
 int exports_new(claas_actor_t *actor, struct exports **ret);

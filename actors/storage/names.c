@@ -27,19 +27,20 @@ static int check_segment(const char *segment, size_t length, const char *text)
 {
     if (length == 2 && memcmp(segment, "..", 2) == 0)
         return claas_fail(CLAAS_ERR_INVALID, "Invalid lora_id: path traversal detected in '%s'",
-                          text);
+                          claas_quote(text).text);
     if (length == 0 || (length == 1 && segment[0] == '.'))
-        return claas_fail(CLAAS_ERR_INVALID, "Invalid lora_id: empty path segment in '%s'", text);
+        return claas_fail(CLAAS_ERR_INVALID, "Invalid lora_id: empty path segment in '%s'",
+                          claas_quote(text).text);
     if (length > SEGMENT_BYTES_MAX)
         return claas_fail(CLAAS_ERR_INVALID,
-                          "Invalid lora_id: a segment of '%.64s…' is longer than %d bytes", text,
-                          SEGMENT_BYTES_MAX);
+                          "Invalid lora_id: a segment of '%s' is longer than %d bytes",
+                          claas_quote(text).text, SEGMENT_BYTES_MAX);
     for (size_t i = 0; i < length; i++)
         if (!is_plain(segment[i]))
             return claas_fail(CLAAS_ERR_INVALID,
                               "Invalid lora_id: '%s' may hold only letters, digits, '.', '_', '-' "
                               "and one '/'",
-                              text);
+                              claas_quote(text).text);
     return 0;
 }
 
@@ -61,8 +62,8 @@ static int check_segments(const char *name, const char *text)
     }
     if (segments > SEGMENTS_MAX)
         return claas_fail(CLAAS_ERR_INVALID,
-                          "Invalid lora_id: '%s' has %d segments, a name is user/name", text,
-                          segments);
+                          "Invalid lora_id: '%s' has %d segments, a name is user/name",
+                          claas_quote(text).text, segments);
     return 0;
 }
 
@@ -78,7 +79,8 @@ static int cut_version(char *name, const char *text, int64_t *version)
     digits = strspn(at + 1, "0123456789");
     if (digits == 0 || digits > VERSION_DIGITS || at[1 + digits] != '\0')
         return claas_fail(CLAAS_ERR_INVALID,
-                          "Invalid lora_id: '%s' needs a version number behind the '@'", text);
+                          "Invalid lora_id: '%s' needs a version number behind the '@'",
+                          claas_quote(text).text);
     *version = strtoll(at + 1, NULL, 10);
     *at = '\0';
     return 0;

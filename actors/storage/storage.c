@@ -148,6 +148,7 @@ static const struct {
     {CLAAS_MSG_JOB_RECORD, CLAAS_STORE_JOB_RECORD},
     {CLAAS_MSG_JOBS_UNFINISHED, CLAAS_STORE_JOBS_UNFINISHED},
     {CLAAS_MSG_CYCLE_INPUT, CLAAS_STORE_CYCLE_INPUT},
+    {CLAAS_MSG_CYCLE_CHECK, CLAAS_STORE_CYCLE_CHECK},
     {CLAAS_MSG_VERSION_PUBLISH, CLAAS_STORE_VERSION_PUBLISH},
     {CLAAS_MSG_JOB_GET, CLAAS_STORE_JOB_GET},
     {CLAAS_MSG_JOB_LIST, CLAAS_STORE_JOB_LIST},
@@ -252,6 +253,7 @@ static int handle_export(void *self, claas_message_t *message)
     rc = claas_copy_text(order.lora_id, sizeof(order.lora_id), text);
     if (rc < 0)
         return rc;
+    claas_json_get_bool(message->body, "optimizer", &order.optimizer);
     return exports_start(storage->exports, &order, directory, storage->staging);
 }
 
@@ -397,6 +399,7 @@ static const struct claas_handler handlers[] = {
     {CLAAS_MSG_ADAPTER_VERSIONS, handle},  {CLAAS_MSG_ADAPTER_ROLLBACK, handle},
     {CLAAS_MSG_ADAPTER_DELETE, handle},    {CLAAS_MSG_STANDING_LIST, handle},
     {CLAAS_MSG_STANDING_WITHDRAW, handle}, {CLAAS_MSG_ADAPTER_EXPORT, handle_export},
+    {CLAAS_MSG_CYCLE_CHECK, handle},
 };
 
 const struct claas_actor_class claas_storage_class = {

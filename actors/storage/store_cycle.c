@@ -1,6 +1,6 @@
 /* What a learning cycle starts from: the new feedback with its exact answers, earlier feedback for
- * replay, the standing feedback, recent conversations. And the standing feedback for a person to
- * see and withdraw.
+ * replay, the standing feedback, recent conversations; and whether that still stands. And the
+ * standing feedback for a person to see and withdraw.
  *
  * The list of a version is its own new feedback and that of its ancestors (`chain`), less what was
  * withdrawn: a rollback brings back the list of its version without anything being copied, and
@@ -258,16 +258,29 @@ static int add_recent(struct input *input)
     return rc < 0 ? rc : 0;
 }
 
+/* Only grows, so that an equal count means that nothing was withdrawn in between. */
+static int count_withdrawn(struct store *store, const struct store_adapter *adapter, int64_t *ret)
+{
+    int rc = db_get_int(&store->reader, ret,
+                        "SELECT count(*) FROM feedback WHERE adapter = ? AND withdrawn IS NOT NULL",
+                        "i", adapter->id);
+
+    return rc < 0 ? rc : 0;
+}
+
 int store_cycle_input(struct store *store, const struct claas_store_request *request,
                       struct claas_store_answer *answer)
 {
     struct input input = {.store = store, .request = request, .answer = answer};
     CLAAS_AUTO_FREE char *path = NULL;
     const char *asked = NULL;
+    int64_t withdrawn = 0;
     int rc = store_need_text(request->body, "lora_id", &asked);
 
     if (rc == 0)
         rc = store_find_adapter(&store->reader, request->principal, asked, &input.adapter, NULL);
+    if (rc == 0)
+        rc = count_withdrawn(store, &input.adapter, &withdrawn);
     if (rc < 0)
         return rc;
     path = store_version_path(store, input.adapter.dir, input.adapter.current, false);
@@ -277,6 +290,7 @@ int store_cycle_input(struct store *store, const struct claas_store_request *req
     claas_json_set_int(answer->body, "version", input.adapter.current);
     claas_json_set_string(answer->body, "directory", path);
     claas_json_set_string(answer->body, "staging", store->staging);
+    claas_json_set_int(answer->body, "withdrawn", withdrawn);
     rc = add_items(&input);
     if (rc == 0)
         rc = add_replay(&input);
@@ -285,6 +299,34 @@ int store_cycle_input(struct store *store, const struct claas_store_request *req
     if (rc == 0)
         rc = add_recent(&input);
     return rc;
+}
+
+int store_cycle_check(struct store *store, const struct claas_store_request *request,
+                      struct claas_store_answer *answer)
+{
+    struct store_adapter adapter;
+    const char *asked = NULL;
+    int64_t version = 0, withdrawn = 0, count = 0;
+    int rc = store_need_text(request->body, "lora_id", &asked);
+
+    if (rc == 0)
+        rc = store_need_int(request->body, "version", 0, 1000000000, &version);
+    if (rc == 0)
+        rc = store_need_int(request->body, "withdrawn", 0, (int64_t)1 << 53, &withdrawn);
+    if (rc == 0)
+        rc = store_find_adapter(&store->reader, request->principal, asked, &adapter, NULL);
+    if (rc == 0)
+        rc = count_withdrawn(store, &adapter, &count);
+    if (rc < 0)
+        return rc;
+    if (adapter.current != version)
+        return claas_fail(CLAAS_ERR_CONFLICT,
+                          "the current version of '%s' is %" PRId64 ", not %" PRId64, adapter.name,
+                          adapter.current, version);
+    if (count != withdrawn)
+        return claas_fail(CLAAS_ERR_CONFLICT, "feedback of '%s' was withdrawn", adapter.name);
+    answer->body = cJSON_CreateObject();
+    return 0;
 }
 
 /* --- standing feedback ----------------------------------------------------------------- */

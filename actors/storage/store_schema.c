@@ -132,6 +132,9 @@ static const char *const steps[] = {
      * it; NULL for versions from before. Jobs of one state, for listings. */
     "ALTER TABLE versions ADD COLUMN bytes INTEGER;"
     "CREATE INDEX jobs_state ON jobs(principal, state, seq);",
+
+    /* 2 -> 3: counted around every step of a cycle. */
+    "CREATE INDEX feedback_withdrawn ON feedback(adapter) WHERE withdrawn IS NOT NULL;",
 };
 
 int store_schema_version(void)

@@ -27,6 +27,7 @@ static const struct {
     [CLAAS_STORE_JOB_RECORD] = {store_job_record, CLAAS_STORE_CHANGE},
     [CLAAS_STORE_JOBS_UNFINISHED] = {store_jobs_unfinished, CLAAS_STORE_QUESTION},
     [CLAAS_STORE_CYCLE_INPUT] = {store_cycle_input, CLAAS_STORE_QUESTION},
+    [CLAAS_STORE_CYCLE_CHECK] = {store_cycle_check, CLAAS_STORE_QUESTION},
     [CLAAS_STORE_VERSION_PUBLISH] = {store_version_publish, CLAAS_STORE_ALONE},
     [CLAAS_STORE_JOB_GET] = {store_job_get, CLAAS_STORE_QUESTION},
     [CLAAS_STORE_JOB_LIST] = {store_job_list, CLAAS_STORE_QUESTION},

@@ -35,9 +35,9 @@ struct store {
 typedef int store_op_fn(struct store *store, const struct claas_store_request *request,
                         struct claas_store_answer *answer);
 store_op_fn store_rollout_put, store_feedback_put, store_job_record, store_jobs_unfinished,
-    store_cycle_input, store_version_publish, store_job_get, store_job_list, store_adapter_resolve,
-    store_adapter_list, store_adapter_versions, store_adapter_rollback, store_adapter_delete,
-    store_standing_list, store_standing_withdraw;
+    store_cycle_input, store_cycle_check, store_version_publish, store_job_get, store_job_list,
+    store_adapter_resolve, store_adapter_list, store_adapter_versions, store_adapter_rollback,
+    store_adapter_delete, store_standing_list, store_standing_withdraw;
 
 /* --- store_schema.c -------------------------------------------------------------------- */
 /* Brings the file to the newest schema, each step in a transaction of its own. VERSION for a file

@@ -1,6 +1,7 @@
-/* New adapters: untrained ones, and imported ones. Both end as a staged directory that storage
- * publishes. An import is loaded onto the device and written anew, so what gets published was
- * checked tensor by tensor. */
+/* New adapters: untrained ones, and imported ones. Both begin with storage's word on the name, so
+ * that nothing is made for one that is none, and end as a staged directory that storage publishes.
+ * An import is unpacked beside the loop, read and written anew, so what gets published was checked
+ * tensor by tensor. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +10,7 @@
 #include "claas/file.h"
 #include "claas/mem.h"
 #include "claas/random.h"
-#include "trainer_internal.h"
+#include "imports.h"
 
 #define PUBLISH_TIMEOUT_MS 60000
 
@@ -21,17 +22,27 @@ struct adapter_work {
     bool overwrite;
     claas_adapter_t *adapter;
     char directory[4096]; /* staged, to be published */
-    char unpacked[4096];  /* import: removed at the end */
     int64_t parent;
+    struct claas_lora_config lora; /* init */
+    char zip[4080];                /* import: empty for an init; removed at the end, as is */
+    char unpacked[4096];           /* what was in it */
 };
+
+/* Before the answer: whoever has it may rely on the upload being consumed. */
+static void remove_upload(const struct adapter_work *work)
+{
+    if (!work->zip[0])
+        return;
+    claas_remove_all(work->zip);
+    claas_remove_all(work->unpacked);
+}
 
 static void work_free(struct adapter_work *work)
 {
     work->trainer->adapters_in_work--;
     device_calls_drop(work->trainer, work);
     claas_adapter_unref(&work->adapter);
-    if (work->unpacked[0])
-        claas_remove_all(work->unpacked);
+    remove_upload(work);
     free(work);
 }
 
@@ -43,11 +54,31 @@ void staged_remove(const char *directory)
         claas_remove_all(aside);
 }
 
+/* The asker knows the names of what was uploaded, not where it lies here. */
+static void hide_paths(const struct adapter_work *work, int code)
+{
+    const char *data = claas_config_string(work->trainer->config, "data");
+    CLAAS_AUTO_FREE char *staging = claas_format("%s/staging", data);
+    CLAAS_AUTO_FREE char *real = realpath(data, NULL); /* as storage has it */
+
+    if (work->zip[0])
+        claas_fail_hide_path(code, work->unpacked, "the upload");
+    if (staging)
+        claas_fail_hide_path(code, staging, "the staging folder");
+    if (real)
+        claas_fail_hide_path(code, real, "the data directory");
+}
+
 static void work_fail(struct adapter_work *work, int code, const char *text)
 {
-    claas_actor_reply_error(work->trainer->actor, &work->reply_to, code, text);
-    if (work->directory[0])
-        staged_remove(work->directory);
+    CLAAS_AUTO_FREE char *told = NULL;
+
+    claas_fail(code, "%s", text);
+    hide_paths(work, code);
+    told = claas_strdup(claas_error_text());
+    remove_upload(work);
+    staged_remove(work->directory);
+    claas_actor_reply_error(work->trainer->actor, &work->reply_to, code, told);
     work_free(work);
 }
 
@@ -66,6 +97,7 @@ static void published(void *self, void *arg, claas_message_t *reply)
     body = cJSON_CreateObject();
     claas_json_set_string(body, "lora_id", work->lora_id);
     claas_json_set_int(body, "version", version);
+    remove_upload(work);
     claas_actor_reply(trainer->actor, &work->reply_to, body);
     work_free(work);
 }
@@ -162,7 +194,7 @@ static int check_base_model(const struct trainer *trainer, const cJSON *body)
         return 0;
     return claas_fail(CLAAS_ERR_DENIED,
                       "base_model '%s' is not allowed for initialization. Allowed models: %s, base",
-                      name, claas_model_name(trainer->model));
+                      claas_quote(name).text, claas_model_name(trainer->model));
 }
 
 static int read_lora(const struct trainer *trainer, const cJSON *body,
@@ -181,10 +213,11 @@ static int read_lora(const struct trainer *trainer, const cJSON *body,
         int index = cJSON_IsString(module) ? claas_module_from_name(module->valuestring) : -1;
 
         if (index < 0)
-            return claas_fail(CLAAS_ERR_INVALID,
-                              "Unsupported target_modules: %s. Supported modules: down_proj, "
-                              "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
-                              cJSON_IsString(module) ? module->valuestring : "not a text");
+            return claas_fail(
+                CLAAS_ERR_INVALID,
+                "Unsupported target_modules: %s. Supported modules: down_proj, "
+                "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+                claas_quote(cJSON_IsString(module) ? module->valuestring : "not a text").text);
         lora->modules |= 1u << index;
     }
     return 0;
@@ -203,12 +236,81 @@ static uint64_t initial_seed(const struct trainer *trainer, const char *lora_id)
     return seed;
 }
 
+static int start_init(struct adapter_work *work)
+{
+    struct trainer *trainer = work->trainer;
+    uint64_t id;
+    int rc =
+        claas_device_adapter_init(trainer->client, &work->lora,
+                                  initial_seed(trainer, work->lora_id), CLAAS_ADAPTER_KEEP, &id);
+
+    return rc < 0 ? rc : device_call_add(trainer, id, made, work);
+}
+
+static void unpacked(struct trainer *trainer, void *arg, int error, const char *text)
+{
+    struct adapter_work *work = arg;
+    uint64_t id;
+    int rc;
+
+    claas_remove_all(work->zip); /* no need to hold the disk's space twice */
+    if (error) {
+        work_fail(work, error, text);
+        return;
+    }
+    rc = claas_device_adapter_load(trainer->client, work->unpacked, CLAAS_ADAPTER_KEEP, &id);
+    if (rc == 0)
+        rc = device_call_add(trainer, id, made, work);
+    if (rc < 0)
+        work_fail(work, rc, claas_error_text());
+}
+
+/* The name is one. An existing adapter gets an import as its next version; whether it may be begun
+ * anew is for the publication to say. */
+static void name_known(void *self, void *arg, claas_message_t *reply)
+{
+    struct trainer *trainer = self;
+    struct adapter_work *work = arg;
+    int rc;
+
+    if (reply->error && reply->error != CLAAS_ERR_NOT_FOUND) {
+        work_fail(work, reply->error, reply->error_text);
+        return;
+    }
+    if (!work->zip[0]) {
+        rc = start_init(work);
+    } else {
+        if (!reply->error)
+            claas_json_get_int(reply->body, "current", 0, 1000000000, &work->parent);
+        rc = imports_start(trainer->imports, work->zip, work->unpacked, unpacked, work);
+    }
+    if (rc < 0)
+        work_fail(work, rc, claas_error_text());
+}
+
+static int ask_name(struct adapter_work *work)
+{
+    cJSON *body = cJSON_CreateObject();
+
+    claas_json_set_string(body, "lora_id", work->lora_id);
+    return claas_actor_ask(work->trainer->actor,
+                           &(struct claas_ask){
+                               .to = "storage",
+                               .type = CLAAS_MSG_ADAPTER_VERSIONS,
+                               .body = body,
+                               .timeout_ms = PUBLISH_TIMEOUT_MS,
+                               .principal = work->reply_to.principal,
+                               .reply = name_known,
+                               .arg = work,
+                           },
+                           NULL);
+}
+
 int handle_adapter_init(void *self, claas_message_t *message)
 {
     struct trainer *trainer = self;
     struct claas_lora_config lora;
     struct adapter_work *work;
-    uint64_t id;
     int rc = check_base_model(trainer, message->body);
 
     if (rc == 0)
@@ -218,18 +320,12 @@ int handle_adapter_init(void *self, claas_message_t *message)
     if (rc < 0)
         return rc;
     claas_json_get_bool(message->body, "overwrite", &work->overwrite);
-    rc = claas_device_adapter_init(trainer->client, &lora, initial_seed(trainer, work->lora_id),
-                                   &id);
-    if (rc == 0)
-        rc = device_call_add(trainer, id, made, work);
+    work->lora = lora;
+    rc = ask_name(work);
     if (rc < 0)
         work_free(work);
     return rc;
 }
-
-/* --- import
- * ---------------------------------------------------------------------------------------------------------
- */
 
 /* The path comes from the bridge of this node; all the same nothing outside the staging folder is
  * touched. */
@@ -240,36 +336,10 @@ static int check_staged(const struct trainer *trainer, const char *path)
 
     if (!staging)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (strncmp(path, staging, strlen(staging)) != 0 || strstr(path, ".."))
+    if (strncmp(path, staging, strlen(staging)) != 0 || strstr(path, "..") ||
+        strlen(path) >= sizeof(((struct adapter_work *)0)->zip))
         return claas_fail(CLAAS_ERR_DENIED, "imports come from the staging folder");
     return 0;
-}
-
-static int start_load(struct adapter_work *work)
-{
-    uint64_t id;
-    int rc =
-        claas_device_adapter_load(work->trainer->client, work->unpacked, CLAAS_ADAPTER_TRAIN, &id);
-
-    return rc < 0 ? rc : device_call_add(work->trainer, id, made, work);
-}
-
-/* An existing adapter gets the import as its next version. */
-static void versions_known(void *self, void *arg, claas_message_t *reply)
-{
-    struct adapter_work *work = arg;
-    int rc;
-
-    (void)self;
-    if (!reply->error)
-        claas_json_get_int(reply->body, "current", 0, 1000000000, &work->parent);
-    else if (reply->error != CLAAS_ERR_NOT_FOUND) {
-        work_fail(work, reply->error, reply->error_text);
-        return;
-    }
-    rc = start_load(work);
-    if (rc < 0)
-        work_fail(work, rc, claas_error_text());
 }
 
 int handle_adapter_import(void *self, claas_message_t *message)
@@ -277,7 +347,6 @@ int handle_adapter_import(void *self, claas_message_t *message)
     struct trainer *trainer = self;
     struct adapter_work *work;
     const char *path = "";
-    cJSON *body;
     int rc;
 
     claas_json_get_string(message->body, "path", &path);
@@ -286,24 +355,9 @@ int handle_adapter_import(void *self, claas_message_t *message)
         rc = work_new(trainer, message, &work);
     if (rc < 0)
         return rc;
+    snprintf(work->zip, sizeof(work->zip), "%s", path);
     snprintf(work->unpacked, sizeof(work->unpacked), "%s.unpacked", path);
-    rc = unpack_adapter(claas_model_config(trainer->model), path, work->unpacked);
-    claas_remove_all(path);
-    if (rc == 0) {
-        body = cJSON_CreateObject();
-        claas_json_set_string(body, "lora_id", work->lora_id);
-        rc = claas_actor_ask(trainer->actor,
-                             &(struct claas_ask){
-                                 .to = "storage",
-                                 .type = CLAAS_MSG_ADAPTER_VERSIONS,
-                                 .body = body,
-                                 .timeout_ms = PUBLISH_TIMEOUT_MS,
-                                 .principal = work->reply_to.principal,
-                                 .reply = versions_known,
-                                 .arg = work,
-                             },
-                             NULL);
-    }
+    rc = ask_name(work);
     if (rc < 0)
         work_free(work);
     return rc;

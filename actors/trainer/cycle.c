@@ -310,7 +310,6 @@ static void copied(struct trainer *trainer, void *arg, struct claas_device_event
         cycle_fail(cycle, event->error, event->text);
         return;
     }
-    claas_adapter_unref(&cycle->kept);
     cycle->kept = CLAAS_TAKE(event->adapter);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
@@ -328,6 +327,7 @@ int handle_cycle_keep(void *self, claas_message_t *message)
         return rc;
     claas_json_get_int(message->body, "step", 1, 10000, &step);
     cycle->kept_step = (int)step;
+    claas_adapter_unref(&cycle->kept); /* first: two copies would be the cycle's peak of memory */
     rc = claas_device_adapter_copy(trainer->client, cycle->adapter, &id);
     if (rc == 0)
         rc = device_call_add(trainer, id, copied, cycle);

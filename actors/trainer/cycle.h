@@ -46,7 +46,9 @@ struct cycle_step {
     struct generations *rollouts; /* of the rows, then the held-out ones at step 1 */
     struct claas_loss_config loss;
     struct claas_adamw_config adamw;
-    cJSON *reply; /* built up phase by phase */
+    cJSON *reply;   /* built up phase by phase */
+    int64_t lap_ns; /* when the phase under way began */
+    double rollout_ms;
     /* gate phase */
     struct generations *answers;
     struct gate_figures figures;
@@ -105,7 +107,9 @@ void cycle_step_reply(struct cycle *cycle);
 /* The end of a step by an error. Weights that give no finite values are a result, not an error: the
  * reply says so, and the gate refuses it. */
 void cycle_step_fail(struct cycle *cycle, int code, const char *text);
-/* Tells the asker which phase has begun. */
-void cycle_step_phase(struct cycle *cycle, const char *phase);
+/* Tells the asker which phase has begun. Returns how long the one before took, in ms. */
+double cycle_step_phase(struct cycle *cycle, const char *phase);
+/* The same without a phase that begins: for the last one. */
+double cycle_step_lap(struct cycle_step *step);
 
 #endif

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "claas/clock.h"
 #include "claas/err.h"
 #include "claas/mem.h"
 #include "claas/metrics.h"
@@ -52,12 +53,21 @@ void cycle_step_reply(struct cycle *cycle)
     claas_actor_reply(cycle->trainer->actor, &cycle->reply_to, reply);
 }
 
-void cycle_step_phase(struct cycle *cycle, const char *phase)
+double cycle_step_lap(struct cycle_step *step)
+{
+    int64_t now = claas_clock_ns(), passed = now - step->lap_ns;
+
+    step->lap_ns = now;
+    return (double)(passed / 1000) / 1000; /* no more digits than it is worth */
+}
+
+double cycle_step_phase(struct cycle *cycle, const char *phase)
 {
     cJSON *body = cJSON_CreateObject();
 
     claas_json_set_string(body, "phase", phase);
     claas_actor_progress(cycle->trainer->actor, &cycle->reply_to, body);
+    return cycle_step_lap(cycle->step);
 }
 
 /* --- training
@@ -86,6 +96,13 @@ static cJSON *scored_texts(const struct cycle *cycle)
         cJSON_AddItemToArray(texts, cJSON_CreateString(text));
     }
     return texts;
+}
+
+static void set_times(cJSON *metadata, const struct cycle_step *step, double ms, double teacher_ms)
+{
+    claas_json_set_number(metadata, "rollout_ms", step->rollout_ms);
+    claas_json_set_number(metadata, "teacher_ms", round(teacher_ms * 1000) / 1000);
+    claas_json_set_number(metadata, "train_ms", round((ms - teacher_ms) * 1000) / 1000);
 }
 
 /* The contract's metadata of a step. */
@@ -121,6 +138,7 @@ static void trained(struct trainer *trainer, void *arg, struct claas_device_even
 {
     struct cycle *cycle = arg;
     struct cycle_step *step = cycle->step;
+    cJSON *metadata;
     int rc;
 
     (void)trainer;
@@ -130,7 +148,9 @@ static void trained(struct trainer *trainer, void *arg, struct claas_device_even
     }
     claas_metric_add(CLAAS_METRIC_STEPS, 1);
     step->reply = cJSON_CreateObject();
-    claas_json_set(step->reply, "metadata", step_metadata(cycle, &event->trained));
+    metadata = step_metadata(cycle, &event->trained);
+    claas_json_set(step->reply, "metadata", metadata);
+    set_times(metadata, step, cycle_step_lap(step), event->trained.teacher_ms);
     claas_json_set_bool(step->reply, "finite", event->trained.finite);
     if (!event->trained.finite || !step->gate) {
         cycle_step_reply(cycle);
@@ -268,7 +288,7 @@ static void rolled_out(struct trainer *trainer, void *arg, int error, const char
         sampled += step->rows[i].rollout != NULL;
     if (step->rollouts)
         rc = keep_held_out(cycle, sampled);
-    cycle_step_phase(cycle, "train");
+    step->rollout_ms = cycle_step_phase(cycle, "train");
     if (rc == 0)
         rc = start_training(cycle);
     if (rc < 0)

@@ -138,6 +138,8 @@ static void part_done(struct cycle *cycle)
     if (--step->gate_parts > 0)
         return;
     claas_json_set(step->reply, "gate", gate_figures_json(&step->figures));
+    claas_json_set_number(cJSON_GetObjectItemCaseSensitive(step->reply, "metadata"), "gate_ms",
+                          cycle_step_lap(step));
     cycle_step_reply(cycle);
 }
 

@@ -83,12 +83,22 @@ static int find_item(struct cycle *cycle, struct step_row *row, int64_t index)
     return 0;
 }
 
+/* Tokens of the longest sequence of a row. What is sampled has to fit into the key/value cache too.
+ */
+static size_t find_context(const struct cycle *cycle, const struct step_row *row)
+{
+    const struct trainer *trainer = cycle->trainer;
+
+    return (size_t)(row->source == ROW_RECORDED ? claas_model_config(trainer->model)->context
+                                                : claas_device_context(trainer->device));
+}
+
 /* The conversation with the feedback shown. A long list loses its oldest entries until an answer
  * fits behind it. */
 static int encode_teacher(struct cycle *cycle, struct step_row *row, const cJSON *messages)
 {
     const claas_model_t *model = cycle->trainer->model;
-    size_t context = (size_t)claas_model_config(model)->context;
+    size_t context = find_context(cycle, row);
     const char *texts[CYCLE_STANDING_MAX + CYCLE_ITEMS_MAX];
     size_t skipped = 0, count, last = 0;
 
@@ -114,7 +124,7 @@ static int encode_teacher(struct cycle *cycle, struct step_row *row, const cJSON
 /* How long the rollout may be. */
 static int set_room(const struct cycle *cycle, struct step_row *row)
 {
-    size_t context = (size_t)claas_model_config(cycle->trainer->model)->context;
+    size_t context = find_context(cycle, row);
     size_t longest =
         row->teacher_count > row->student_count ? row->teacher_count : row->student_count;
     size_t needed = row->source == ROW_RECORDED ? row->item->response_count : ROLLOUT_MIN;
@@ -122,8 +132,12 @@ static int set_room(const struct cycle *cycle, struct step_row *row)
     if (longest + needed > context)
         return claas_fail(CLAAS_ERR_LIMIT,
                           "the conversation with its feedback and an answer has %zu tokens, the "
-                          "context is %zu",
-                          longest + needed, context);
+                          "%s %zu",
+                          longest + needed,
+                          context < (size_t)claas_model_config(cycle->trainer->model)->context
+                              ? "key/value cache (device.kv_tokens) holds"
+                              : "context is",
+                          context);
     row->max_tokens = cycle->max_tokens;
     if ((size_t)cycle->max_tokens > context - longest)
         row->max_tokens = (int)(context - longest);

@@ -7,6 +7,7 @@
 #include "claas/err.h"
 #include "claas/mem.h"
 #include "forms.h"
+#include "imports.h"
 #include "probes.h"
 #include "trainer_internal.h"
 
@@ -16,6 +17,14 @@ static void device_readable(void *self, int fd)
     device_calls_pump(self);
 }
 
+static void import_readable(void *self, int fd)
+{
+    struct trainer *trainer = self;
+
+    (void)fd;
+    imports_finish(trainer->imports);
+}
+
 static void stop(void **self)
 {
     struct trainer *trainer = *self;
@@ -23,6 +32,9 @@ static void stop(void **self)
     if (!trainer)
         return;
     cycles_free(trainer);
+    if (trainer->imports)
+        claas_actor_unwatch(trainer->actor, imports_fd(trainer->imports));
+    imports_free(&trainer->imports);
     device_calls_end(trainer);
     probes_free(&trainer->probes);
     if (trainer->client)
@@ -76,6 +88,10 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
         rc = probes_new(trainer, &trainer->probes);
     if (rc == 0)
         rc = claas_actor_watch(actor, claas_device_client_fd(trainer->client), device_readable);
+    if (rc == 0)
+        rc = imports_new(trainer, &trainer->imports);
+    if (rc == 0)
+        rc = claas_actor_watch(actor, imports_fd(trainer->imports), import_readable);
     if (rc < 0)
         return rc;
     claas_actor_on_cancel(actor, given_up);

@@ -5,6 +5,7 @@
 #include "trainer.h"
 
 struct cycle;
+struct imports;
 struct probes;
 struct trainer;
 
@@ -28,6 +29,7 @@ struct trainer {
     struct device_call *calls;
     struct cycle *cycles;
     struct probes *probes;
+    struct imports *imports;
     int adapters_in_work; /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
     bool draining;
 };
@@ -46,10 +48,6 @@ int handle_adapter_import(void *self, claas_message_t *message);
 /* Removes a staged directory that will not be published, all at once: storage has either moved it
  * away before, whole, or finds nothing. */
 void staged_remove(const char *directory);
-/* unpack.c: the files of a PEFT directory out of a zip, into a new directory. Refuses anything
- * else. */
-int unpack_adapter(const struct claas_model_config *model, const char *zip_path,
-                   const char *directory);
 
 /* cycle.c, cycle_step.c */
 int handle_cycle_begin(void *self, claas_message_t *message);

@@ -2,22 +2,26 @@
  * base names, into a new directory; paths inside the archive never decide where anything is
  * written, and sizes are bounded while they are read, by what the largest adapter of this model
  * takes and not by what the headers say: a few kilobytes of zip can hold gigabytes of zeros. */
+#include "unpack.h"
+
 #include <archive.h>
 #include <archive_entry.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include "claas/adapter.h"
 #include "claas/err.h"
 #include "claas/file.h"
 #include "claas/mem.h"
-#include "trainer_internal.h"
 
 #define TEXT_BYTES_MAX                                                                             \
     ((int64_t)1 << 20) /* the configuration; the header of a safetensors file                      \
                         */
 #define ARCHIVE_ENTRIES 64
+#define OTHER_BYTES_MAX                                                                            \
+    ((int64_t)256 << 20) /* of a zip: files that lie beside an adapter's and are passed over */
 
 static const struct {
     const char *name;
@@ -29,11 +33,24 @@ static const struct {
 };
 
 struct unpacking {
+    const struct unpack_order *order;
     struct archive *reader;
-    const char *directory;
-    int64_t image_bytes; /* of the largest adapter of this model */
-    unsigned found;      /* bits of wanted */
+    int64_t image_bytes;
+    unsigned found; /* bits of wanted */
 };
+
+/* A float32 image of the largest adapter of this model. */
+static int64_t largest_image(const struct claas_model_config *model)
+{
+    const struct claas_lora_config largest = {CLAAS_RANK_MAX, 1, CLAAS_MODULE_ALL};
+
+    return (int64_t)(claas_lora_parameter_count(model, &largest) * sizeof(float));
+}
+
+static int64_t file_limit(unsigned file, int64_t image_bytes)
+{
+    return TEXT_BYTES_MAX + wanted[file].images * image_bytes;
+}
 
 static void reader_free(struct archive **reader)
 {
@@ -48,36 +65,52 @@ static void close_fd(int *fd)
         close(*fd);
 }
 
-static int write_entry(const struct unpacking *unpacking, unsigned file)
+static int fail_large(const char *name, int64_t limit)
 {
-    const char *name = wanted[file].name;
-    int64_t limit = TEXT_BYTES_MAX + wanted[file].images * unpacking->image_bytes;
-    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", unpacking->directory, name);
-    CLAAS_AUTO(close_fd) int fd = -1;
+    return claas_fail(CLAAS_ERR_TOO_LARGE,
+                      "%s in the zip is larger than any adapter of this model (%lld bytes)", name,
+                      (long long)limit);
+}
+
+static int copy_entry(const struct unpacking *unpacking, int fd, const char *name, int64_t limit)
+{
     char block[65536];
     int64_t total = 0;
     la_ssize_t n;
 
-    if (!path)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd < 0)
-        return claas_fail_errno("%s", name);
     while ((n = archive_read_data(unpacking->reader, block, sizeof(block))) > 0) {
         int rc;
 
+        if (atomic_load(unpacking->order->stop))
+            return claas_fail(CLAAS_ERR_CANCELLED, NULL);
         total += n;
         if (total > limit)
-            return claas_fail(CLAAS_ERR_TOO_LARGE,
-                              "%s in the zip is larger than any adapter of this model (%lld bytes)",
-                              name, (long long)limit);
+            return fail_large(name, limit);
         rc = claas_fd_write_all(fd, block, (size_t)n);
         if (rc < 0)
-            return rc;
+            return claas_fail_context(rc, "%s: ", name);
     }
     if (n < 0)
         return claas_fail(CLAAS_ERR_FORMAT, "the zip is damaged at %s", name);
     return 0;
+}
+
+static int write_entry(const struct unpacking *unpacking, struct archive_entry *entry,
+                       unsigned file)
+{
+    const char *name = wanted[file].name;
+    int64_t limit = file_limit(file, unpacking->image_bytes);
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", unpacking->order->directory, name);
+    CLAAS_AUTO(close_fd) int fd = -1;
+
+    if (!path)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (archive_entry_size_is_set(entry) && archive_entry_size(entry) > limit)
+        return fail_large(name, limit);
+    fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return claas_fail_errno("%s", name);
+    return copy_entry(unpacking, fd, name, limit);
 }
 
 static int read_entries(struct unpacking *unpacking)
@@ -100,7 +133,7 @@ static int read_entries(struct unpacking *unpacking)
                 continue;
             if (unpacking->found & (1u << i))
                 return claas_fail(CLAAS_ERR_FORMAT, "the zip holds %s twice", name);
-            rc = write_entry(unpacking, i);
+            rc = write_entry(unpacking, entry, i);
             if (rc < 0)
                 return rc;
             unpacking->found |= 1u << i;
@@ -112,29 +145,53 @@ static int read_entries(struct unpacking *unpacking)
     return 0;
 }
 
-int unpack_adapter(const struct claas_model_config *model, const char *zip_path,
-                   const char *directory)
+int unpack_check_size(const struct claas_model_config *model, const char *zip_path)
 {
-    const struct claas_lora_config largest = {CLAAS_RANK_MAX, 1, CLAAS_MODULE_ALL};
+    int64_t limit = OTHER_BYTES_MAX;
+    struct stat info;
+
+    for (unsigned i = 0; i < CLAAS_COUNT(wanted); i++)
+        limit += file_limit(i, largest_image(model));
+    if (stat(zip_path, &info) < 0)
+        return claas_fail_errno("the upload");
+    if (info.st_size > limit)
+        return claas_fail(CLAAS_ERR_TOO_LARGE,
+                          "the upload has %lld bytes, an adapter of this model needs at most %lld",
+                          (long long)info.st_size, (long long)limit);
+    return 0;
+}
+
+static int unpack(struct unpacking *unpacking)
+{
+    const struct unpack_order *order = unpacking->order;
     CLAAS_AUTO(reader_free) struct archive *reader = archive_read_new();
-    struct unpacking unpacking = {
-        .reader = reader,
-        .directory = directory,
-        .image_bytes = (int64_t)(claas_lora_parameter_count(model, &largest) * sizeof(float)),
-    };
     int rc;
 
     if (!reader)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    archive_read_support_format_zip(reader);
-    if (archive_read_open_filename(reader, zip_path, 65536) != ARCHIVE_OK)
+    unpacking->reader = reader;
+    /* By its directory, not as a stream: what is passed over is never decompressed then. */
+    archive_read_support_format_zip_seekable(reader);
+    if (archive_read_open_filename(reader, order->zip_path, 65536) != ARCHIVE_OK)
         return claas_fail(CLAAS_ERR_FORMAT, "the upload is no readable zip: %s",
                           archive_error_string(reader));
-    rc = claas_mkdir_all(directory);
+    rc = claas_mkdir_all(order->directory);
     if (rc == 0)
-        rc = read_entries(&unpacking);
-    if (rc == 0 && (unpacking.found & 3u) != 3u)
+        rc = read_entries(unpacking);
+    if (rc == 0 && (unpacking->found & 3u) != 3u)
         rc = claas_fail(CLAAS_ERR_FORMAT,
                         "the zip needs adapter_config.json and adapter_model.safetensors");
+    return rc;
+}
+
+int unpack_adapter(const struct unpack_order *order)
+{
+    struct unpacking unpacking = {.order = order, .image_bytes = largest_image(order->model)};
+    int rc = unpack(&unpacking);
+
+    if (rc < 0) {
+        claas_fail_hide_path(rc, order->directory, "the upload");
+        claas_fail_hide_path(rc, order->zip_path, "the upload");
+    }
     return rc;
 }

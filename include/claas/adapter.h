@@ -11,6 +11,10 @@
 
 #include "claas/model.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 enum claas_module {
     CLAAS_MODULE_Q,
     CLAAS_MODULE_K,
@@ -68,4 +72,7 @@ int claas_adapter_read(const char *directory, const struct claas_model_config *m
 int claas_adapter_write(const char *directory, const struct claas_model_config *model,
                         const char *base_model_name, const struct claas_adapter_image *image);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -25,7 +25,7 @@ typedef struct claas_device_client claas_device_client_t;
 typedef struct claas_adapter claas_adapter_t;
 
 struct claas_device_options {
-    const char *device;    /* "cpu" */
+    const char *device;    /* "auto" (or NULL: CUDA if it can be, else the CPU), "cpu", "cuda" */
     const char *precision; /* "bf16" or "f32" */
     int threads;           /* 0 = one per CPU */
     size_t kv_tokens;      /* capacity of the KV pool in tokens; 0 = max(context, 8192) */
@@ -40,6 +40,9 @@ int claas_device_open(const struct claas_device_options *options, claas_model_t 
 /* Cancels what runs; clients must be freed first. */
 void claas_device_free(claas_device_t **device);
 claas_model_t *claas_device_model(const claas_device_t *device);
+/* Longest sequence (prompt and answer) that can be generated: the model's context, or all of the KV
+ * pool where that is smaller. */
+int claas_device_context(const claas_device_t *device);
 
 /* What `claas health`, /metrics and `claas bench` show. */
 struct claas_device_stats {
@@ -66,19 +69,20 @@ int claas_device_client_fd(const claas_device_client_t *client);
 enum claas_adapter_use {
     CLAAS_ADAPTER_SERVE, /* forward only */
     CLAAS_ADAPTER_TRAIN, /* float32 weights and moments kept beside */
+    CLAAS_ADAPTER_KEEP,  /* weights and moments in the host's memory, to be saved and nothing else:
+                            takes least memory, and none of the device's */
 };
-/* Loads a PEFT directory. With TRAIN the moments come along if the directory has them, else they
- * start at zero. */
+/* Loads a PEFT directory. But for SERVE the moments come along if the directory has them, else they
+ * are zero. */
 int claas_device_adapter_load(claas_device_client_t *client, const char *directory,
                               enum claas_adapter_use use, uint64_t *ret_id);
-/* A new untrained adapter (B = 0), for TRAIN. */
+/* A new untrained adapter (B = 0), for any use. */
 int claas_device_adapter_init(claas_device_client_t *client, const struct claas_lora_config *lora,
-                              uint64_t seed, uint64_t *ret_id);
-/* A copy of a TRAIN adapter as it stands after the client's requests before this one (weights and
- * moments). */
+                              uint64_t seed, enum claas_adapter_use use, uint64_t *ret_id);
+/* A KEEP copy of a TRAIN adapter as it stands after the client's requests before this one. */
 int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
                               uint64_t *ret_id);
-/* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN adapter. */
+/* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN or KEEP adapter. */
 int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,
                               const char *directory, uint64_t *ret_id);
 claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
@@ -162,7 +166,8 @@ struct claas_train_result {
     float max_ratio_error; /* largest |log-prob now - rollout log-prob|: 0 on policy */
     bool finite;           /* loss and gradient; a step that is not finite changes nothing */
     int tokens;
-    int64_t step; /* optimizer steps of the adapter, after this one */
+    double teacher_ms; /* of the step's time, the teacher's forward passes */
+    int64_t step;      /* optimizer steps of the adapter, after this one */
     size_t row_count;
     struct claas_train_row_result *rows;
 };

@@ -33,6 +33,19 @@ int claas_fail_context(int code, const char *format, ...) __attribute__((format(
  * its text. */
 int claas_fail_errno(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* Takes `path` out of the recorded sentence: "path/file" becomes "file" and a bare "path" becomes
+ * `word`. For what is told to clients: they know the files they sent, not where these lie. Returns
+ * `code`. */
+int claas_fail_hide_path(int code, const char *path, const char *word);
+
+/* Text from outside as it may stand in a sentence: printable ASCII stays, all else is written as
+ * \xHH (a backslash as two), and what is longer than 100 characters is cut. Use it within one
+ * expression: claas_fail(code, "'%s' is no name", claas_quote(text).text). */
+struct claas_quoted {
+    char text[104];
+};
+struct claas_quoted claas_quote(const char *text);
+
 /* The sentence of this thread's last failure; never NULL. Valid until the thread's next failure. */
 const char *claas_error_text(void);
 

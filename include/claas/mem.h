@@ -12,6 +12,10 @@
 
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define CLAAS_AUTO(destructor) __attribute__((cleanup(destructor)))
 #define CLAAS_AUTO_FREE        CLAAS_AUTO(claas_free_pointer)
 #define CLAAS_TAKE(pointer)                                                                        \
@@ -41,4 +45,7 @@ void claas_free_pointer(void *pointer);
 /* Copies at most size-1 bytes and terminates; returns 0, or CLAAS_ERR_LIMIT when it did not fit. */
 int claas_copy_text(char *target, size_t size, const char *text);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -6,6 +6,10 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Four 32-bit words for one counter value. */
 void claas_philox(uint64_t seed, uint64_t stream, uint64_t index, uint32_t ret[4]);
 /* Uniform in [0, 1) with 24 bits. */
@@ -16,4 +20,7 @@ float claas_random_normal(uint64_t seed, uint64_t stream, uint64_t index);
 void claas_random_hex(char *text, int bytes);
 uint64_t claas_random_seed(void);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -113,7 +113,7 @@ void claas_cpu_adapter_free(claas_backend_t *backend, claas_backend_adapter_t **
 /* --- between the host image and the masters --- */
 
 /* One module of one layer: A [r][K] and B [N][r] of the image; A [R][K] and B^T [R][N] of the
- * masters. */
+ * layer's masters. */
 struct module_view {
     int r, n, k;
     size_t image_a, image_b, master_a, master_b;
@@ -125,7 +125,6 @@ static struct module_view view_module(const claas_backend_t *backend,
 {
     const struct cpu_lora_layout *layout = &adapter->layout;
     const struct claas_model_config *config = &backend->model.config;
-    size_t base = (size_t)layer * layout->layer_floats;
     int k = backend->model.layers[layer].weights[kind].k;
 
     return (struct module_view){
@@ -134,9 +133,9 @@ static struct module_view view_module(const claas_backend_t *backend,
         .k = k,
         .image_a = claas_lora_offset(config, &adapter->lora, layer, part->module, 0),
         .image_b = claas_lora_offset(config, &adapter->lora, layer, part->module, 1),
-        .master_a = base + layout->a[kind] +
+        .master_a = layout->a[kind] +
                     (size_t)layout->index[part->module] * (size_t)layout->rank * (size_t)k,
-        .master_b = base + layout->b[part->module],
+        .master_b = layout->b[part->module],
     };
 }
 
@@ -157,22 +156,30 @@ static void copy_module(const struct module_view *v, float *image, float *master
         }
 }
 
+/* One layer between a whole image and the masters of that layer. */
+static void copy_layer(const claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                       int layer, float *image, float *master, bool to_image)
+{
+    for (int kind = 0; kind < CPU_WEIGHTS; kind++) {
+        const struct cpu_weight *weight = &backend->model.layers[layer].weights[kind];
+
+        for (int i = 0; i < weight->part_count; i++) {
+            struct module_view view;
+
+            if (adapter->layout.index[weight->parts[i].module] < 0)
+                continue;
+            view = view_module(backend, adapter, layer, kind, &weight->parts[i]);
+            copy_module(&view, image, master, to_image);
+        }
+    }
+}
+
 static void copy_image(const claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                        float *image, float *master, bool to_image)
 {
     for (int l = 0; l < backend->model.config.layers; l++)
-        for (int kind = 0; kind < CPU_WEIGHTS; kind++) {
-            const struct cpu_weight *weight = &backend->model.layers[l].weights[kind];
-
-            for (int i = 0; i < weight->part_count; i++) {
-                struct module_view view;
-
-                if (adapter->layout.index[weight->parts[i].module] < 0)
-                    continue;
-                view = view_module(backend, adapter, l, kind, &weight->parts[i]);
-                copy_module(&view, image, master, to_image);
-            }
-        }
+        copy_layer(backend, adapter, l, image, master + (size_t)l * adapter->layout.layer_floats,
+                   to_image);
 }
 
 /* --- panels --- */
@@ -206,78 +213,93 @@ static void pack_b(const struct claas_ops *ops, const float *b, int n, int rank,
     }
 }
 
-struct repack_task {
-    const claas_backend_t *backend;
-    const claas_backend_adapter_t *adapter;
-    const float *masters;
-};
-
-/* One weight of one layer. */
-static void repack_weight(void *arg, int index)
+/* One weight of one layer, from the masters of that layer. */
+static void pack_weight(const claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                        int layer, enum cpu_weight_kind kind, const float *masters)
 {
-    const struct repack_task *task = arg;
-    const claas_backend_adapter_t *adapter = task->adapter;
     const struct cpu_lora_layout *layout = &adapter->layout;
-    int layer = index / CPU_WEIGHTS, kind = index % CPU_WEIGHTS;
-    const struct cpu_weight *weight = &task->backend->model.layers[layer].weights[kind];
-    const float *masters = task->masters + (size_t)layer * layout->layer_floats;
+    const struct cpu_weight *weight = &backend->model.layers[layer].weights[kind];
 
-    pack_a(task->backend->ops, masters + layout->a[kind], layout->parts[kind] * layout->rank,
-           weight->k, (void *)(uintptr_t)claas_cpu_a_panels(adapter, layer, kind));
+    pack_a(backend->ops, masters + layout->a[kind], layout->parts[kind] * layout->rank, weight->k,
+           (void *)(uintptr_t)claas_cpu_a_panels(adapter, layer, kind));
     for (int i = 0; i < weight->part_count; i++) {
         enum claas_module module = weight->parts[i].module;
 
         if (layout->index[module] >= 0)
-            pack_b(task->backend->ops, masters + layout->b[module], weight->parts[i].n,
-                   layout->rank, adapter->scale,
-                   (void *)(uintptr_t)claas_cpu_b_panels(adapter, layer, module));
+            pack_b(backend->ops, masters + layout->b[module], weight->parts[i].n, layout->rank,
+                   adapter->scale, (void *)(uintptr_t)claas_cpu_b_panels(adapter, layer, module));
     }
+}
+
+struct repack_task {
+    const claas_backend_t *backend;
+    const claas_backend_adapter_t *adapter;
+};
+
+static void repack_weight(void *arg, int index)
+{
+    const struct repack_task *task = arg;
+    const claas_backend_adapter_t *adapter = task->adapter;
+    int layer = index / CPU_WEIGHTS, kind = index % CPU_WEIGHTS;
+
+    pack_weight(task->backend, adapter, layer, kind,
+                adapter->parameters + (size_t)layer * adapter->layout.layer_floats);
 }
 
 void claas_cpu_adapter_repack(claas_backend_t *backend, claas_backend_adapter_t *adapter)
 {
-    struct repack_task task = {backend, adapter, adapter->parameters};
+    struct repack_task task = {backend, adapter};
 
     claas_pool_run(backend->pool, backend->model.config.layers * CPU_WEIGHTS, repack_weight, &task);
 }
 
-/* --- upload, download, copy --- */
+/* --- upload and download --- */
 
 static bool same_lora(const struct claas_lora_config *a, const struct claas_lora_config *b)
 {
     return a->rank == b->rank && a->alpha == b->alpha && a->modules == b->modules;
 }
 
-/* Runs on the I/O thread too, so it must not use the pool: a team does one thing at a time. */
+static void upload_moments(claas_backend_t *backend, claas_backend_adapter_t *adapter,
+                           const struct claas_adapter_image *image)
+{
+    size_t bytes = adapter->layout.count * sizeof(float);
+
+    memset(adapter->exp_avg, 0, bytes);
+    memset(adapter->exp_avg_sq, 0, bytes);
+    adapter->step = 0;
+    if (image->exp_avg && image->exp_avg_sq) {
+        copy_image(backend, adapter, image->exp_avg, adapter->exp_avg, false);
+        copy_image(backend, adapter, image->exp_avg_sq, adapter->exp_avg_sq, false);
+        adapter->step = image->step;
+    }
+}
+
+/* Runs on the I/O thread too, so it must not use the pool: a team does one thing at a time. What is
+ * for serving only has the masters of one layer at a time, for as long as its panels are made. */
 int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                              const struct claas_adapter_image *image)
 {
-    struct repack_task task = {backend, adapter, adapter->parameters};
+    size_t layer_floats = adapter->layout.layer_floats;
+    bool train = adapter->use == CLAAS_ADAPTER_TRAIN;
     CLAAS_AUTO_FREE float *temporary = NULL;
 
     if (!same_lora(&image->lora, &adapter->lora) || !image->parameters)
         return claas_fail(CLAAS_ERR_INVALID, "the adapter's image has another shape");
-    if (adapter->use != CLAAS_ADAPTER_TRAIN) {
-        temporary = claas_alloc_aligned(adapter->layout.count * sizeof(float));
+    if (!train) {
+        temporary = claas_alloc_aligned(layer_floats * sizeof(float));
         if (!temporary)
             return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to upload an adapter");
-        task.masters = temporary;
     }
-    copy_image(backend, adapter, image->parameters, (float *)(uintptr_t)task.masters, false);
-    if (adapter->use == CLAAS_ADAPTER_TRAIN) {
-        size_t bytes = adapter->layout.count * sizeof(float);
+    for (int l = 0; l < backend->model.config.layers; l++) {
+        float *masters = train ? adapter->parameters + (size_t)l * layer_floats : temporary;
 
-        memset(adapter->exp_avg, 0, bytes);
-        memset(adapter->exp_avg_sq, 0, bytes);
-        adapter->step = 0;
-        if (image->exp_avg && image->exp_avg_sq) {
-            copy_image(backend, adapter, image->exp_avg, adapter->exp_avg, false);
-            copy_image(backend, adapter, image->exp_avg_sq, adapter->exp_avg_sq, false);
-            adapter->step = image->step;
-        }
+        copy_layer(backend, adapter, l, image->parameters, masters, false);
+        for (int kind = 0; kind < CPU_WEIGHTS; kind++)
+            pack_weight(backend, adapter, l, kind, masters);
     }
-    for (int i = 0; i < backend->model.config.layers * CPU_WEIGHTS; i++)
-        repack_weight(&task, i);
+    if (train)
+        upload_moments(backend, adapter, image);
     return 0;
 }
 
@@ -300,17 +322,5 @@ int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_ada
     copy_image(backend, adapter, image.exp_avg_sq, adapter->exp_avg_sq, true);
     *ret = image;
     image = (struct claas_adapter_image){0};
-    return 0;
-}
-
-int claas_cpu_adapter_copy(claas_backend_t *backend, claas_backend_adapter_t *to,
-                           const claas_backend_adapter_t *from)
-{
-    if (!same_lora(&to->lora, &from->lora) || to->use != CLAAS_ADAPTER_TRAIN ||
-        from->use != CLAAS_ADAPTER_TRAIN)
-        return claas_fail(CLAAS_ERR_INVALID, "adapters of different shape or use");
-    memcpy(to->masters.base, from->masters.base, 3 * from->layout.count * sizeof(float));
-    memcpy(to->panels.base, from->panels.base, from->panels.bytes);
-    to->step = from->step;
     return 0;
 }

@@ -125,7 +125,6 @@ const struct claas_backend_ops claas_backend_cpu = {
     .adapter_free = claas_cpu_adapter_free,
     .adapter_upload = claas_cpu_adapter_upload,
     .adapter_download = claas_cpu_adapter_download,
-    .adapter_copy = claas_cpu_adapter_copy,
     .forward = claas_cpu_forward,
     .train = claas_cpu_train,
 };

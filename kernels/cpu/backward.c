@@ -14,7 +14,7 @@
 
 struct backward {
     claas_backend_t *backend;
-    const struct cpu_batch *batch;
+    const struct claas_plan_batch *batch;
     struct cpu_step_space *space;
     const claas_backend_adapter_t *adapter;
     float *grad; /* of the layer at hand */
@@ -127,7 +127,7 @@ static void input_gradient(const struct backward *bw, enum cpu_weight_kind kind,
 /* --- attention --- */
 
 static struct claas_attn_bwd_args attention_args(const struct backward *bw,
-                                                 const struct cpu_run *run)
+                                                 const struct claas_pack_run *run)
 {
     const claas_backend_t *backend = bw->backend;
     const struct cpu_model *model = &backend->model;
@@ -148,7 +148,7 @@ static struct claas_attn_bwd_args attention_args(const struct backward *bw,
     };
 }
 
-static void whole_sequence(const struct backward *bw, const struct cpu_run *run)
+static void whole_sequence(const struct backward *bw, const struct claas_pack_run *run)
 {
     const struct claas_ops *ops = bw->backend->ops;
     const struct cpu_model *model = &bw->backend->model;
@@ -169,13 +169,13 @@ static void whole_sequence(const struct backward *bw, const struct cpu_run *run)
 /* A branch: the whole sequence is put together with queries of the prompt that weigh nothing (an
  * infinite log-sum-exp makes their probabilities zero), and the prompt's keys and values get their
  * part added. */
-static void branch_sequence(const struct backward *bw, const struct cpu_run *run)
+static void branch_sequence(const struct backward *bw, const struct claas_pack_run *run)
 {
     const struct claas_ops *ops = bw->backend->ops;
     const struct cpu_model *model = &bw->backend->model;
     struct cpu_step_space *space = bw->space;
     struct claas_attn_bwd_args args = attention_args(bw, run);
-    const struct cpu_run *parent = &bw->batch->pack.runs[run->parent];
+    const struct claas_pack_run *parent = &bw->batch->pack.runs[run->parent];
     size_t nq = (size_t)model->nq, nqkv = (size_t)model->nqkv, act = ops->act_bytes;
     size_t heads = (size_t)model->config.heads, pos = (size_t)run->pos, count = (size_t)run->count;
     size_t first = (size_t)run->first;
@@ -220,7 +220,7 @@ static void attention_backward(const struct backward *bw)
     const struct cpu_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
     const struct cpu_layer *weights = &model->layers[bw->layer];
-    const struct cpu_pack *pack = &bw->batch->pack;
+    const struct claas_pack *pack = &bw->batch->pack;
     float *dqkv = bw->space->dwide;
     int raw = model->nq + model->nk;
 
@@ -358,7 +358,7 @@ static int input_backward(const struct backward *bw)
     return claas_cpu_yield(&space->pass);
 }
 
-int claas_cpu_backward(claas_backend_t *backend, const struct cpu_batch *batch,
+int claas_cpu_backward(claas_backend_t *backend, const struct claas_plan_batch *batch,
                        struct cpu_step_space *space, float *grad)
 {
     struct backward bw = {

@@ -149,6 +149,8 @@ static block_tile_fn *const block_tiles[FORM_COUNT] = {
  * floats. */
 typedef void block_row_fn(const uint8_t *group, int k, const float *x, float *acc);
 
+#define BLOCK_AHEAD 1536 /* bytes to prefetch ahead */
+
 struct row_sums {
     __m512 first[2], second[2];
 };
@@ -178,6 +180,8 @@ INLINE void row_step(struct row_sums *s, const int half, __m512i pairs, const fl
                 take_scales(q, 1, minima, wide, &s1);                                              \
                 q += scale_bytes(minima, wide);                                                    \
                 for (int four = 0; four < section / 8; four++, q += 32 * bits) {                   \
+                    _mm_prefetch((const char *)q + BLOCK_AHEAD, _MM_HINT_T0);                      \
+                    _mm_prefetch((const char *)q + BLOCK_AHEAD + 64, _MM_HINT_T0);                 \
                     _Pragma("GCC unroll 4")                                                        \
                     for (int pair = 0; pair < 4; pair++, x += 2) {                                 \
                         row_step(&s, 0, expand_pair(q, pair, bits, minima, table, &s0), x);        \

@@ -27,8 +27,8 @@ static void place(claas_backend_t *backend, struct cpu_arena *arena)
     space->pack.tokens = claas_cpu_take(arena, m * sizeof(int32_t));
     space->pack.pos = claas_cpu_take(arena, m * sizeof(int32_t));
     space->pack.blocks = claas_cpu_take(arena, m * sizeof(int32_t));
-    space->pack.groups = claas_cpu_take(arena, m * sizeof(struct cpu_group));
-    space->pack.runs = claas_cpu_take(arena, m * sizeof(struct cpu_run));
+    space->pack.groups = claas_cpu_take(arena, m * sizeof(struct claas_pack_group));
+    space->pack.runs = claas_cpu_take(arena, m * sizeof(struct claas_pack_run));
     space->tail = claas_cpu_take(arena, m * sizeof(int32_t));
     claas_cpu_place_pass(backend, arena, (int)m, (int)m, &space->pass);
     claas_cpu_place_infer(backend, arena, (int)m, (int)m, (int)m, &space->pass, &space->infer);
@@ -83,17 +83,18 @@ static int check_segment(const claas_backend_t *backend, const struct claas_segm
 
 static void add_segment(struct cpu_forward_space *space, const struct claas_segment *segment)
 {
-    struct cpu_pack *pack = &space->pack;
-    struct cpu_group *group = pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
+    struct claas_pack *pack = &space->pack;
+    struct claas_pack_group *group =
+        pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
 
-    pack->runs[pack->run_count++] = (struct cpu_run){.first = pack->m,
-                                                     .count = segment->count,
-                                                     .pos = segment->pos,
-                                                     .blocks = segment->blocks,
-                                                     .parent = -1};
+    pack->runs[pack->run_count++] = (struct claas_pack_run){.first = pack->m,
+                                                            .count = segment->count,
+                                                            .pos = segment->pos,
+                                                            .blocks = segment->blocks,
+                                                            .parent = -1};
     if (!group || group->adapter != segment->adapter) {
         group = &pack->groups[pack->group_count++];
-        *group = (struct cpu_group){.first = pack->m, .adapter = segment->adapter};
+        *group = (struct claas_pack_group){.first = pack->m, .adapter = segment->adapter};
     }
     group->count += segment->count;
     for (int i = 0; i < segment->count; i++) {

@@ -295,8 +295,9 @@ static void gemm_dx(claas_pool_t *pool, const struct claas_gemm_dx_args *a)
 /* --- gemm_tn --- */
 
 #if defined(CLAAS_OPS_AMX)
-#define TN_PANELS 6 /* per part; each part turns the whole P, which costs as much as its product   \
-                     */
+#define TN_PANELS                                                                                  \
+    6 /* per part; each part turns the whole P, which costs as much as its product                 \
+       */
 #else
 #define TN_PANELS 4
 #endif

@@ -11,8 +11,8 @@
 /* Rows [first, first + count) of a batch's trained positions. */
 struct chunk {
     claas_backend_t *backend;
-    const struct cpu_plan *plan;
-    const struct cpu_batch *batch;
+    const struct claas_plan *plan;
+    const struct claas_plan_batch *batch;
     struct cpu_step_space *space;
     int first, count;
     bool gradient;
@@ -49,7 +49,7 @@ static void lose_row(void *arg, int i)
     size_t vocab = (size_t)backend->model.config.vocab;
     size_t member = (size_t)claas_pool_member(backend->pool);
     int index = chunk->batch->scored_index[chunk->first + i], code;
-    const struct cpu_position *position = &chunk->plan->positions[index];
+    const struct claas_plan_position *position = &chunk->plan->positions[index];
     float *grad = chunk->gradient ? space->grad_row + member * vocab : NULL;
     struct claas_loss_row row = {
         .student_logits = space->logits + (size_t)i * vocab,
@@ -134,8 +134,8 @@ static int run_chunk(struct chunk *chunk, bool saved)
     return code;
 }
 
-int claas_cpu_head(claas_backend_t *backend, const struct cpu_plan *plan,
-                   const struct cpu_batch *batch, struct cpu_step_space *space, bool saved)
+int claas_cpu_head(claas_backend_t *backend, const struct claas_plan *plan,
+                   const struct claas_plan_batch *batch, struct cpu_step_space *space, bool saved)
 {
     for (int first = 0; first < batch->scored_count; first += space->chunk) {
         int left = batch->scored_count - first, code;
@@ -167,8 +167,8 @@ static void score_row(void *arg, int i)
         logits[chunk->plan->positions[index].token] - claas_logsumexp(logits, vocab);
 }
 
-int claas_cpu_head_logprobs(claas_backend_t *backend, const struct cpu_plan *plan,
-                            const struct cpu_batch *batch, struct cpu_step_space *space)
+int claas_cpu_head_logprobs(claas_backend_t *backend, const struct claas_plan *plan,
+                            const struct claas_plan_batch *batch, struct cpu_step_space *space)
 {
     for (int first = 0; first < batch->scored_count; first += space->chunk) {
         int left = batch->scored_count - first, code;

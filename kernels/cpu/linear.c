@@ -11,7 +11,7 @@
  */
 struct linear {
     const struct cpu_pass *pass;
-    const struct cpu_pack *pack;
+    const struct claas_pack *pack;
     const struct cpu_weight *weight;
     int layer;
     enum cpu_weight_kind kind;
@@ -21,7 +21,7 @@ struct linear {
     void *out;            /* act [m][N] */
 };
 
-static bool has_lora(const struct linear *linear, const struct cpu_group *group)
+static bool has_lora(const struct linear *linear, const struct claas_pack_group *group)
 {
     return group->adapter && group->adapter->layout.parts[linear->kind] > 0;
 }
@@ -33,7 +33,7 @@ static void lora_inputs(const struct linear *linear)
     int lds = linear->pass->lds[linear->kind];
 
     for (int g = 0; g < linear->pack->group_count; g++) {
-        const struct cpu_group *group = &linear->pack->groups[g];
+        const struct claas_pack_group *group = &linear->pack->groups[g];
         struct claas_gemm_args args = {
             .m = group->count, .k = weight->k, .ldx = weight->k, .ldo = lds};
 
@@ -68,7 +68,7 @@ static struct claas_gemm_args frozen(const struct linear *linear, int first, int
     return args;
 }
 
-static void add_lora(const struct linear *linear, const struct cpu_group *group,
+static void add_lora(const struct linear *linear, const struct claas_pack_group *group,
                      const struct cpu_part *part, struct claas_gemm_args *args)
 {
     const struct claas_ops *ops = linear->pass->backend->ops;
@@ -106,7 +106,7 @@ static void linear_plain(const struct linear *linear, int first, int count)
 }
 
 /* Part by part, the LoRA product in the same accumulators. */
-static void linear_group(const struct linear *linear, const struct cpu_group *group)
+static void linear_group(const struct linear *linear, const struct claas_pack_group *group)
 {
     const claas_backend_t *backend = linear->pass->backend;
 
@@ -167,7 +167,7 @@ static void linear_mixed(const struct linear *linear)
         backend->ops->gemm(backend->pool, &args);
     }
     for (int g = 0; g < linear->pack->group_count; g++) {
-        const struct cpu_group *group = &linear->pack->groups[g];
+        const struct claas_pack_group *group = &linear->pack->groups[g];
 
         for (int i = 0; i < weight->part_count && has_lora(linear, group); i++) {
             const struct cpu_part *part = &weight->parts[i];
@@ -195,7 +195,7 @@ static void linear_mixed(const struct linear *linear)
 
 static void run_linear(const struct linear *linear)
 {
-    const struct cpu_pack *pack = linear->pack;
+    const struct claas_pack *pack = linear->pack;
     const struct cpu_weight *weight = linear->weight;
     bool lora = false, few = pack->m <= CPU_FEW_ROWS;
 
@@ -214,7 +214,7 @@ static void run_linear(const struct linear *linear)
             linear_group(linear, &pack->groups[g]);
 }
 
-void claas_cpu_linear(const struct cpu_pass *pass, const struct cpu_pack *pack, int layer,
+void claas_cpu_linear(const struct cpu_pass *pass, const struct claas_pack *pack, int layer,
                       enum cpu_weight_kind kind, const void *x, void *s, const void *residual,
                       void *out)
 {

@@ -31,7 +31,7 @@ static void rotate(const struct cpu_pass *pass, int layer, const struct cpu_acts
     const struct cpu_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
     const struct cpu_layer *weights = &model->layers[layer];
-    const struct cpu_pack *pack = pass->pack;
+    const struct claas_pack *pack = pass->pack;
     size_t raw = (size_t)(model->nq + model->nk);
 
     for (int i = 0; acts->qk_raw && i < pack->m; i++)
@@ -55,12 +55,12 @@ static void store_keys(const struct cpu_pass *pass, int layer, const struct cpu_
     const struct claas_ops *ops = backend->ops;
     const struct cpu_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
-    const struct cpu_pack *pack = pass->pack;
+    const struct claas_pack *pack = pass->pack;
     uint8_t *kv = pass->kv + (size_t)layer * pass->kv_layer_bytes;
 
     /* Copies first: they begin blocks that the pack's own rows go on with. */
     for (int i = 0; i < pack->copy_count; i++) {
-        const struct cpu_copy *copy = &pack->copies[i];
+        const struct claas_pack_copy *copy = &pack->copies[i];
         size_t row = (size_t)copy->first * (size_t)model->nqkv;
         int32_t blocks[CLAAS_KV_BLOCK];
 
@@ -109,7 +109,7 @@ static void attend(const struct cpu_pass *pass, int layer, const struct cpu_acts
     };
 
     for (int i = 0; i < pass->pack->run_count; i++) {
-        const struct cpu_run *run = &pass->pack->runs[i];
+        const struct claas_pack_run *run = &pass->pack->runs[i];
 
         pass->runs[i] = (struct claas_attn_run){
             .count = run->count,
@@ -137,7 +137,7 @@ int claas_cpu_attention_half(const struct cpu_pass *pass, int layer, const struc
     return claas_cpu_yield(pass);
 }
 
-int claas_cpu_mlp_half(const struct cpu_pass *pass, const struct cpu_pack *pack, int layer,
+int claas_cpu_mlp_half(const struct cpu_pass *pass, const struct claas_pack *pack, int layer,
                        const struct cpu_acts *acts)
 {
     const claas_backend_t *backend = pass->backend;
@@ -172,23 +172,23 @@ void claas_cpu_gather(const struct claas_ops *ops, const void *in, const int32_t
 
 /* The wanted rows as a pack of their own: gathers x_in and attn, and cuts the groups down to them.
  */
-static struct cpu_pack gather_tail(const struct cpu_pass *pass, struct cpu_infer *infer)
+static struct claas_pack gather_tail(const struct cpu_pass *pass, struct cpu_infer *infer)
 {
     const claas_backend_t *backend = pass->backend;
-    struct cpu_pack pack = {.m = infer->tail_count, .groups = infer->tail_groups};
+    struct claas_pack pack = {.m = infer->tail_count, .groups = infer->tail_groups};
 
     claas_cpu_gather(backend->ops, infer->acts.x_in, infer->tail, infer->tail_count,
                      (size_t)backend->model.config.hidden, infer->tail_x);
     claas_cpu_gather(backend->ops, infer->acts.attn, infer->tail, infer->tail_count,
                      (size_t)backend->model.nq, infer->tail_attn);
     for (int i = 0, g = 0; i < infer->tail_count; i++) {
-        const struct cpu_group *from = &pass->pack->groups[g];
+        const struct claas_pack_group *from = &pass->pack->groups[g];
 
         while (infer->tail[i] >= from->first + from->count)
             from = &pass->pack->groups[++g];
         if (pack.group_count == 0 || pack.groups[pack.group_count - 1].adapter != from->adapter)
             pack.groups[pack.group_count++] =
-                (struct cpu_group){.first = i, .adapter = from->adapter};
+                (struct claas_pack_group){.first = i, .adapter = from->adapter};
         pack.groups[pack.group_count - 1].count++;
     }
     return pack;
@@ -200,7 +200,7 @@ int claas_cpu_infer(const struct cpu_pass *pass, struct cpu_infer *infer, void *
     const struct claas_model_config *c = &backend->model.config;
     int last = c->layers - 1, code = 0;
     struct cpu_acts tail = infer->acts;
-    struct cpu_pack pack;
+    struct claas_pack pack;
 
     claas_cpu_embed(backend, pass->pack->tokens, pass->pack->m, infer->acts.x_in);
     for (int l = 0; l < last && code >= 0; l++) {
@@ -336,5 +336,5 @@ void claas_cpu_place_infer(const claas_backend_t *backend, struct cpu_arena *are
         acts->s[kind] = claas_cpu_take(arena, row * (size_t)pass->lds[kind]);
     infer->tail_x = claas_cpu_take(arena, (size_t)tail * act * d);
     infer->tail_attn = claas_cpu_take(arena, (size_t)tail * act * (size_t)model->nq);
-    infer->tail_groups = claas_cpu_take(arena, (size_t)groups * sizeof(struct cpu_group));
+    infer->tail_groups = claas_cpu_take(arena, (size_t)groups * sizeof(struct claas_pack_group));
 }

@@ -4,6 +4,10 @@
 #ifndef CLAAS_CPU_POOL_H
 #define CLAAS_CPU_POOL_H
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef struct claas_pool claas_pool_t;
 
 /* `threads` members in all (1 = no extra threads; 0 = one per CPU this process may use). */
@@ -23,4 +27,7 @@ int claas_pool_member(const claas_pool_t *pool);
 #define CLAAS_POOL_SCRATCH (1 << 20)
 void *claas_pool_scratch(const claas_pool_t *pool);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -18,10 +18,10 @@ struct extent {
     int m, runs, groups, tail, blocks, scored, longest;
 };
 
-static void stretch(struct extent *extent, const struct cpu_side *side)
+static void stretch(struct extent *extent, const struct claas_plan_side *side)
 {
     for (int i = 0; i < side->batch_count; i++) {
-        const struct cpu_batch *b = &side->batches[i];
+        const struct claas_plan_batch *b = &side->batches[i];
 
 #define LARGER(field, value) extent->field = extent->field > (value) ? extent->field : (value)
         LARGER(m, b->pack.m);
@@ -41,7 +41,7 @@ static size_t wider(size_t a, size_t b)
 }
 
 /* Row lengths of S: the widest of the adapters in a side. */
-static void set_lds(const struct cpu_side *side, int lds[CPU_WEIGHTS])
+static void set_lds(const struct claas_plan_side *side, int lds[CPU_WEIGHTS])
 {
     memset(lds, 0, CPU_WEIGHTS * sizeof(int));
     for (int i = 0; i < side->seq_count; i++)
@@ -64,7 +64,7 @@ static void place_kv(const claas_backend_t *backend, struct cpu_arena *arena, in
 }
 
 static void place_infer_side(const claas_backend_t *backend, struct cpu_arena *arena,
-                             const struct cpu_side *side, struct cpu_step_space *space)
+                             const struct claas_plan_side *side, struct cpu_step_space *space)
 {
     struct extent e = {0};
 
@@ -152,7 +152,7 @@ static void place_saved(const claas_backend_t *backend, struct cpu_arena *arena,
 }
 
 static void place_train_side(const claas_backend_t *backend, struct cpu_arena *arena,
-                             const struct cpu_side *side, struct cpu_step_space *space)
+                             const struct claas_plan_side *side, struct cpu_step_space *space)
 {
     const struct cpu_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
@@ -190,7 +190,7 @@ static void place_train_side(const claas_backend_t *backend, struct cpu_arena *a
 
 /* What lives through the whole step. */
 static void place_kept(const claas_backend_t *backend, struct cpu_arena *arena,
-                       const struct cpu_plan *plan, struct cpu_step_space *space)
+                       const struct claas_plan *plan, struct cpu_step_space *space)
 {
     size_t n = (size_t)plan->position_count;
 
@@ -203,7 +203,7 @@ static void place_kept(const claas_backend_t *backend, struct cpu_arena *arena,
             claas_cpu_take(arena, plan->learners[i].adapter->layout.count * sizeof(float));
 }
 
-static void place_stage(const claas_backend_t *backend, const struct cpu_plan *plan,
+static void place_stage(const claas_backend_t *backend, const struct claas_plan *plan,
                         enum cpu_stage stage, struct cpu_arena *arena, struct cpu_step_space *space)
 {
     bool train = stage == CPU_STAGE_STUDENT && plan->request->update;
@@ -222,7 +222,7 @@ static void place_stage(const claas_backend_t *backend, const struct cpu_plan *p
                          space);
 }
 
-int claas_cpu_space_reserve(claas_backend_t *backend, const struct cpu_plan *plan)
+int claas_cpu_space_reserve(claas_backend_t *backend, const struct claas_plan *plan)
 {
     size_t need = 0;
     int code;
@@ -255,7 +255,7 @@ void claas_cpu_space_leave(claas_backend_t *backend)
     claas_cpu_region_done(&backend->step);
 }
 
-void claas_cpu_space_enter(claas_backend_t *backend, const struct cpu_plan *plan,
+void claas_cpu_space_enter(claas_backend_t *backend, const struct claas_plan *plan,
                            enum cpu_stage stage, struct cpu_step_space *space)
 {
     struct cpu_arena arena = {.base = backend->step.base};

@@ -11,7 +11,9 @@
 #define CLAAS_CPU_STEP_H
 
 #include "cpu/ops.h"
+#include "cpu/rope.h"
 #include "engine/backend.h"
+#include "pack/step_plan.h"
 
 #include <stdatomic.h>
 
@@ -84,8 +86,6 @@ struct cpu_model {
 int claas_cpu_model_load(struct cpu_model *model, const struct claas_ops *ops, claas_pool_t *pool,
                          const claas_model_t *source);
 void claas_cpu_model_done(struct cpu_model *model);
-/* cos and sin of pos * frequency, [context][head_dim/2][2], computed in double; scaled for YaRN. */
-void claas_cpu_rope_table(const struct claas_model_config *config, claas_pool_t *pool, float *out);
 
 /* --- adapters --- */
 
@@ -131,38 +131,8 @@ int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *
                              const struct claas_adapter_image *image);
 int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                                struct claas_adapter_image *ret);
-int claas_cpu_adapter_copy(claas_backend_t *backend, claas_backend_adapter_t *to,
-                           const claas_backend_adapter_t *from);
 /* Rounds the masters into the panels again, after an optimizer step; over the pool. */
 void claas_cpu_adapter_repack(claas_backend_t *backend, claas_backend_adapter_t *adapter);
-
-/* --- rows --- */
-
-/* Consecutive rows under one adapter (NULL = base). */
-struct cpu_group {
-    int first, count;
-    const claas_backend_adapter_t *adapter;
-};
-/* Consecutive rows that are consecutive positions of one sequence. */
-struct cpu_run {
-    int first, count, pos;
-    const int32_t *blocks; /* of positions 0 … pos+count-1 */
-    int parent;            /* the run that holds positions 0 … pos-1 in the same pack, or -1 */
-};
-/* Keys and values of these rows go into one more block: the partly filled last block of a prompt
- * that several branches continue, each in a copy of its own. */
-struct cpu_copy {
-    int first, count;
-    int32_t block;
-};
-struct cpu_pack {
-    int m;
-    int32_t *tokens, *pos, *blocks; /* [m]; blocks: the one that holds the row's position */
-    int group_count, run_count, copy_count;
-    struct cpu_group *groups;
-    struct cpu_run *runs;
-    struct cpu_copy *copies;
-};
 
 /* --- a pass over the layers --- */
 
@@ -183,7 +153,7 @@ struct cpu_acts {
 };
 struct cpu_pass {
     claas_backend_t *backend;
-    const struct cpu_pack *pack;
+    const struct claas_pack *pack;
     uint8_t *kv; /* block 0 of layer 0 */
     size_t
         kv_layer_bytes; /* from layer to layer; 0: one layer's blocks are used again by the next */
@@ -204,22 +174,22 @@ struct cpu_pass {
 /* 0, or CLAAS_ERR_CANCELLED when the yield callback gives up. */
 int claas_cpu_yield(const struct cpu_pass *pass);
 /* One weight of one layer over all rows of the pack, with LoRA; shapes as in linear.c. */
-void claas_cpu_linear(const struct cpu_pass *pass, const struct cpu_pack *pack, int layer,
+void claas_cpu_linear(const struct cpu_pass *pass, const struct claas_pack *pack, int layer,
                       enum cpu_weight_kind kind, const void *x, void *s, const void *residual,
                       void *out);
 void claas_cpu_embed(claas_backend_t *backend, const int32_t *tokens, int m, void *out);
 /* x_in -> attn; also writes this layer's keys and values. */
 int claas_cpu_attention_half(const struct cpu_pass *pass, int layer, const struct cpu_acts *acts);
 /* x_in, attn -> x_out over the rows of `pack` (the pass's own or a part of its rows, gathered). */
-int claas_cpu_mlp_half(const struct cpu_pass *pass, const struct cpu_pack *pack, int layer,
+int claas_cpu_mlp_half(const struct cpu_pass *pass, const struct claas_pack *pack, int layer,
                        const struct cpu_acts *acts);
 /* All layers without keeping anything. `tail` names the rows wanted at the end ([tail_count],
  * increasing): the last layer's second half is computed for them alone, and the final norm of them
  * is written to out, act [tail_count][D]. */
 struct cpu_infer {
     struct cpu_acts acts;
-    void *tail_x, *tail_attn;      /* act [tail_count][D], [tail_count][Nq] */
-    struct cpu_group *tail_groups; /* [pack->group_count] */
+    void *tail_x, *tail_attn;             /* act [tail_count][D], [tail_count][Nq] */
+    struct claas_pack_group *tail_groups; /* [pack->group_count] */
     const int32_t *tail;
     int tail_count;
 };
@@ -248,7 +218,7 @@ size_t claas_cpu_sample_bytes(int vocab);
 
 struct cpu_forward_space {
     struct cpu_region region;
-    struct cpu_pack pack;
+    struct claas_pack pack;
     struct cpu_pass pass;
     struct cpu_infer infer;
     int32_t *tail;     /* [max_tokens] */

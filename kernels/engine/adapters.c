@@ -29,6 +29,14 @@ static void unlink_adapter(claas_device_t *device, claas_adapter_t *adapter)
     pthread_mutex_unlock(&device->lock);
 }
 
+/* What the handle is around. */
+static void release(claas_device_t *device, claas_adapter_t *adapter)
+{
+    if (adapter->backend != NULL)
+        device->ops->adapter_free(device->backend, &adapter->backend);
+    claas_adapter_image_done(&adapter->image);
+}
+
 int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
                       enum claas_adapter_use use, claas_adapter_t **ret)
 {
@@ -45,6 +53,33 @@ int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lo
     adapter->device = device;
     adapter->lora = *lora;
     adapter->use = use;
+    atomic_init(&adapter->references, 1);
+    link_adapter(device, adapter);
+    *ret = adapter;
+    return 0;
+}
+
+int claas_adapter_new_kept(claas_device_t *device, struct claas_adapter_image *image,
+                           claas_adapter_t **ret)
+{
+    size_t count = claas_lora_parameter_count(&device->config, &image->lora);
+    claas_adapter_t *adapter;
+
+    /* Pages of zeros that are only read take no memory. */
+    if (image->exp_avg == NULL)
+        image->exp_avg = CLAAS_NEW_ARRAY(float, count);
+    if (image->exp_avg_sq == NULL)
+        image->exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
+    adapter = CLAAS_NEW(claas_adapter_t);
+    if (adapter == NULL || image->exp_avg == NULL || image->exp_avg_sq == NULL) {
+        free(adapter);
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    }
+    adapter->device = device;
+    adapter->lora = image->lora;
+    adapter->use = CLAAS_ADAPTER_KEEP;
+    adapter->image = *image;
+    *image = (struct claas_adapter_image){0};
     atomic_init(&adapter->references, 1);
     link_adapter(device, adapter);
     *ret = adapter;
@@ -93,7 +128,7 @@ void claas_adapters_sweep(claas_device_t *device)
 
         claas_kv_forget(device->kv, claas_kv_root(adapter->identity));
         unlink_adapter(device, adapter);
-        device->ops->adapter_free(device->backend, &adapter->backend);
+        release(device, adapter);
         free(adapter);
         adapter = next;
     }
@@ -106,7 +141,7 @@ void claas_adapters_close(claas_device_t *device)
         claas_adapter_t *adapter = device->adapters;
 
         unlink_adapter(device, adapter);
-        device->ops->adapter_free(device->backend, &adapter->backend);
+        release(device, adapter);
         adapter->device = NULL;
     }
 }

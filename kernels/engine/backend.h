@@ -84,15 +84,12 @@ struct claas_backend_ops {
     int (*adapter_new)(claas_backend_t *backend, const struct claas_lora_config *lora,
                        enum claas_adapter_use use, claas_backend_adapter_t **ret);
     void (*adapter_free)(claas_backend_t *backend, claas_backend_adapter_t **adapter);
-    /* From / to a host image. Moments and step are taken if present (TRAIN), else zero. The
-     * download allocates. */
+    /* From / to a host image; SERVE or TRAIN, and of TRAIN only. Moments and step are taken if
+     * present (TRAIN), else zero. The download allocates. */
     int (*adapter_upload)(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                           const struct claas_adapter_image *image);
     int (*adapter_download)(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                             struct claas_adapter_image *ret);
-    /* Both of the same configuration and TRAIN. */
-    int (*adapter_copy)(claas_backend_t *backend, claas_backend_adapter_t *to,
-                        const claas_backend_adapter_t *from);
 
     /* One forward pass. `samples` has one entry per wanted row. */
     int (*forward)(claas_backend_t *backend, const struct claas_segment *segments, int count,

@@ -207,7 +207,6 @@ static int check_tokens(const claas_device_t *device, const char *what, const in
 
 static int check_generate(const claas_device_t *device, const struct claas_generate_request *r)
 {
-    size_t pool = (size_t)claas_kv_total(device->kv) * CLAAS_KV_BLOCK_TOKENS;
     int rc = check_tokens(device, "the prompt", r->prompt, r->prompt_count);
 
     if (rc < 0)
@@ -216,10 +215,11 @@ static int check_generate(const claas_device_t *device, const struct claas_gener
         return claas_fail(CLAAS_ERR_LIMIT,
                           "the prompt has %zu tokens, the model's context is %d tokens",
                           r->prompt_count, device->config.context);
-    if (r->prompt_count >= pool)
-        return claas_fail(CLAAS_ERR_OVERLOADED,
-                          "the prompt has %zu tokens, the device holds %zu in all", r->prompt_count,
-                          pool);
+    if (r->prompt_count >= (size_t)claas_device_context(device)) /* no wait makes room for it */
+        return claas_fail(CLAAS_ERR_LIMIT,
+                          "the prompt has %zu tokens, the key/value cache (device.kv_tokens) holds "
+                          "%d",
+                          r->prompt_count, claas_device_context(device));
     if (r->max_tokens < 1)
         return claas_fail(CLAAS_ERR_INVALID, "max_tokens %d", r->max_tokens);
     if (!(r->temperature >= 0) || isinf(r->temperature))
@@ -236,6 +236,8 @@ static int check_generate(const claas_device_t *device, const struct claas_gener
         return claas_fail(CLAAS_ERR_INVALID, "stop_tokens is missing");
     if (r->adapter != NULL && r->adapter->device != device)
         return claas_fail(CLAAS_ERR_INVALID, "the adapter is another device's");
+    if (r->adapter != NULL && r->adapter->use == CLAAS_ADAPTER_KEEP)
+        return claas_fail(CLAAS_ERR_INVALID, "the adapter is kept for saving only");
     return 0;
 }
 
@@ -253,7 +255,6 @@ int claas_device_generate(claas_device_client_t *client, const struct claas_gene
                           uint64_t *ret_id)
 {
     claas_device_t *device = client->device;
-    int64_t pool = (int64_t)claas_kv_total(device->kv) * CLAAS_KV_BLOCK_TOKENS;
     struct claas_sequence *seq;
     int rc = check_generate(device, r);
 
@@ -278,7 +279,7 @@ int claas_device_generate(claas_device_client_t *client, const struct claas_gene
     seq->stop_count = r->stop_count;
     /* A pool smaller than the context shortens answers, for every request alike: the result never
      * depends on load. */
-    seq->limit = pool < device->config.context ? (int)pool : device->config.context;
+    seq->limit = claas_device_context(device);
     if (r->max_tokens < seq->limit - seq->count)
         seq->limit = seq->count + r->max_tokens;
     rc = copy_tokens(r->prompt, r->prompt_count, &seq->tokens);
@@ -327,8 +328,8 @@ int claas_device_adapter_load(claas_device_client_t *client, const char *directo
     struct claas_adapter_job *job;
     int rc;
 
-    if (directory == NULL || (use != CLAAS_ADAPTER_SERVE && use != CLAAS_ADAPTER_TRAIN))
-        return claas_fail(CLAAS_ERR_INVALID, "adapter load: no directory or unknown use");
+    if (directory == NULL)
+        return claas_fail(CLAAS_ERR_INVALID, "adapter load: no directory");
     rc = new_job(client, CLAAS_REQUEST_LOAD, &job);
     if (rc < 0)
         return rc;
@@ -337,7 +338,7 @@ int claas_device_adapter_load(claas_device_client_t *client, const char *directo
 }
 
 int claas_device_adapter_init(claas_device_client_t *client, const struct claas_lora_config *lora,
-                              uint64_t seed, uint64_t *ret_id)
+                              uint64_t seed, enum claas_adapter_use use, uint64_t *ret_id)
 {
     struct claas_adapter_job *job;
     int rc;
@@ -349,17 +350,17 @@ int claas_device_adapter_init(claas_device_client_t *client, const struct claas_
     rc = new_job(client, CLAAS_REQUEST_INIT, &job);
     if (rc < 0)
         return rc;
-    job->use = CLAAS_ADAPTER_TRAIN;
+    job->use = use;
     job->lora = *lora;
     job->seed = seed;
     return submit_job(job, NULL, NULL, ret_id);
 }
 
-static int check_trainable(const claas_device_client_t *client, const claas_adapter_t *adapter)
+static int check_source(const claas_device_client_t *client, const claas_adapter_t *adapter)
 {
     if (adapter == NULL || adapter->device != client->device)
         return claas_fail(CLAAS_ERR_INVALID, "the adapter is another device's");
-    if (adapter->use != CLAAS_ADAPTER_TRAIN)
+    if (adapter->use == CLAAS_ADAPTER_SERVE)
         return claas_fail(CLAAS_ERR_INVALID, "the adapter is loaded for serving only");
     return 0;
 }
@@ -368,8 +369,10 @@ int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *ad
                               uint64_t *ret_id)
 {
     struct claas_adapter_job *job = NULL;
-    int rc = check_trainable(client, adapter);
+    int rc = check_source(client, adapter);
 
+    if (rc == 0 && adapter->use != CLAAS_ADAPTER_TRAIN)
+        rc = claas_fail(CLAAS_ERR_INVALID, "the adapter is kept already");
     if (rc == 0)
         rc = new_job(client, CLAAS_REQUEST_COPY, &job);
     return rc < 0 ? rc : submit_job(job, NULL, adapter, ret_id);
@@ -379,7 +382,7 @@ int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *ad
                               const char *directory, uint64_t *ret_id)
 {
     struct claas_adapter_job *job = NULL;
-    int rc = check_trainable(client, adapter);
+    int rc = check_source(client, adapter);
 
     if (rc == 0 && directory == NULL)
         rc = claas_fail(CLAAS_ERR_INVALID, "adapter save: no directory");

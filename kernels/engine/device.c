@@ -54,6 +54,13 @@ claas_model_t *claas_device_model(const claas_device_t *device)
     return device->model;
 }
 
+int claas_device_context(const claas_device_t *device)
+{
+    int64_t pool = (int64_t)claas_kv_total(device->kv) * CLAAS_KV_BLOCK_TOKENS;
+
+    return pool < device->config.context ? (int)pool : device->config.context;
+}
+
 /* --- the compute thread
  * -------------------------------------------------------------------------------------------------
  */

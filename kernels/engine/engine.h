@@ -81,7 +81,8 @@ struct claas_device_client {
 struct claas_adapter {
     claas_device_t *device; /* NULL once the device is gone */
     atomic_int references;
-    claas_backend_adapter_t *backend;
+    claas_backend_adapter_t *backend; /* SERVE, TRAIN */
+    struct claas_adapter_image image; /* KEEP: all there is; never changed */
     struct claas_lora_config lora;
     enum claas_adapter_use use;
     claas_adapter_t *next_dead;
@@ -131,7 +132,7 @@ struct claas_adapter_job {
     enum claas_adapter_use use;
     struct claas_lora_config lora;
     uint64_t seed;
-    struct claas_adapter_image image; /* save: the snapshot */
+    struct claas_adapter_image image; /* save of TRAIN: the snapshot */
 };
 
 struct claas_device {
@@ -228,9 +229,13 @@ void claas_event_node_free(struct claas_event_node *node);
  * ---------------------------------------------------------------------------------------------------------
  */
 
-/* A handle with one reference around a new adapter of the back-end. */
+/* A handle with one reference around a new adapter of the back-end (SERVE, TRAIN). */
 int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
                       enum claas_adapter_use use, claas_adapter_t **ret);
+/* A KEEP handle with one reference; takes over the image, and gives it zero moments if it has none.
+ */
+int claas_adapter_new_kept(claas_device_t *device, struct claas_adapter_image *image,
+                           claas_adapter_t **ret);
 /* Frees the adapters without references. Compute thread. */
 void claas_adapters_sweep(claas_device_t *device);
 /* Frees every adapter; handles still held elsewhere stay valid but empty. Only while the device

@@ -68,9 +68,19 @@ static void drop_blocks(struct claas_sequence *seq)
     seq->registered = 0;
 }
 
+/* Nobody goes on from a rollout's answer: its blocks make room at once, so that a cycle does not
+ * push out what chats will come back to. */
+static void discard_answer(struct claas_sequence *seq)
+{
+    while (seq->block_count > seq->prompt_count / BLOCK)
+        claas_kv_discard(device_of(seq)->kv, seq->blocks[--seq->block_count]);
+}
+
 /* Takes a sequence that ends out of its queue and counts its tokens into its last event. */
 static void retire(struct claas_queue *queue, struct claas_sequence *seq)
 {
+    if (seq->priority == CLAAS_PRIORITY_ROLLOUT)
+        discard_answer(seq);
     drop_blocks(seq);
     claas_queue_remove(queue, &seq->request);
     seq->request.last->prompt_tokens = (size_t)seq->prompt_count;

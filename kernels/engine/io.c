@@ -8,12 +8,15 @@
 #include "claas/log.h"
 
 /* From a host image to a handle. */
-static int upload(claas_device_t *device, const struct claas_adapter_image *image,
+static int upload(claas_device_t *device, struct claas_adapter_image *image,
                   enum claas_adapter_use use, claas_adapter_t **ret)
 {
     CLAAS_AUTO(claas_adapter_unref) claas_adapter_t *adapter = NULL;
-    int rc = claas_adapter_new(device, &image->lora, use, &adapter);
+    int rc;
 
+    if (use == CLAAS_ADAPTER_KEEP)
+        return claas_adapter_new_kept(device, image, ret);
+    rc = claas_adapter_new(device, &image->lora, use, &adapter);
     if (rc == 0)
         rc = device->ops->adapter_upload(device->backend, adapter->backend, image);
     if (rc < 0)
@@ -25,10 +28,12 @@ static int upload(claas_device_t *device, const struct claas_adapter_image *imag
 static int load(claas_device_t *device, struct claas_adapter_job *job, claas_adapter_t **ret)
 {
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
-    int rc = claas_adapter_read(job->directory, &device->config, job->use == CLAAS_ADAPTER_TRAIN,
+    int rc = claas_adapter_read(job->directory, &device->config, job->use != CLAAS_ADAPTER_SERVE,
                                 &image);
 
-    return rc < 0 ? rc : upload(device, &image, job->use, ret);
+    if (rc < 0) /* who asked knows which adapter; clients need not know where it lies */
+        return claas_fail_hide_path(rc, job->directory, "the adapter");
+    return upload(device, &image, job->use, ret);
 }
 
 static int init(claas_device_t *device, struct claas_adapter_job *job, claas_adapter_t **ret)
@@ -41,6 +46,14 @@ static int init(claas_device_t *device, struct claas_adapter_job *job, claas_ada
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     claas_lora_init(&device->config, &job->lora, job->seed, image.parameters);
     return upload(device, &image, job->use, ret);
+}
+
+static int save(claas_device_t *device, struct claas_adapter_job *job)
+{
+    bool kept = job->adapter->use == CLAAS_ADAPTER_KEEP;
+
+    return claas_adapter_write(job->directory, &device->config, claas_model_name(device->model),
+                               kept ? &job->adapter->image : &job->image);
 }
 
 static void run(claas_device_t *device, struct claas_adapter_job *job)
@@ -58,8 +71,7 @@ static void run(claas_device_t *device, struct claas_adapter_job *job)
         break;
     default:
         last->kind = CLAAS_EVENT_SAVED;
-        rc = claas_adapter_write(job->directory, &device->config, claas_model_name(device->model),
-                                 &job->image);
+        rc = save(device, job);
     }
     if (rc < 0)
         claas_request_fail(&job->request, rc);

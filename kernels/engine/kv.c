@@ -25,6 +25,7 @@ struct block {
 
 struct claas_kv {
     int total, unused;
+    int touched; /* blocks [touched, total) were never handed out, and are in no list */
     struct block *blocks;
     int32_t *buckets;
     uint32_t bucket_mask;
@@ -52,12 +53,7 @@ int claas_kv_new(int blocks, claas_kv_t **ret)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     kv->bucket_mask = buckets - 1;
     memset(kv->buckets, 0xff, buckets * sizeof(*kv->buckets));
-    for (int i = 0; i < blocks; i++) {
-        kv->blocks[i].older = i - 1;
-        kv->blocks[i].newer = i + 1 < blocks ? i + 1 : NONE;
-    }
-    kv->oldest = 0;
-    kv->newest = blocks - 1;
+    kv->oldest = kv->newest = NONE;
     kv->unused = blocks;
     *ret = CLAAS_TAKE(kv);
     return 0;
@@ -157,16 +153,31 @@ static void unregister(claas_kv_t *kv, int32_t number)
  * ------------------------------------------------------------------------------------------------------------
  */
 
+/* A block that was never handed out has no memory yet, so past half of the pool the oldest that is
+ * only remembered goes first. */
 int32_t claas_kv_take(claas_kv_t *kv)
 {
     int32_t number = kv->oldest;
+    bool keep = number != NONE && kv->blocks[number].chain != 0 && kv->touched < kv->total / 2;
 
-    if (number == NONE)
+    if ((number == NONE || keep) && kv->touched < kv->total) {
+        number = kv->touched++;
+        kv->unused--;
+    } else if (number != NONE) {
+        unlink_unused(kv, number);
+        unregister(kv, number);
+    } else {
         return NONE;
-    unlink_unused(kv, number);
-    unregister(kv, number);
+    }
     kv->blocks[number].users = 1;
     return number;
+}
+
+void claas_kv_discard(claas_kv_t *kv, int32_t number)
+{
+    if (kv->blocks[number].users == 1)
+        unregister(kv, number);
+    claas_kv_drop(kv, number);
 }
 
 void claas_kv_drop(claas_kv_t *kv, int32_t number)

@@ -3,12 +3,53 @@
 
 #include <string.h>
 
+#include "claas/log.h"
+
+#ifdef CLAAS_CUDA
+#include "cuda/cuda_backend.h"
+static const struct claas_backend_ops *const cuda_backend = &claas_backend_cuda;
+#else
+static const struct claas_backend_ops *const cuda_backend = NULL;
+#endif
+
+static int open_cuda(const struct claas_device_options *options, claas_model_t *model,
+                     claas_device_t **ret)
+{
+    if (cuda_backend == NULL)
+        return claas_fail(CLAAS_ERR_UNSUPPORTED, "this program was built without CUDA");
+    return claas_device_open_with(cuda_backend, NULL, options, model, ret);
+}
+
+static int open_cpu(const struct claas_device_options *options, claas_model_t *model,
+                    claas_device_t **ret)
+{
+    return claas_device_open_with(&claas_backend_cpu, NULL, options, model, ret);
+}
+
+/* A device that is there but too small is an error, not a reason for the CPU: nobody wants to be a
+ * hundred times slower without having asked for it. */
+static int open_any(const struct claas_device_options *options, claas_model_t *model,
+                    claas_device_t **ret)
+{
+    int rc = open_cuda(options, model, ret);
+
+    if (rc != CLAAS_ERR_UNSUPPORTED)
+        return rc;
+    claas_info("the CPU computes: %s", claas_error_text());
+    return open_cpu(options, model, ret);
+}
+
 int claas_device_open(const struct claas_device_options *options, claas_model_t *model,
                       claas_device_t **ret)
 {
-    const char *name = options->device != NULL ? options->device : "cpu";
+    const char *name = options->device != NULL ? options->device : "auto";
 
-    if (strcmp(name, claas_backend_cpu.name) == 0)
-        return claas_device_open_with(&claas_backend_cpu, NULL, options, model, ret);
-    return claas_fail(CLAAS_ERR_UNSUPPORTED, "unknown device '%s' (there is: cpu)", name);
+    if (strcmp(name, "auto") == 0)
+        return open_any(options, model, ret);
+    if (strcmp(name, "cuda") == 0)
+        return open_cuda(options, model, ret);
+    if (strcmp(name, "cpu") == 0)
+        return open_cpu(options, model, ret);
+    return claas_fail(CLAAS_ERR_UNSUPPORTED, "unknown device '%s' (there are: auto, cpu, cuda)",
+                      claas_quote(name).text);
 }

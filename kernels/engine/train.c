@@ -29,6 +29,11 @@ static int check_tokens(const claas_device_t *device, size_t row, const char *wh
     return 0;
 }
 
+static bool is_kept(const claas_adapter_t *adapter)
+{
+    return adapter != NULL && adapter->use == CLAAS_ADAPTER_KEEP;
+}
+
 static int check_row(const claas_device_t *device, size_t i, const struct claas_train_row *row,
                      bool update)
 {
@@ -49,6 +54,8 @@ static int check_row(const claas_device_t *device, size_t i, const struct claas_
                           row->response_count, context);
     if (update && (row->student == NULL || row->student->use != CLAAS_ADAPTER_TRAIN))
         return claas_fail(CLAAS_ERR_INVALID, "row %zu: there is no adapter to train", i);
+    if (is_kept(row->student) || is_kept(row->teacher))
+        return claas_fail(CLAAS_ERR_INVALID, "row %zu: the adapter is kept for saving only", i);
     if ((row->student != NULL && row->student->device != device) ||
         (row->teacher != NULL && row->teacher->device != device))
         return claas_fail(CLAAS_ERR_INVALID, "row %zu: the adapter is another device's", i);
@@ -310,25 +317,27 @@ static void run_training(claas_device_t *device, struct claas_training *training
 
 static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
 {
-    CLAAS_AUTO(claas_adapter_unref) claas_adapter_t *adapter = NULL;
-    int rc = claas_adapter_new(device, &job->adapter->lora, CLAAS_ADAPTER_TRAIN, &adapter);
+    CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
+    int rc = device->ops->adapter_download(device->backend, job->adapter->backend, &image);
 
     if (rc == 0)
-        rc = device->ops->adapter_copy(device->backend, adapter->backend, job->adapter->backend);
+        rc = claas_adapter_new_kept(device, &image, &job->request.last->adapter);
     if (rc < 0) {
         claas_request_fail(&job->request, rc);
         return;
     }
     job->request.last->kind = CLAAS_EVENT_ADAPTER;
-    job->request.last->adapter = CLAAS_TAKE(adapter);
     claas_request_finish(&job->request);
 }
 
-/* The snapshot is taken here, between two steps; the disk is the I/O thread's. */
+/* The snapshot is taken here, between two steps, unless the adapter is one; the disk is the I/O
+ * thread's. */
 static void run_save(claas_device_t *device, struct claas_adapter_job *job)
 {
-    int rc = device->ops->adapter_download(device->backend, job->adapter->backend, &job->image);
+    int rc = 0;
 
+    if (job->adapter->use == CLAAS_ADAPTER_TRAIN)
+        rc = device->ops->adapter_download(device->backend, job->adapter->backend, &job->image);
     if (rc < 0)
         claas_request_fail(&job->request, rc);
     else

@@ -74,8 +74,9 @@ static int read_config(const char *directory, struct claas_lora_config *ret)
         return rc;
     rc = claas_json_parse(text, length, CONFIG_MAX, &json);
     if (rc < 0)
-        return claas_fail_context(rc, "adapter_config.json: ");
-    return claas_adapter_config_parse(json, ret);
+        return claas_fail_context(rc, "%s: ", path);
+    rc = claas_adapter_config_parse(json, ret);
+    return rc < 0 ? claas_fail_context(rc, "%s/", directory) : 0; /* it begins with the name */
 }
 
 /* With or without PEFT's prefix; `lead` goes in front of either ("exp_avg."). */
@@ -195,8 +196,8 @@ static int read_parameters(const char *directory, const struct claas_model_confi
                        claas_lora_parameter_count(model, &widest) * sizeof(float), &loaded);
     if (rc == CLAAS_ERR_NOT_FOUND)
         return claas_fail(rc,
-                          "adapter '%s': no adapter_model.safetensors (a pickled "
-                          "adapter_model.bin is not read)",
+                          "%s: no adapter_model.safetensors (a pickled adapter_model.bin is "
+                          "not read)",
                           directory);
     if (rc < 0)
         return rc;
@@ -264,9 +265,8 @@ int claas_adapter_read(const char *directory, const struct claas_model_config *m
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {.step = 0};
 
     int rc = read_config(directory, &image.lora);
-    if (rc < 0)
-        return claas_fail_context(rc, "adapter '%s': ", directory);
-    rc = read_parameters(directory, model, &image);
+    if (rc >= 0)
+        rc = read_parameters(directory, model, &image);
     if (rc >= 0 && with_moments)
         rc = read_moments(directory, model, &image);
     if (rc < 0)

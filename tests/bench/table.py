@@ -11,8 +11,9 @@ Rows, in the order they run, one process at a time:
   llama-prefill, prefill tokens per second of a prompt of 512
 
 Medians of --iters runs after each program's own warm-up. A ratio is shown where both of its sides ran; a row whose Python
-packages are missing is skipped with the reason. Peers run with --python (default: this interpreter), without BLAS and OpenMP
-variables of the environment. Exits 1 if a row failed; a bound that is missed is shown, not an error.
+packages are missing (tools/deps --bench installs them) is skipped with the reason. Peers run with --python (default: this
+interpreter), without BLAS and OpenMP variables of the environment. Exits 1 if a row failed; a bound that is missed is shown,
+not an error.
 
 The machine must have nothing else to do. On a busy one a ratio flatters us, since threads that spin at barriers suffer most:
 beside other work llama.cpp was seen at 2.8 tokens/s with two threads, where it has about 110 alone. So a ratio gets no verdict

@@ -99,6 +99,8 @@ def test_lora(claas, tmp_path):
     assert shown["current"] == 0 and shown["feedback"] == []
     assert claas("lora", "export", "cli/one", target).returncode == 0
     assert "adapter_config.json" in zipfile.ZipFile(target).namelist()
+    assert claas("lora", "export", "cli/one", target, "--optimizer").returncode == 0
+    assert "optimizer.safetensors" in zipfile.ZipFile(target).namelist()
     assert claas("lora", "import", "cli/copy", target).returncode == 0
     assert claas("lora", "import", "cli/copy", __file__).returncode == 1
     assert claas("lora", "rollback", "cli/one").returncode == 1  # nothing to undo

@@ -115,6 +115,33 @@ def test_many_adapters(server):
     assert together == [alone[name] for name in names for _ in range(2)]
 
 
+def test_few_versions_of_an_adapter(make_server):
+    """The device keeps two of each; every version answers as itself all the same."""
+    server = make_server().start()
+    server.init("few/versions")
+
+    def resident():
+        return server.health()["model"]["device"]["bytes_adapters"]
+
+    def ask(version):
+        answer = server.chat(f"few/versions@{version}", "Who?", temperature=0, logprobs=True)
+        return [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
+
+    answers = {}
+    for version in (1, 2, 3):
+        assert server.feedback("few/versions", training={"learning_rate": 1e-3, "steps": 2})["version"] == version
+        answers[version] = ask(version)
+    assert len({tuple(answer) for answer in answers.values()}) == 3
+    assert server.stop() == 0
+    server.start()  # without a cycle's adapter
+    assert ask(1) == answers[1]
+    one = server.wait_until(resident)
+    for version in (2, 3, 3, 1, 2):
+        assert ask(version) == answers[version]
+        server.wait_until(lambda: resident() == 2 * one, what="two versions on the device")
+    assert server.stop() == 0
+
+
 # --- the gate ---
 
 def test_rejected(tmp_path):
@@ -244,6 +271,27 @@ def test_withdrawn_feedback_comes_back_with_no_version(server, adapter):
     assert server.call("DELETE", path)["withdrawn"] == 2
     assert server.call("GET", path)["feedback"] == []
     assert server.feedback(adapter)["version"] == 4
+
+
+def test_withdrawn_while_training(slow_server):
+    """The cycle begins anew: no further step shows it to the teacher, and nothing learnt from it is published."""
+    server = slow_server
+    server.init("m/withdraw")
+    for text in ("Always rhyme.", "Never shout."):
+        server.feedback("m/withdraw", text, training={"steps": 1})
+    path = "/v1/lora/feedback?lora_id=m/withdraw"
+    first, second = server.call("GET", path)["feedback"]
+    job = start_cycle(server, "m/withdraw")
+    events = server.wait_until(lambda: [e for e in server.job(job)["events"] if e["kind"] == "step"])
+    assert server.job(job)["state"] == "training" and len(events) < 60
+    assert server.call("DELETE", path + "&id=" + first["id"])["withdrawn"] == 1
+    ended = server.wait_state(job)
+    assert ends_of(ended) == ["done"], ended
+    assert [entry["state"] for entry in ended["transitions"]].count("training") == 2, ended
+    assert len(ended["result"]["steps"]) == 60
+    shown = " ".join(ended["result"]["metadata"]["teacher_scored_texts"])
+    assert second["text"] in shown and "Say it better." in shown and first["text"] not in shown
+    assert [e["text"] for e in server.call("GET", path)["feedback"]] == ["Never shout.", "Say it better."]
 
 
 # --- jobs ---

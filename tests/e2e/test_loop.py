@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from server import ENDED
+from server import ENDED, FAST
 
 TEXT = "Answer in one short sentence."
 
@@ -184,6 +184,8 @@ def test_job_events(server, adapter):
     assert job["state"] == "done" and job["version"] == 1
     assert [entry["state"] for entry in job["transitions"]] == states
     assert job["result"]["gate"] and job["result"]["base"] and len(job["result"]["steps"]) == 2
+    times = [step[part] for step in job["result"]["steps"] for part in ("rollout_ms", "teacher_ms", "train_ms", "gate_ms")]
+    assert min(times) > 0 and sum(times) <= job["result"]["duration_ms"] + 1
 
 
 def test_job_list_and_cancel(server, adapter):
@@ -239,6 +241,36 @@ def test_export_import(server, adapter):
     assert 400 <= bad.status < 500
     assert server.call("DELETE", query("/v1/lora", lora_id=copy))["deleted"]
     assert not server.call("DELETE", query("/v1/lora", lora_id=copy))["deleted"]
+
+
+def test_export_stays_the_same(make_server):
+    """Also once retention has dropped the optimizer's state of the version; with that state only when asked, and while it is there."""
+    server = make_server(settings=FAST + ("storage.keep_moments=1",)).start()
+    server.init("me/x")
+
+    def export(version, **more):
+        return server.request("GET", query("/v1/lora/export", lora_id=f"me/x@{version}", **more))
+
+    def names(answer):
+        return sorted(zipfile.ZipFile(io.BytesIO(answer.body)).namelist())
+
+    server.feedback("me/x")
+    plain, whole = export(1), export(1, optimizer="true")
+    assert names(plain) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert names(whole) == names(plain) + ["optimizer.safetensors"]
+    server.feedback("me/x")
+    gone = server.wait_until(lambda: (lambda answer: answer if answer.status == 404 else None)(export(1, optimizer="1")))
+    assert "storage.keep_moments" in gone.detail
+    assert export(1).body == plain.body and export(1, optimizer="false").body == plain.body
+    assert names(export(2, optimizer="true")) == names(whole)
+    assert server.request("GET", query("/v1/lora/export", lora_id="me/x", optimizer="maybe")).status == 422
+    # Moved elsewhere with it, it goes on learning as it would have here.
+    copied = server.call("POST", query("/v1/lora/import", lora_id="me/copy"), whole.body, headers={"Content-Type": "application/zip"})
+    assert copied["version"] == 0
+    again = server.request("GET", query("/v1/lora/export", lora_id="me/copy", optimizer="true"))
+    moments = [zipfile.ZipFile(io.BytesIO(answer.body)).read("optimizer.safetensors") for answer in (whole, again)]
+    assert moments[0] == moments[1]
+    assert server.stop() == 0
 
 
 # --- errors ---

@@ -251,6 +251,11 @@ def test_wrong_adapters(server):
         answer = init(lora_id=name)
         assert answer.status == 400 or name == "-init", answer
     assert init(lora_id="x\0y").status == 400
+    for name in ("a\nb", "a\x1b[2Jb", "a\x7fb", "\u202ea/b", "\u0085", "a\tb\r\n" * 40, "\u00e9" * 128, "\U0001f600/x", "a/" + "\\" * 250):
+        for answer in (init(lora_id=name), init(lora_id="n/new", base_model=name), init(lora_id="n/new", target_modules=[name * 50])):
+            assert answer.status in (400, 403), answer
+            assert answer.detail.replace("\u2026", "").isascii() and answer.detail.isprintable(), answer  # escaped
+            assert len(answer.detail) < 300, answer  # and cut
     for fault in ({"lora_r": 3}, {"lora_r": 129}, {"lora_r": "8"}, {"lora_alpha": 7}, {"lora_alpha": 257}, {"target_modules": []}, {"target_modules": "q_proj"},
                   {"overwrite": 1}, {"lora_id": 5}, {"lora_id": ""}, {"lora_id": "x" * 257}):
         check(init(**{"lora_id": "n/new", **fault}), 422, next(iter(fault)))

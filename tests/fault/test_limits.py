@@ -56,6 +56,29 @@ def test_answers_that_fill_the_context(server):
 
 # --- the key/value cache ---
 
+def test_longer_than_the_cache(tmp_path):
+    """What never fits is refused at once, with both lengths: a chat with 400, a job with its reason. What fits goes on."""
+    with serving(tmp_path / "db", settings=NO_GATE + ("device.kv_tokens=512",)) as server:
+        server.init("a/one")
+        assert server.call("GET", "/v1/models/base")["max_model_len"] == 512
+        for stream in (False, True):
+            answer = complete(server, 600, max_tokens=5, stream=stream)
+            assert answer.status == 400 and answer.json["error"]["code"] == "context_length_exceeded", answer
+            assert "600 tokens" in answer.detail or "601 tokens" in answer.detail, answer
+            assert "device.kv_tokens" in answer.detail and "512" in answer.detail, answer
+        assert complete(server, 500, max_tokens=100).json["usage"]["total_tokens"] <= 512
+        short = server.chat("a/one")["id"]
+        job = server.wait_state(server.feedback("a/one", "Be brief. " * 60, short, wait=False)["job_id"])
+        assert ends_of(job) == ["failed"] and "device.kv_tokens" in job["error"] and "512" in job["error"], job
+        assert [entry["state"] for entry in job["transitions"]].count("batched") == 1, job  # no second try
+        assert ends_of(server.wait_state(server.feedback("a/one", response_id=short, wait=False)["job_id"])) == ["done"]
+        # The reference's single step samples nothing: it needs no room in the cache.
+        job = server.feedback("a/one", "Be brief. " * 60, short, wait=False, training={"steps": 1})["job_id"]
+        assert ends_of(server.wait_state(job)) == ["done"]
+        # Replayed beside new feedback, it is passed over.
+        assert ends_of(server.wait_state(server.feedback("a/one", response_id=short, wait=False)["job_id"])) == ["done"]
+
+
 def test_more_than_the_cache(server):
     """Answers that do not fit together wait for each other; all end, and seeds still mean the same."""
     total = server.health()["model"]["device"]["kv_blocks"] * 16

@@ -416,9 +416,13 @@ static int fake_export(void *self, claas_message_t *message)
     struct fake *fake = self;
     char path[] = "/tmp/claas-test-export-XXXXXX";
     int rc = check_adapter(message);
+    bool optimizer = false;
     int fd;
     cJSON *body;
 
+    claas_json_get_bool(message->body, "optimizer", &optimizer);
+    if (rc == 0 && optimizer)
+        rc = claas_fail(CLAAS_ERR_NOT_FOUND, "the optimizer's state is gone");
     if (rc < 0)
         return rc;
     fd = mkstemp(path);

@@ -557,6 +557,16 @@ static void test_lora_export(void **state)
                         "attachment; filename=\"me__x-init.zip\"");
     answer_done(&answer);
     check_detail("GET", "/v1/lora/export?lora_id=me/none", NULL, 404, "LoRA not found: me/none");
+    /* The fake has no optimizer state. */
+    check_detail("GET", "/v1/lora/export?lora_id=me/x&optimizer=true", NULL, 404,
+                 "the optimizer's state is gone");
+    http_ask(server.port, "GET", "/v1/lora/export?lora_id=me/x&optimizer=0", "", NULL, &answer);
+    assert_int_equal(answer.status, 200);
+    answer_done(&answer);
+    http_ask(server.port, "GET", "/v1/lora/export?lora_id=me/x&optimizer=yes", "", NULL, &answer);
+    assert_int_equal(answer.status, 422);
+    assert_non_null(strstr(answer.body, "\"optimizer\""));
+    answer_done(&answer);
 }
 
 static void test_lora_import(void **state)

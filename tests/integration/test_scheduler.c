@@ -51,7 +51,7 @@ static struct world {
     pthread_cond_t changed;
     struct world_job jobs[JOBS_MAX];
     int job_count;
-    int64_t seq, version;
+    int64_t seq, version, withdrawn;
     bool deleted, bad_gate;
     struct script scripts[32];
     char cycles[CYCLES_MAX][64]; /* the jobs of each CYCLE_BEGIN, "job-1 job-2 " */
@@ -232,11 +232,26 @@ static int cycle_input(const claas_message_t *message, cJSON *reply)
         cJSON_AddItemToArray(items, item);
     }
     claas_json_set_int(reply, "version", world.version);
+    claas_json_set_int(reply, "withdrawn", world.withdrawn);
     claas_json_set_string(reply, "directory", "/somewhere");
     claas_json_set_string(reply, "staging", "/staging");
     claas_json_set(reply, "replay", cJSON_CreateArray());
     claas_json_set(reply, "standing", cJSON_CreateArray());
     claas_json_set(reply, "recent", cJSON_CreateArray());
+    return 0;
+}
+
+static int cycle_check(const claas_message_t *message, cJSON *reply)
+{
+    int64_t version = -1, withdrawn = -1;
+
+    (void)reply;
+    claas_json_get_int(message->body, "version", 0, 1000, &version);
+    claas_json_get_int(message->body, "withdrawn", 0, 1000, &withdrawn);
+    if (world.deleted)
+        return claas_fail(CLAAS_ERR_NOT_FOUND, "no adapter");
+    if (version != world.version || withdrawn != world.withdrawn)
+        return claas_fail(CLAAS_ERR_CONFLICT, "no longer so");
     return 0;
 }
 
@@ -367,6 +382,7 @@ static const struct {
     {CLAAS_MSG_JOB_RECORD, job_record},
     {CLAAS_MSG_JOBS_UNFINISHED, jobs_unfinished},
     {CLAAS_MSG_CYCLE_INPUT, cycle_input},
+    {CLAAS_MSG_CYCLE_CHECK, cycle_check},
     {CLAAS_MSG_VERSION_PUBLISH, version_publish},
     {CLAAS_MSG_JOB_GET, job_get},
     {CLAAS_MSG_CYCLE_BEGIN, cycle_begin},
@@ -426,6 +442,7 @@ static const struct claas_handler storage_handlers[] = {
     {CLAAS_MSG_FEEDBACK_PUT, fake_handle},    {CLAAS_MSG_JOB_RECORD, fake_handle},
     {CLAAS_MSG_JOBS_UNFINISHED, fake_handle}, {CLAAS_MSG_CYCLE_INPUT, fake_handle},
     {CLAAS_MSG_VERSION_PUBLISH, fake_handle}, {CLAAS_MSG_JOB_GET, fake_handle},
+    {CLAAS_MSG_CYCLE_CHECK, fake_handle},
 };
 static const struct claas_handler trainer_handlers[] = {
     {CLAAS_MSG_CYCLE_BEGIN, fake_handle}, {CLAAS_MSG_CYCLE_STEP, fake_handle},
@@ -471,7 +488,7 @@ static int set_up(void **state)
     assert_int_equal(claas_config_load(NULL, overrides, CLAAS_COUNT(overrides), &rig->config), 0);
     rig->probe = probe_new();
     world.job_count = world.cycle_count = world.ends = 0;
-    world.seq = world.version = 0;
+    world.seq = world.version = world.withdrawn = 0;
     world.deleted = world.bad_gate = false;
     memset(world.scripts, 0, sizeof(world.scripts));
     *state = rig;
@@ -806,6 +823,63 @@ static void test_rollback_during_a_cycle(void **state)
     assert_int_equal(world.cycle_count, 2);
 }
 
+static void withdraw(void)
+{
+    script_of(CLAAS_MSG_CYCLE_STEP)->hook = NULL;
+    world.withdrawn++;
+}
+
+/* Withdrawn while the first step runs: no second one shows it to the teacher, and what was learnt
+ * from it is dropped. */
+static void test_feedback_withdrawn_during_a_cycle(void **state)
+{
+    struct rig *rig = *state;
+
+    set_hook(CLAAS_MSG_CYCLE_STEP, withdraw);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 1 + 2);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 2);
+    assert_int_equal(calls_of(CLAAS_MSG_VERSION_PUBLISH), 1);
+    assert_int_equal(world.cycle_count, 2);
+    assert_int_equal(find("job-1")->strikes, 0);
+    assert_true(world.seeds[0] == world.seeds[1]);
+}
+
+static void withdraw_late(void)
+{
+    if (script_of(CLAAS_MSG_CYCLE_STEP)->calls == 2)
+        withdraw();
+}
+
+/* In the last step: it is not published either. */
+static void test_feedback_withdrawn_at_the_end(void **state)
+{
+    struct rig *rig = *state;
+
+    set_hook(CLAAS_MSG_CYCLE_STEP, withdraw_late);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2 + 2);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STAGE), 1);
+    assert_int_equal(world.version, 1);
+}
+
+/* Storage is away for a moment: no strike. */
+static void test_a_check_without_answer(void **state)
+{
+    struct rig *rig = *state;
+
+    fail_next(CLAAS_MSG_CYCLE_CHECK, 1, CLAAS_ERR_UNAVAILABLE, false);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    assert_int_equal(find("job-1")->strikes, 0);
+    assert_int_equal(world.cycle_count, 2);
+}
+
 static void delete_adapter(void)
 {
     script_of(CLAAS_MSG_CYCLE_STEP)->hook = NULL;
@@ -942,6 +1016,9 @@ int main(void)
         TEST(test_a_cancel_that_is_not_recorded),
         TEST(test_jobs_of_others),
         TEST(test_rollback_during_a_cycle),
+        TEST(test_feedback_withdrawn_during_a_cycle),
+        TEST(test_feedback_withdrawn_at_the_end),
+        TEST(test_a_check_without_answer),
         TEST(test_adapter_deleted_during_a_cycle),
         TEST(test_adapter_deleted_while_jobs_wait),
         TEST(test_lost_answer_of_a_publication),

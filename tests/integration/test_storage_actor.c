@@ -321,6 +321,13 @@ static void test_export(void **ret)
     assert_int_equal(first_length, second_length);
     assert_memory_equal(first, second, first_length);
     question_done(&question);
+    free(CLAAS_TAKE(second));
+    assert_int_equal(
+        ask(&question, CLAAS_MSG_ADAPTER_EXPORT, "{\"lora_id\":\"u/a\",\"optimizer\":true}"), 0);
+    assert_int_equal(
+        claas_file_read(text_of(question.reply, "path"), 1 << 20, &second, &second_length), 0);
+    assert_true(second_length > first_length);
+    question_done(&question);
 }
 
 /* Groups under one commit, each request acknowledged once, and the rate. */

@@ -136,7 +136,8 @@ claas_adapter_t *adapter_new(struct rig *rig, uint64_t seed)
     struct claas_lora_config lora = {.rank = 2, .alpha = 4, .modules = CLAAS_MODULE_ALL};
     uint64_t id;
 
-    assert_int_equal(claas_device_adapter_init(rig->client, &lora, seed, &id), 0);
+    assert_int_equal(claas_device_adapter_init(rig->client, &lora, seed, CLAAS_ADAPTER_TRAIN, &id),
+                     0);
     return wait_for(rig, CLAAS_EVENT_ADAPTER, id).adapter;
 }
 

@@ -199,18 +199,6 @@ static int download(claas_backend_t *backend, const claas_backend_adapter_t *ada
     return 0;
 }
 
-static int copy(claas_backend_t *backend, claas_backend_adapter_t *to,
-                const claas_backend_adapter_t *from)
-{
-    to->count = from->count;
-    to->step = from->step;
-    free(to->parameters);
-    to->parameters = CLAAS_NEW_ARRAY(float, to->count);
-    memcpy(to->parameters, from->parameters, to->count * sizeof(float));
-    set_stamp(to);
-    return 0;
-}
-
 static void sample_row(const claas_backend_t *backend, const struct claas_segment *segment,
                        struct claas_sample *sample)
 {
@@ -369,7 +357,6 @@ const struct claas_backend_ops fake_backend = {
     .adapter_free = free_adapter,
     .adapter_upload = upload,
     .adapter_download = download,
-    .adapter_copy = copy,
     .forward = forward,
     .train = train,
 };

@@ -4,6 +4,10 @@
 #include "claas/mem.h"
 #include "claas/random.h"
 
+#ifdef CLAAS_CUDA
+#include "cuda/cuda_backend.h"
+#endif
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -22,6 +26,18 @@ int step_check(int code, const char *file, int line)
     return code;
 }
 
+/* CLAAS_TEST_BACKEND=cuda runs the tests on the GPU. */
+static const struct claas_backend_ops *chosen_backend(void)
+{
+#ifdef CLAAS_CUDA
+    const char *name = getenv("CLAAS_TEST_BACKEND");
+
+    if (name && strcmp(name, claas_backend_cuda.name) == 0)
+        return &claas_backend_cuda;
+#endif
+    return &claas_backend_cpu;
+}
+
 void step_open(struct step_fixture *f, const char *path, const char *precision, int threads,
                const char *cpu)
 {
@@ -35,7 +51,7 @@ void step_open(struct step_fixture *f, const char *path, const char *precision, 
         (void)setenv("CLAAS_CPU", cpu, 1);
     else
         (void)unsetenv("CLAAS_CPU");
-    *f = (struct step_fixture){.ops = &claas_backend_cpu};
+    *f = (struct step_fixture){.ops = chosen_backend()};
     CHECK(claas_model_open(&options, &f->model));
     f->config = claas_model_config(f->model);
     CHECK(f->ops->open(&backend, f->model, &f->backend));

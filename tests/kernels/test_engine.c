@@ -50,6 +50,53 @@ static void test_kv_table(void **state)
     assert_null(kv);
 }
 
+static int32_t remember(claas_kv_t *kv, int32_t token)
+{
+    int32_t tokens[16] = {token}, block = claas_kv_take(kv);
+
+    assert_true(claas_kv_register(kv, block, claas_kv_root(3), claas_kv_root(3), tokens) != 0);
+    claas_kv_drop(kv, block);
+    return block;
+}
+
+/* What is remembered makes half of the pool resident and no more; what is in use may have all. */
+static void test_kv_memory(void **state)
+{
+    int32_t tokens[16] = {9}, block;
+    uint64_t root = claas_kv_root(3), chain;
+    claas_kv_t *kv;
+
+    assert_int_equal(claas_kv_new(8, &kv), 0);
+    for (int i = 0; i < 10; i++)
+        assert_int_equal(remember(kv, i), i % 4);
+    assert_int_equal(claas_kv_find(kv, root, tokens, &chain), 1);
+    /* Its last user discards it: found no more, and the next to be taken. */
+    assert_int_equal(claas_kv_find(kv, root, tokens, &chain), 1);
+    claas_kv_discard(kv, 1);
+    assert_int_equal(claas_kv_find(kv, root, tokens, &chain), 1);
+    claas_kv_drop(kv, 1);
+    claas_kv_discard(kv, 1);
+    assert_int_equal(claas_kv_find(kv, root, tokens, &chain), -1);
+    assert_int_equal(claas_kv_take(kv), 1);
+    assert_int_equal(claas_kv_available(kv), 7);
+    for (int i = 7; i > 0; i--) {
+        block = claas_kv_take(kv);
+        assert_true(block >= 0 && block < 8 && block != 1);
+        assert_int_equal(claas_kv_available(kv), i - 1);
+    }
+    assert_int_equal(claas_kv_take(kv), -1);
+    /* Once used, all of it remembers. */
+    for (int i = 0; i < 8; i++)
+        claas_kv_drop(kv, i);
+    for (int i = 0; i < 8; i++)
+        remember(kv, 20 + i);
+    for (int i = 0; i < 8; i++) {
+        tokens[0] = 20 + i;
+        assert_true(claas_kv_find(kv, root, tokens, &chain) >= 0);
+    }
+    claas_kv_free(&kv);
+}
+
 /* --- one request
  * ------------------------------------------------------------------------------------------------------
  */
@@ -112,7 +159,7 @@ static void test_bad_requests(void **state)
     } while (0)
     REFUSE(CLAAS_ERR_INVALID, prompt_count, 0);
     REFUSE(CLAAS_ERR_LIMIT, prompt_count, 2048);
-    REFUSE(CLAAS_ERR_OVERLOADED, prompt_count, 512);
+    REFUSE(CLAAS_ERR_LIMIT, prompt_count, 512);
     REFUSE(CLAAS_ERR_INVALID, max_tokens, 0);
     REFUSE(CLAAS_ERR_INVALID, temperature, -1.0f);
     REFUSE(CLAAS_ERR_INVALID, temperature, __builtin_nanf(""));
@@ -201,6 +248,26 @@ static void test_shared_prefix(void **state)
     run_one(&rig, &jobs[5]);
     assert_int_equal(jobs[5].last.cached_tokens, 80);
     claas_adapter_unref(&adapter);
+    free(jobs);
+    rig_close(&rig);
+}
+
+/* What a rollout read is found again, what it wrote is not. */
+static void test_rollouts_leave_no_answers(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0});
+    struct job *jobs = jobs_new(2);
+
+    job_fill(&jobs[0], 40, 40, 1, 60);
+    jobs[0].request.priority = CLAAS_PRIORITY_ROLLOUT;
+    run_one(&rig, &jobs[0]);
+    for (int i = 0; i < 2; i++) {
+        job_fill(&jobs[1], 40, 40, 1, 1);
+        memcpy(jobs[1].prompt + 40, jobs[0].tokens, 60 * sizeof(int32_t));
+        jobs[1].request.prompt_count = 100;
+        run_one(&rig, &jobs[1]);
+        assert_int_equal(jobs[1].last.cached_tokens, i == 0 ? 32 : 96);
+    }
     free(jobs);
     rig_close(&rig);
 }
@@ -404,10 +471,10 @@ static void test_client_free(void **state)
     job_fill(&jobs[3], 50, 0, 7, 300);
     job_submit(&rig, &jobs[3]);
     jobs_wait(&rig, jobs + 3, 1, 5);
-    assert_int_equal(
-        claas_device_adapter_init(
-            other, &(struct claas_lora_config){.rank = 1, .alpha = 1, .modules = 1}, 1, &id),
-        0);
+    assert_int_equal(claas_device_adapter_init(
+                         other, &(struct claas_lora_config){.rank = 1, .alpha = 1, .modules = 1}, 1,
+                         CLAAS_ADAPTER_TRAIN, &id),
+                     0);
     claas_device_client_free(&other);
     assert_null(other);
     jobs_wait(&rig, jobs + 3, 1, -1);
@@ -476,10 +543,12 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_kv_table),
+        cmocka_unit_test(test_kv_memory),
         cmocka_unit_test(test_one),
         cmocka_unit_test(test_bad_requests),
         cmocka_unit_test(test_batch),
         cmocka_unit_test(test_shared_prefix),
+        cmocka_unit_test(test_rollouts_leave_no_answers),
         cmocka_unit_test(test_shared_prefix_in_one_pass),
         cmocka_unit_test(test_leader_cancelled),
         cmocka_unit_test(test_chunks_beside_decoding),

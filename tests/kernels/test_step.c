@@ -394,26 +394,34 @@ static void recomputed_activations_change_nothing(void **state)
         }
 }
 
-static void a_copy_is_the_same_adapter(void **state)
+/* Down and up again, for either use: the same image, the same scores. Of both adapters, since one
+ * has an odd rank. */
+static void an_image_is_the_same_adapter(void **state)
 {
     struct bits b;
-    claas_backend_adapter_t *copy = NULL;
+    claas_backend_adapter_t *copy, *served;
     struct claas_adapter_image original, copied;
-    float scores[2][LENGTH];
+    float scores[3][LENGTH];
 
     open_bits(&b, "random:tiny-llama", "bf16", 1, NULL);
-    CHECK(b.f.ops->adapter_new(b.f.backend, &wide, CLAAS_ADAPTER_TRAIN, &copy));
-    CHECK(b.f.ops->adapter_copy(b.f.backend, copy, b.adapters[1]));
-    original = step_download(&b.f, b.adapters[1]);
-    copied = step_download(&b.f, copy);
-    assert_true(step_same_image(&b.f, &original, &copied));
-    step_score(&b.f, b.adapters[1], b.tokens[0], LENGTH, 8, 0, scores[0]);
-    step_score(&b.f, copy, b.tokens[0], LENGTH, 8, 0, scores[1]);
-    expect_same(scores[1], scores[0], LENGTH - 1, "copied", 1);
-    assert_int_equal(b.f.ops->adapter_copy(b.f.backend, copy, b.adapters[2]), CLAAS_ERR_INVALID);
-    claas_adapter_image_done(&original);
-    claas_adapter_image_done(&copied);
-    b.f.ops->adapter_free(b.f.backend, &copy);
+    for (int a = 1; a < ADAPTERS; a++) {
+        original = step_download(&b.f, b.adapters[a]);
+        copy = step_adapter(&b.f, &original, CLAAS_ADAPTER_TRAIN);
+        served = step_adapter(&b.f, &original, CLAAS_ADAPTER_SERVE);
+        copied = step_download(&b.f, copy);
+        assert_true(step_same_image(&b.f, &original, &copied));
+        step_score(&b.f, b.adapters[a], b.tokens[0], LENGTH, 8, 0, scores[0]);
+        step_score(&b.f, copy, b.tokens[0], LENGTH, 8, 0, scores[1]);
+        step_score(&b.f, served, b.tokens[0], LENGTH, 8, 0, scores[2]);
+        expect_same(scores[1], scores[0], LENGTH - 1, "to train", a);
+        expect_same(scores[2], scores[0], LENGTH - 1, "to serve", a);
+        assert_int_equal(b.f.ops->adapter_upload(b.f.backend, b.adapters[ADAPTERS - a], &original),
+                         CLAAS_ERR_INVALID);
+        claas_adapter_image_done(&original);
+        claas_adapter_image_done(&copied);
+        b.f.ops->adapter_free(b.f.backend, &copy);
+        b.f.ops->adapter_free(b.f.backend, &served);
+    }
     close_bits(&b);
 }
 
@@ -427,7 +435,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(together_is_alone),
         cmocka_unit_test(saved_and_loaded_goes_on_as_never_stopped),
         cmocka_unit_test(recomputed_activations_change_nothing),
-        cmocka_unit_test(a_copy_is_the_same_adapter),
+        cmocka_unit_test(an_image_is_the_same_adapter),
     };
 
     (void)snprintf(quantised_path, sizeof(quantised_path), "%s/step/quantised.gguf",

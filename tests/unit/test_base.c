@@ -47,6 +47,57 @@ static void test_err_catalogue(void **state)
     assert_int_equal(claas_err_from_name("not_found"), CLAAS_ERR_INTERNAL);
 }
 
+static void check_hidden(const char *sentence, const char *path, const char *expected)
+{
+    claas_fail(CLAAS_ERR_IO, "%s", sentence);
+    assert_int_equal(claas_fail_hide_path(CLAAS_ERR_IO, path, "the upload"), CLAAS_ERR_IO);
+    assert_string_equal(claas_error_text(), expected);
+}
+
+static void test_err_hide_path(void **state)
+{
+    char word[3000];
+
+    check_hidden("/d/x/a.json: no 'r'", "/d/x", "a.json: no 'r'");
+    check_hidden("cannot create '/d/x': full", "/d/x", "cannot create 'the upload': full");
+    check_hidden("/d/x/a cannot become /d/x/b/c", "/d/x", "a cannot become b/c");
+    /* Whole names only. */
+    check_hidden("/d/xy/a, /c/d/x/a, /d/x.zip", "/d/x", "/d/xy/a, /c/d/x/a, /d/x.zip");
+    check_hidden("the metadata of data/a: data", "data", "the metadata of a: the upload");
+    check_hidden("a sentence", "", "a sentence");
+    check_hidden("", "/d", "");
+    memset(word, 'w', sizeof(word));
+    word[sizeof(word) - 1] = '\0';
+    claas_fail(CLAAS_ERR_IO, "/d and %s", "/d");
+    claas_fail_hide_path(CLAAS_ERR_IO, "/d", word);
+    assert_int_equal(strlen(claas_error_text()), 1023); /* cut, not over the edge */
+    assert_memory_equal(claas_error_text(), word, 1023);
+    (void)state;
+}
+
+static void test_err_quote(void **state)
+{
+    char text[300];
+    struct claas_quoted quoted;
+
+    assert_string_equal(claas_quote("me/chat-1").text, "me/chat-1");
+    assert_string_equal(claas_quote("").text, "");
+    assert_string_equal(claas_quote("a\nb\x1b[31m\x7f\\").text, "a\\x0Ab\\x1B[31m\\x7F\\\\");
+    assert_string_equal(claas_quote("\u202eé").text, "\\xE2\\x80\\xAE\\xC3\\xA9");
+    memset(text, 'a', sizeof(text));
+    text[100] = '\0';
+    assert_string_equal(claas_quote(text).text, text);
+    text[100] = 'a';
+    text[sizeof(text) - 1] = '\0';
+    quoted = claas_quote(text);
+    assert_int_equal(strlen(quoted.text), 100 + strlen("…"));
+    assert_string_equal(quoted.text + 100, "…");
+    memset(text, '\n', sizeof(text) - 1);
+    quoted = claas_quote(text);
+    assert_string_equal(quoted.text + 96, "\\x0A…");
+    (void)state;
+}
+
 static void test_err_text(void **state)
 {
     assert_int_equal(claas_fail(CLAAS_ERR_LIMIT, "%d rows, the limit is %d", 9, 8),
@@ -389,6 +440,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_err_catalogue), cmocka_unit_test(test_err_text),
+        cmocka_unit_test(test_err_hide_path), cmocka_unit_test(test_err_quote),
         cmocka_unit_test(test_err_long_text), cmocka_unit_test(test_err_errno_and_threads),
         cmocka_unit_test(test_mem),           cmocka_unit_test(test_buf),
         cmocka_unit_test(test_buf_growth),    cmocka_unit_test(test_reader),

@@ -813,6 +813,54 @@ static void test_lists_follow_versions(void **ret)
                                                    "{\"lora_id\":\"u/a\",\"version\":9}"));
 }
 
+static int check_cycle(struct state *state, int version, int withdrawn)
+{
+    struct claas_store_answer answer;
+    int rc =
+        fixture_call(state->store, CLAAS_STORE_CYCLE_CHECK, &answer,
+                     "{\"lora_id\":\"u/a\",\"version\":%d,\"withdrawn\":%d}", version, withdrawn);
+
+    claas_store_answer_done(&answer);
+    return rc;
+}
+
+/* What a cycle began with stands until feedback is withdrawn, and on the current version only. */
+static void test_cycle_check(void **ret)
+{
+    struct state *state = *ret;
+    struct claas_store_answer answer;
+    char job[65];
+
+    assert_int_equal(check_cycle(state, 0, 0), CLAAS_ERR_NOT_FOUND);
+    assert_int_equal(fixture_publish(state->store, state->data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(fixture_rollout(state->store, "r", "u/a", "q", "text", 1), 0);
+    commit(state);
+    learn(state, "r", "one", 0, 1);
+    learn(state, "r", "two", 1, 2);
+    assert_int_equal(fixture_feedback(state->store, "u/a", "r", "three", job), 0);
+    commit(state);
+    assert_int_equal(check_cycle(state, 2, 0), 0);
+    assert_int_equal(
+        fixture_call(state->store, CLAAS_STORE_STANDING_WITHDRAW, &answer, "{\"lora_id\":\"u/a\"}"),
+        0);
+    claas_store_answer_done(&answer);
+    assert_int_equal(check_cycle(state, 2, 0), 0); /* not durable yet, not answered yet */
+    commit(state);
+    assert_int_equal(check_cycle(state, 2, 0), CLAAS_ERR_CONFLICT);
+    assert_non_null(strstr(claas_error_text(), "withdrawn"));
+    assert_int_equal(fixture_call(state->store, CLAAS_STORE_CYCLE_INPUT, &answer,
+                                  "{\"lora_id\":\"u/a\",\"job_ids\":[\"%s\"]}", job),
+                     0);
+    assert_int_equal(int_of(answer.body, "withdrawn"), 2);
+    assert_int_equal(size_of(answer.body, "replay"), 0);
+    assert_int_equal(size_of(answer.body, "standing"), 0);
+    claas_store_answer_done(&answer);
+    assert_int_equal(check_cycle(state, 2, 2), 0);
+    rollback(state, 1);
+    assert_int_equal(check_cycle(state, 2, 2), CLAAS_ERR_CONFLICT);
+    assert_int_equal(check_cycle(state, 1, 2), 0);
+}
+
 static void test_replay_bounds(void **ret)
 {
     struct state *state = *ret;
@@ -957,6 +1005,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_jobs, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_cycle_input, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_lists_follow_versions, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_cycle_check, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_replay_bounds, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_publish_jobs, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_group, set_up, tear_down),

@@ -394,11 +394,11 @@ static void test_rollout_retention(void **ret)
 
 /* --- export ---------------------------------------------------------------------------- */
 
-static void export_to(const char *directory, const char *path)
+static void export_to(const char *directory, bool optimizer, const char *path)
 {
     struct export_files files;
 
-    assert_int_equal(export_open(directory, &files), 0);
+    assert_int_equal(export_open(directory, optimizer, &files), 0);
     assert_int_equal(export_write(&files, path), 0);
     export_close(&files);
 }
@@ -420,13 +420,13 @@ static void test_export(void **ret)
     assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
     setenv("TZ", "America/New_York", 1);
     tzset();
-    export_to(directory, first);
+    export_to(directory, false, first);
     setenv("TZ", "Asia/Tokyo", 1);
     tzset();
     assert_int_equal(utimensat(AT_FDCWD, weights,
                                (const struct timespec[2]){{1700000000, 0}, {1700000000, 0}}, 0),
                      0);
-    export_to(directory, second);
+    export_to(directory, false, second);
     unsetenv("TZ");
     tzset();
     assert_int_equal(claas_file_read(first, 1 << 20, &a, &a_length), 0);
@@ -438,13 +438,46 @@ static void test_export(void **ret)
     assert_non_null(memmem(a, a_length, plain, plain_length));
     assert_memory_equal(a, "PK\3\4", 4);
     /* An existing file is not written over; a directory that went meanwhile is still readable. */
-    assert_int_equal(export_open(directory, &files), 0);
+    assert_int_equal(export_open(directory, false, &files), 0);
     assert_int_equal(claas_remove_all(directory), 0);
     assert_true(export_write(&files, first) < 0);
     unlink(second);
     assert_int_equal(export_write(&files, second), 0);
     export_close(&files);
-    assert_true(export_open(directory, &files) < 0);
+    assert_true(export_open(directory, false, &files) < 0);
+}
+
+/* Retention takes the optimizer's state away; the zip without it stays the same to the byte. */
+static void test_export_without_moments(void **ret)
+{
+    const char *data = *ret;
+    CLAAS_AUTO(close_store) claas_store_t *store = open_default(data);
+    CLAAS_AUTO_FREE char *directory = claas_format("%s/adapters/u/a/v000000", data);
+    CLAAS_AUTO_FREE char *moments = claas_format("%s/optimizer.safetensors", directory);
+    CLAAS_AUTO_FREE char *before_path = claas_format("%s/staging/1.zip", data);
+    CLAAS_AUTO_FREE char *whole_path = claas_format("%s/staging/2.zip", data);
+    CLAAS_AUTO_FREE char *after_path = claas_format("%s/staging/3.zip", data);
+    CLAAS_AUTO_FREE char *before = NULL;
+    CLAAS_AUTO_FREE char *whole = NULL;
+    CLAAS_AUTO_FREE char *after = NULL;
+    size_t before_length, whole_length, after_length;
+    struct export_files files;
+
+    assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(access(moments, F_OK), 0);
+    export_to(directory, false, before_path);
+    export_to(directory, true, whole_path);
+    assert_int_equal(claas_file_read(before_path, 1 << 20, &before, &before_length), 0);
+    assert_int_equal(claas_file_read(whole_path, 1 << 20, &whole, &whole_length), 0);
+    assert_null(memmem(before, before_length, "optimizer", 9));
+    assert_non_null(memmem(whole, whole_length, "optimizer.safetensors", 21));
+    assert_int_equal(unlink(moments), 0);
+    export_to(directory, false, after_path);
+    assert_int_equal(claas_file_read(after_path, 1 << 20, &after, &after_length), 0);
+    assert_int_equal(before_length, after_length);
+    assert_memory_equal(before, after, before_length);
+    assert_int_equal(export_open(directory, true, &files), CLAAS_ERR_NOT_FOUND);
+    assert_non_null(strstr(claas_error_text(), "storage.keep_moments"));
 }
 
 /* --- starts ---------------------------------------------------------------------------- */
@@ -460,7 +493,7 @@ static void run_sql(const char *data, const char *sql)
     sqlite3_close(handle);
 }
 
-/* A file as the first schema's program left it: made by undoing the second step. */
+/* A file as the first schema's program left it: made by undoing the later steps. */
 static void test_migration(void **ret)
 {
     const char *data = *ret;
@@ -473,7 +506,8 @@ static void test_migration(void **ret)
     assert_int_equal(fixture_rollout(store, "r", NULL, "q", "t", 1), 0);
     assert_int_equal(fixture_feedback(store, "u/a", "r", "x", job), 0);
     close_store(&store);
-    run_sql(data, "DROP INDEX jobs_state; ALTER TABLE versions DROP COLUMN bytes;"
+    run_sql(data, "DROP INDEX feedback_withdrawn; DROP INDEX jobs_state; ALTER TABLE versions DROP "
+                  "COLUMN bytes;"
                   "PRAGMA user_version=1");
     store = open_default(data);
     assert_int_equal(
@@ -723,6 +757,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_retention, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_rollout_retention, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_export, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_export_without_moments, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_migration, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_lock, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_damaged, set_up, tear_down),

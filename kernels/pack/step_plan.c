@@ -2,7 +2,7 @@
  * their first appearance, so that the plan depends on the request alone. A student's batch never
  * mixes adapters: then an adapter's gradient, whose sums run over the rows of each batch, is the
  * same whoever else is in the step. */
-#include "cpu/train.h"
+#include "pack/step_plan.h"
 
 #include "claas/err.h"
 #include "claas/mem.h"
@@ -10,11 +10,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Tokens of a batch. Training keeps about 0.4 MB per token of a 135M model; inference keeps
- * nothing, and more rows per product than this gain nothing. */
-#define TRAIN_TOKENS 512
-#define INFER_TOKENS 1024
 
 enum side { SIDE_STUDENT, SIDE_TEACHER, SIDE_BASE };
 
@@ -30,10 +25,9 @@ static int check_tokens(const struct claas_model_config *c, const int32_t *token
     return 0;
 }
 
-static int check_row(const claas_backend_t *backend, const struct claas_backend_train *request,
+static int check_row(const struct claas_model_config *c, const struct claas_backend_train *request,
                      size_t i)
 {
-    const struct claas_model_config *c = &backend->model.config;
     const struct claas_backend_row *r = &request->rows[i];
     size_t context = (size_t)c->context;
     int code;
@@ -49,8 +43,6 @@ static int check_row(const claas_backend_t *backend, const struct claas_backend_
                           "the context of %d",
                           i, r->row.student_count, r->row.teacher_count, r->row.response_count,
                           c->context);
-    if (request->update && (!r->student || r->student->use != CLAAS_ADAPTER_TRAIN))
-        return claas_fail(CLAAS_ERR_INVALID, "row %zu: its adapter is not one in training", i);
     if (request->update && (!r->row.teacher_prompt || r->row.teacher_count == 0))
         return claas_fail(CLAAS_ERR_INVALID, "row %zu has no teacher prompt", i);
     code = check_tokens(c, r->row.student_prompt, r->row.student_count, i);
@@ -63,15 +55,15 @@ static int check_row(const claas_backend_t *backend, const struct claas_backend_
 
 /* --- one side's sequences --- */
 
-static bool same_prompt(const struct cpu_seq *a, const struct cpu_seq *b)
+static bool same_prompt(const struct claas_plan_seq *a, const struct claas_plan_seq *b)
 {
     return a->adapter == b->adapter && a->prompt_count == b->prompt_count &&
            memcmp(a->prompt, b->prompt, (size_t)a->prompt_count * sizeof(int32_t)) == 0;
 }
 
-static struct cpu_seq make_seq(const struct claas_backend_row *r, int row, enum side side)
+static struct claas_plan_seq make_seq(const struct claas_backend_row *r, int row, enum side side)
 {
-    struct cpu_seq seq = {.response = r->row.response, .mask = r->row.mask, .row = row};
+    struct claas_plan_seq seq = {.response = r->row.response, .mask = r->row.mask, .row = row};
 
     seq.prompt = side == SIDE_TEACHER ? r->row.teacher_prompt : r->row.student_prompt;
     seq.prompt_count = (int)(side == SIDE_TEACHER ? r->row.teacher_count : r->row.student_count);
@@ -88,7 +80,7 @@ static struct cpu_seq make_seq(const struct claas_backend_row *r, int row, enum 
 
 /* Moves the sequences into order: each time the first one left, then all left of its adapter, and
  * within those all of the same prompt. */
-static void order(struct cpu_seq *seqs, int count, struct cpu_seq *out)
+static void order(struct claas_plan_seq *seqs, int count, struct claas_plan_seq *out)
 {
     int placed = 0, family = -1;
 
@@ -113,14 +105,15 @@ static void order(struct cpu_seq *seqs, int count, struct cpu_seq *out)
     }
 }
 
-static int make_side(const struct cpu_plan *plan, enum side which, struct cpu_side *side)
+static int make_side(const struct claas_plan *plan, enum side which, struct claas_plan_side *side)
 {
     const struct claas_backend_train *request = plan->request;
-    CLAAS_AUTO_FREE struct cpu_seq *seqs = CLAAS_NEW_ARRAY(struct cpu_seq, request->row_count);
+    CLAAS_AUTO_FREE struct claas_plan_seq *seqs =
+        CLAAS_NEW_ARRAY(struct claas_plan_seq, request->row_count);
     int count = 0;
 
-    side->seqs = CLAAS_NEW_ARRAY(struct cpu_seq, request->row_count);
-    side->batches = CLAAS_NEW_ARRAY(struct cpu_batch, request->row_count);
+    side->seqs = CLAAS_NEW_ARRAY(struct claas_plan_seq, request->row_count);
+    side->batches = CLAAS_NEW_ARRAY(struct claas_plan_batch, request->row_count);
     if (!seqs || !side->seqs || !side->batches)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (size_t i = 0; i < request->row_count; i++) {
@@ -136,17 +129,17 @@ static int make_side(const struct cpu_plan *plan, enum side which, struct cpu_si
 /* --- batches --- */
 
 /* Tokens that a sequence adds to a batch; `joins`: its prompt is there already. */
-static int seq_tokens(const struct cpu_seq *seq, bool joins)
+static int seq_tokens(const struct claas_plan_seq *seq, bool joins)
 {
     return seq->response_count - 1 + (joins ? 0 : seq->prompt_count);
 }
 
-static int fit(const struct cpu_side *side, int first, int budget, bool one_adapter)
+static int fit(const struct claas_plan_side *side, int first, int budget, bool one_adapter)
 {
     int tokens = 0, i = first;
 
     for (; i < side->seq_count; i++) {
-        const struct cpu_seq *seq = &side->seqs[i];
+        const struct claas_plan_seq *seq = &side->seqs[i];
         bool joins = i > first && seq[-1].family == seq->family;
 
         tokens += seq_tokens(seq, joins);
@@ -158,16 +151,16 @@ static int fit(const struct cpu_side *side, int first, int budget, bool one_adap
 
 static int blocks_of(int positions)
 {
-    return (positions + CLAAS_KV_BLOCK - 1) / CLAAS_KV_BLOCK;
+    return (positions + CLAAS_KV_BLOCK_TOKENS - 1) / CLAAS_KV_BLOCK_TOKENS;
 }
 
 /* Where the arrays of a batch being built are filled next. */
 struct builder {
-    struct cpu_batch *batch;
+    struct claas_plan_batch *batch;
     int32_t *tables;
 };
 
-static int allocate_batch(const struct cpu_side *side, struct cpu_batch *batch,
+static int allocate_batch(const struct claas_plan_side *side, struct claas_plan_batch *batch,
                           struct builder *builder)
 {
     size_t tokens = 0, scored = 0, table = 0, count = (size_t)batch->count;
@@ -175,7 +168,7 @@ static int allocate_batch(const struct cpu_side *side, struct cpu_batch *batch,
     uint8_t *records;
 
     for (int i = 0; i < batch->count; i++) {
-        const struct cpu_seq *seq = &side->seqs[batch->first + i];
+        const struct claas_plan_seq *seq = &side->seqs[batch->first + i];
 
         tokens += (size_t)seq_tokens(seq, false);
         scored += (size_t)seq->trained;
@@ -183,8 +176,9 @@ static int allocate_batch(const struct cpu_side *side, struct cpu_batch *batch,
                  (size_t)blocks_of(seq->prompt_count + seq->response_count);
     }
     batch->memory = CLAAS_NEW_ARRAY(int32_t, 3 * tokens + 4 * scored + table);
-    records = claas_alloc(count, sizeof(struct cpu_group) + 2 * sizeof(struct cpu_run) +
-                                     sizeof(struct cpu_copy));
+    records =
+        claas_alloc(count, sizeof(struct claas_pack_group) + 2 * sizeof(struct claas_pack_run) +
+                               sizeof(struct claas_pack_copy));
     batch->records = records;
     if (!batch->memory || !records)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -199,10 +193,12 @@ static int allocate_batch(const struct cpu_side *side, struct cpu_batch *batch,
     builder->tables = next + scored;
     builder->batch = batch;
     /* runs first: they hold pointers, the others nothing wider */
-    batch->pack.runs = (struct cpu_run *)(void *)records;
-    batch->pack.groups = (struct cpu_group *)(void *)(records + 2 * count * sizeof(struct cpu_run));
-    batch->pack.copies = (struct cpu_copy *)(void *)(records + 2 * count * sizeof(struct cpu_run) +
-                                                     count * sizeof(struct cpu_group));
+    batch->pack.runs = (struct claas_pack_run *)(void *)records;
+    batch->pack.groups =
+        (struct claas_pack_group *)(void *)(records + 2 * count * sizeof(struct claas_pack_run));
+    batch->pack.copies =
+        (struct claas_pack_copy *)(void *)(records + 2 * count * sizeof(struct claas_pack_run) +
+                                           count * sizeof(struct claas_pack_group));
     return 0;
 }
 
@@ -211,38 +207,39 @@ static int allocate_batch(const struct cpu_side *side, struct cpu_batch *batch,
 static int add_run(struct builder *builder, const claas_backend_adapter_t *adapter,
                    const int32_t *tokens, int count, int pos, int parent)
 {
-    struct cpu_batch *batch = builder->batch;
-    struct cpu_pack *pack = &batch->pack;
-    struct cpu_group *group = pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
-    int shared = pos / CLAAS_KV_BLOCK, blocks = blocks_of(pos + count);
+    struct claas_plan_batch *batch = builder->batch;
+    struct claas_pack *pack = &batch->pack;
+    struct claas_pack_group *group =
+        pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
+    int shared = pos / CLAAS_KV_BLOCK_TOKENS, blocks = blocks_of(pos + count);
 
     for (int i = 0; i < blocks; i++)
         builder->tables[i] = i < shared ? pack->runs[parent].blocks[i] : batch->block_count++;
-    pack->runs[pack->run_count] = (struct cpu_run){
+    pack->runs[pack->run_count] = (struct claas_pack_run){
         .first = pack->m, .count = count, .pos = pos, .blocks = builder->tables, .parent = parent};
-    if (parent >= 0 && pos % CLAAS_KV_BLOCK)
-        pack->copies[pack->copy_count++] =
-            (struct cpu_copy){.first = pack->runs[parent].first + shared * CLAAS_KV_BLOCK,
-                              .count = pos % CLAAS_KV_BLOCK,
-                              .block = builder->tables[shared]};
+    if (parent >= 0 && pos % CLAAS_KV_BLOCK_TOKENS)
+        pack->copies[pack->copy_count++] = (struct claas_pack_copy){
+            .first = pack->runs[parent].first + shared * CLAAS_KV_BLOCK_TOKENS,
+            .count = pos % CLAAS_KV_BLOCK_TOKENS,
+            .block = builder->tables[shared]};
     if (!group || group->adapter != adapter) {
         group = &pack->groups[pack->group_count++];
-        *group = (struct cpu_group){.first = pack->m, .adapter = adapter};
+        *group = (struct claas_pack_group){.first = pack->m, .adapter = adapter};
     }
     group->count += count;
     for (int i = 0; i < count; i++, pack->m++) {
         pack->tokens[pack->m] = tokens[i];
         pack->pos[pack->m] = pos + i;
-        pack->blocks[pack->m] = builder->tables[(pos + i) / CLAAS_KV_BLOCK];
+        pack->blocks[pack->m] = builder->tables[(pos + i) / CLAAS_KV_BLOCK_TOKENS];
     }
     builder->tables += blocks;
     return pack->run_count++;
 }
 
 /* The prompt and the response but its last token as one run of a sequence that shares nothing. */
-static void add_whole(struct builder *builder, const struct cpu_seq *seq)
+static void add_whole(struct builder *builder, const struct claas_plan_seq *seq)
 {
-    struct cpu_pack *pack = &builder->batch->pack;
+    struct claas_pack *pack = &builder->batch->pack;
     int run = add_run(builder, seq->adapter, seq->prompt, seq->prompt_count, 0, -1);
     int blocks = blocks_of(seq->prompt_count);
 
@@ -254,7 +251,7 @@ static void add_whole(struct builder *builder, const struct cpu_seq *seq)
 
         pack->tokens[pack->m] = seq->response[i];
         pack->pos[pack->m] = pos;
-        pack->blocks[pack->m] = pack->runs[run].blocks[pos / CLAAS_KV_BLOCK];
+        pack->blocks[pack->m] = pack->runs[run].blocks[pos / CLAAS_KV_BLOCK_TOKENS];
     }
     pack->runs[run].count += seq->response_count - 1;
     pack->groups[pack->group_count - 1].count += seq->response_count - 1;
@@ -262,7 +259,8 @@ static void add_whole(struct builder *builder, const struct cpu_seq *seq)
 
 /* The trained positions of a sequence: response[0] is predicted by row `last` (the prompt's last),
  * response[t] by row `next` + t - 1. */
-static void add_scored(struct cpu_batch *batch, const struct cpu_seq *seq, int last, int next)
+static void add_scored(struct claas_plan_batch *batch, const struct claas_plan_seq *seq, int last,
+                       int next)
 {
     int index = seq->scored;
 
@@ -274,7 +272,7 @@ static void add_scored(struct cpu_batch *batch, const struct cpu_seq *seq, int l
     }
 }
 
-static void list_tail(struct cpu_batch *batch, int32_t *place)
+static void list_tail(struct claas_plan_batch *batch, int32_t *place)
 {
     for (int i = 0; i < batch->pack.m; i++)
         place[i] = -1;
@@ -289,7 +287,7 @@ static void list_tail(struct cpu_batch *batch, int32_t *place)
         batch->scored_tail[i] = place[batch->scored_row[i]];
 }
 
-static int build_batch(const struct cpu_side *side, struct cpu_batch *batch)
+static int build_batch(const struct claas_plan_side *side, struct claas_plan_batch *batch)
 {
     struct builder builder = {0};
     CLAAS_AUTO_FREE int32_t *place = NULL;
@@ -298,7 +296,7 @@ static int build_batch(const struct cpu_side *side, struct cpu_batch *batch)
     if (code < 0)
         return code;
     for (int i = 0; i < batch->count; i++) {
-        const struct cpu_seq *seq = &side->seqs[batch->first + i];
+        const struct claas_plan_seq *seq = &side->seqs[batch->first + i];
         bool joins = i > 0 && seq[-1].family == seq->family;
         bool joined = i + 1 < batch->count && seq[1].family == seq->family;
         int next, last;
@@ -327,10 +325,10 @@ static int build_batch(const struct cpu_side *side, struct cpu_batch *batch)
     return 0;
 }
 
-static int make_batches(struct cpu_side *side, int budget, bool one_adapter)
+static int make_batches(struct claas_plan_side *side, int budget, bool one_adapter)
 {
     for (int first = 0; first < side->seq_count;) {
-        struct cpu_batch *batch = &side->batches[side->batch_count++];
+        struct claas_plan_batch *batch = &side->batches[side->batch_count++];
         int code;
 
         batch->first = first;
@@ -345,7 +343,7 @@ static int make_batches(struct cpu_side *side, int budget, bool one_adapter)
 
 /* --- the whole --- */
 
-static int find_learner(struct cpu_plan *plan, claas_backend_adapter_t *adapter)
+static int find_learner(struct claas_plan *plan, claas_backend_adapter_t *adapter)
 {
     for (int i = 0; i < plan->learner_count; i++)
         if (plan->learners[i].adapter == adapter)
@@ -356,17 +354,17 @@ static int find_learner(struct cpu_plan *plan, claas_backend_adapter_t *adapter)
 
 /* Numbers the trained positions along the student's sequences and gives the teacher's and base's
  * the same numbers. */
-static int number_positions(struct cpu_plan *plan)
+static int number_positions(struct claas_plan *plan)
 {
     const struct claas_backend_train *request = plan->request;
     CLAAS_AUTO_FREE int *first = CLAAS_NEW_ARRAY(int, request->row_count);
-    struct cpu_side *others[] = {&plan->teacher, &plan->base};
+    struct claas_plan_side *others[] = {&plan->teacher, &plan->base};
     int next = 0;
 
     if (!first)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (int i = 0; i < plan->student.seq_count; i++) {
-        struct cpu_seq *seq = &plan->student.seqs[i];
+        struct claas_plan_seq *seq = &plan->student.seqs[i];
 
         first[seq->row] = seq->scored = next;
         next += seq->trained;
@@ -378,22 +376,22 @@ static int number_positions(struct cpu_plan *plan)
     return 0;
 }
 
-static int fill_positions(struct cpu_plan *plan)
+static int fill_positions(struct claas_plan *plan)
 {
     const struct claas_backend_train *request = plan->request;
 
-    plan->positions = CLAAS_NEW_ARRAY(struct cpu_position, (size_t)plan->position_count);
+    plan->positions = CLAAS_NEW_ARRAY(struct claas_plan_position, (size_t)plan->position_count);
     if (!plan->positions)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (size_t i = 0; i < request->row_count; i++)
         plan->learners[find_learner(plan, request->rows[i].student)].rows++;
     for (int i = 0; i < plan->student.seq_count; i++) {
-        const struct cpu_seq *seq = &plan->student.seqs[i];
+        const struct claas_plan_seq *seq = &plan->student.seqs[i];
 
         plan->learners[find_learner(plan, request->rows[seq->row].student)].tokens += seq->trained;
     }
     for (int i = 0; i < plan->student.seq_count; i++) {
-        const struct cpu_seq *seq = &plan->student.seqs[i];
+        const struct claas_plan_seq *seq = &plan->student.seqs[i];
         const struct claas_train_row *row = &request->rows[seq->row].row;
         int learner = find_learner(plan, request->rows[seq->row].student), index = seq->scored;
         double weight = request->loss.sample_mean
@@ -402,7 +400,7 @@ static int fill_positions(struct cpu_plan *plan)
 
         for (int t = 0; t < seq->response_count; t++)
             if (!seq->mask || seq->mask[t])
-                plan->positions[index++] = (struct cpu_position){
+                plan->positions[index++] = (struct claas_plan_position){
                     .row = seq->row,
                     .learner = learner,
                     .token = seq->response[t],
@@ -414,17 +412,18 @@ static int fill_positions(struct cpu_plan *plan)
     return 0;
 }
 
-int claas_cpu_plan_new(const claas_backend_t *backend, const struct claas_backend_train *request,
-                       struct cpu_plan *ret)
+int claas_plan_new(const struct claas_model_config *config,
+                   const struct claas_backend_train *request,
+                   const struct claas_plan_limits *limits, struct claas_plan *ret)
 {
-    CLAAS_AUTO(claas_cpu_plan_done) struct cpu_plan plan = {.request = request};
+    CLAAS_AUTO(claas_plan_done) struct claas_plan plan = {.request = request};
     int code = 0;
 
     for (size_t i = 0; i < request->row_count && code >= 0; i++)
-        code = check_row(backend, request, i);
+        code = check_row(config, request, i);
     if (code < 0)
         return code;
-    plan.learners = CLAAS_NEW_ARRAY(struct cpu_learner, request->row_count);
+    plan.learners = CLAAS_NEW_ARRAY(struct claas_plan_learner, request->row_count);
     if (!plan.learners)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     code = make_side(&plan, SIDE_STUDENT, &plan.student);
@@ -437,19 +436,80 @@ int claas_cpu_plan_new(const claas_backend_t *backend, const struct claas_backen
     if (code >= 0)
         code = fill_positions(&plan);
     if (code >= 0)
-        code = make_batches(&plan.student, request->update ? TRAIN_TOKENS : INFER_TOKENS, true);
+        code = make_batches(&plan.student,
+                            request->update ? limits->train_tokens : limits->infer_tokens, true);
     if (code >= 0)
-        code = make_batches(&plan.teacher, INFER_TOKENS, false);
+        code = make_batches(&plan.teacher, limits->infer_tokens, false);
     if (code >= 0)
-        code = make_batches(&plan.base, INFER_TOKENS, false);
+        code = make_batches(&plan.base, limits->infer_tokens, false);
     if (code < 0)
         return code;
     *ret = plan;
-    plan = (struct cpu_plan){0};
+    plan = (struct claas_plan){0};
     return 0;
 }
 
-static void side_done(struct cpu_side *side)
+/* --- figures --- */
+
+struct sums {
+    double loss, divergence, forward_kl, kl_base, ratio, clipped, logprob, entropy;
+};
+
+static struct claas_train_row_result finish_row(const struct sums *s, int tokens)
+{
+    double n = tokens > 0 ? tokens : 1;
+
+    return (struct claas_train_row_result){
+        .loss = (float)(s->loss / n),
+        .divergence = (float)(s->divergence / n),
+        .forward_kl = (float)(s->forward_kl / n),
+        .kl_base = (float)(s->kl_base / n),
+        .ratio = (float)(s->ratio / n),
+        .clip_fraction = (float)(s->clipped / n),
+        .logprob = (float)(s->logprob / n),
+        .entropy = (float)(s->entropy / n),
+        .tokens = tokens,
+    };
+}
+
+/* Row figures, the loss as trained, and whether everything is finite. */
+void claas_plan_collect(const struct claas_plan *plan, const struct claas_loss_result *results,
+                        struct claas_train_result *ret)
+{
+    double loss = 0, worst = 0;
+
+    ret->finite = true;
+    ret->tokens = plan->position_count;
+    for (int i = 0; i < plan->student.seq_count; i++) {
+        const struct claas_plan_seq *seq = &plan->student.seqs[i];
+        struct sums sums = {0};
+
+        for (int j = seq->scored; j < seq->scored + seq->trained; j++) {
+            const struct claas_loss_result *r = &results[j];
+            const struct claas_plan_position *position = &plan->positions[j];
+
+            sums.loss += r->loss;
+            sums.divergence += r->divergence;
+            sums.forward_kl += r->forward_kl;
+            sums.kl_base += r->kl_base;
+            sums.ratio += r->ratio;
+            sums.clipped += r->clipped;
+            sums.logprob += r->logprob;
+            sums.entropy += r->entropy;
+            loss += (double)position->weight * r->loss;
+            if (!isnan(position->rollout))
+                worst = fmax(worst, fabs((double)r->logprob - position->rollout));
+            ret->finite = ret->finite && isfinite(r->loss) && isfinite(r->logprob);
+        }
+        ret->rows[seq->row] = finish_row(&sums, seq->trained);
+    }
+    ret->loss = (float)(plan->learner_count > 0 ? loss / plan->learner_count : 0);
+    ret->max_ratio_error = (float)worst;
+}
+
+/* --- the end --- */
+
+static void side_done(struct claas_plan_side *side)
 {
     for (int i = 0; i < side->batch_count; i++) {
         free(side->batches[i].memory);
@@ -457,15 +517,15 @@ static void side_done(struct cpu_side *side)
     }
     free(side->batches);
     free(side->seqs);
-    *side = (struct cpu_side){0};
+    *side = (struct claas_plan_side){0};
 }
 
-void claas_cpu_plan_done(struct cpu_plan *plan)
+void claas_plan_done(struct claas_plan *plan)
 {
     side_done(&plan->student);
     side_done(&plan->teacher);
     side_done(&plan->base);
     free(plan->learners);
     free(plan->positions);
-    *plan = (struct cpu_plan){0};
+    *plan = (struct claas_plan){0};
 }

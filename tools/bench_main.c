@@ -1,0 +1,15 @@
+/* `claas-bench`: the benchmarks of the device alone, for machines and builds without the server. */
+#include "bench.h"
+
+#include "claas/err.h"
+#include "verbs.h"
+
+int bench_cycle(const struct bench_args *args)
+{
+    return claas_fail(CLAAS_ERR_UNSUPPORTED, "learning cycles need the server: claas bench cycle");
+}
+
+int main(int argc, char **argv)
+{
+    return claas_bench_main(argc, argv);
+}
