@@ -1,0 +1,466 @@
+/* LoRA adapters on the device. Every adapter has a *view*, the rounded A and scale*B that products
+ * read; one that trains has float32 masters and moments beside it, and the view is made from the
+ * masters again after every optimizer step.
+ *
+ * All of them share one order of elements (model.h), which differs from the host image's only by
+ * stacking the A of fused modules and by the rank made a multiple of 8, for aligned products: a
+ * zero row of A and a zero column of B have zero gradients, so they stay zero.
+ *
+ *   view[i] = round(A_i)  or  round(scale * B_i);  a thread does 8 elements: 32 bytes read, 16
+ *   written. Within a layer the B of a weight's modules lie together, behind their A.
+ *
+ * Images come and go a layer at a time through two pinned buffers, on the calling thread's own
+ * stream, because that thread is not the one that computes. */
+#include "cuda/cuda_model.h"
+
+#include "claas/mem.h"
+
+#include <cuda_bf16.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define RANK_STEP       8
+#define ELEMENTS        8 /* of a thread at a time */
+#define VIEW_THREADS    256
+#define VIEW_BLOCKS_MAX 1024 /* of a layer */
+
+/* --- layout --- */
+
+static int check_lora(const struct claas_lora_config *lora)
+{
+    if (lora->rank < 1 || lora->rank > CLAAS_RANK_MAX)
+        return claas_fail(CLAAS_ERR_INVALID, "LoRA rank %d is not in 1 ... %d", lora->rank,
+                          CLAAS_RANK_MAX);
+    if (lora->modules == 0 || (lora->modules & ~CLAAS_MODULE_ALL))
+        return claas_fail(CLAAS_ERR_INVALID, "LoRA modules 0x%x", lora->modules);
+    return 0;
+}
+
+int cuda_lora_layout(const struct cuda_model *model, const struct claas_lora_config *lora,
+                     struct cuda_lora_layout *ret)
+{
+    struct cuda_lora_layout layout;
+    int rc = check_lora(lora);
+
+    if (rc < 0)
+        return rc;
+    memset(&layout, 0, sizeof(layout));
+    layout.rank = (lora->rank + RANK_STEP - 1) / RANK_STEP * RANK_STEP;
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        const struct cuda_weight *weight = &model->layers[0].weights[kind];
+
+        for (int i = 0; i < weight->part_count; i++) {
+            enum claas_module module = weight->parts[i].module;
+            bool present = lora->modules >> module & 1;
+
+            layout.index[module] = present ? layout.parts[kind]++ : -1;
+        }
+        layout.a[kind] = layout.layer;
+        layout.layer += (size_t)layout.parts[kind] * (size_t)layout.rank * (size_t)weight->k;
+        for (int i = 0; i < weight->part_count; i++) {
+            enum claas_module module = weight->parts[i].module;
+
+            layout.b[module] = layout.layer;
+            if (layout.index[module] >= 0)
+                layout.layer += (size_t)weight->parts[i].n * (size_t)layout.rank;
+        }
+    }
+    layout.count = layout.layer * (size_t)model->config.layers;
+    *ret = layout;
+    return 0;
+}
+
+int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *model,
+                     const struct claas_lora_config *lora, bool trains, struct cuda_adapter *ret)
+{
+    struct cuda_adapter adapter;
+    int rc;
+
+    memset(&adapter, 0, sizeof(adapter));
+    adapter.lora = *lora;
+    adapter.trains = trains;
+    rc = cuda_lora_layout(model, lora, &adapter.layout);
+    if (rc < 0)
+        return rc;
+    adapter.scale = lora->alpha / (float)lora->rank;
+    rc = cuda_region_new(context, &adapter.view, adapter.layout.count * context->act_bytes,
+                         "an adapter");
+    if (rc == 0 && trains) {
+        rc = cuda_region_new(context, &adapter.masters, 3 * adapter.layout.count * sizeof(float),
+                             "an adapter in training");
+        adapter.parameters = (float *)adapter.masters.base;
+    }
+    if (rc < 0) {
+        cuda_adapter_done(context, &adapter);
+        return rc;
+    }
+    if (trains) {
+        adapter.exp_avg = adapter.parameters + adapter.layout.count;
+        adapter.exp_avg_sq = adapter.exp_avg + adapter.layout.count;
+    }
+    *ret = adapter;
+    return 0;
+}
+
+void cuda_adapter_done(struct cuda_context *context, struct cuda_adapter *adapter)
+{
+    cuda_region_done(context, &adapter->view);
+    cuda_region_done(context, &adapter->masters);
+    adapter->parameters = adapter->exp_avg = adapter->exp_avg_sq = NULL;
+}
+
+/* --- the view --- */
+
+/* Where B lies within a layer, per weight. */
+struct view_args {
+    size_t begin[CUDA_WEIGHTS], end[CUDA_WEIGHTS];
+    size_t layer; /* elements, a multiple of ELEMENTS like all borders */
+    float scale;
+};
+
+static __device__ void store(float *out, const float *values)
+{
+    ((float4 *)out)[0] = make_float4(values[0], values[1], values[2], values[3]);
+    ((float4 *)out)[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+
+static __device__ void store(__nv_bfloat16 *out, const float *values)
+{
+    __align__(16) __nv_bfloat162 pairs[ELEMENTS / 2];
+
+    for (int i = 0; i < ELEMENTS / 2; i++)
+        pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    *(uint4 *)out = *(const uint4 *)pairs;
+}
+
+/* gridDim.y: layers. */
+template <typename T>
+static __global__ void view_kernel(struct view_args args, const float *parameters, T *view)
+{
+    size_t step = (size_t)gridDim.x * blockDim.x * ELEMENTS;
+    size_t base = blockIdx.y * args.layer;
+
+    for (size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * ELEMENTS; at < args.layer;
+         at += step) {
+        const float4 *in = (const float4 *)(parameters + base + at);
+        float4 low = in[0], high = in[1];
+        float values[ELEMENTS] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        float scale = 1.0f;
+
+        for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
+            if (at >= args.begin[kind] && at < args.end[kind])
+                scale = args.scale;
+        for (int i = 0; i < ELEMENTS; i++)
+            values[i] *= scale;
+        store(view + base + at, values);
+    }
+}
+
+/* Views of `layers` layers from `first` on; parameters begin at that layer. */
+static int make_view(struct cuda_context *context, const struct cuda_model *model,
+                     const struct cuda_adapter *adapter, cudaStream_t stream,
+                     const float *parameters, int first, int layers)
+{
+    const struct cuda_lora_layout *layout = &adapter->layout;
+    size_t blocks = (layout->layer / ELEMENTS + VIEW_THREADS - 1) / VIEW_THREADS;
+    void *view = cuda_at(context, adapter->view.base, (size_t)first * layout->layer);
+    struct view_args args;
+    dim3 grid(blocks < VIEW_BLOCKS_MAX ? (unsigned)blocks : VIEW_BLOCKS_MAX, (unsigned)layers);
+
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        size_t rows = (size_t)layout->parts[kind] * (size_t)layout->rank;
+
+        args.begin[kind] = layout->a[kind] + rows * (size_t)model->layers[0].weights[kind].k;
+        args.end[kind] = kind + 1 < CUDA_WEIGHTS ? layout->a[kind + 1] : layout->layer;
+    }
+    args.layer = layout->layer;
+    args.scale = adapter->scale;
+    if (context->act == CUDA_TYPE_F32)
+        view_kernel<<<grid, VIEW_THREADS, 0, stream>>>(args, parameters, (float *)view);
+    else
+        view_kernel<<<grid, VIEW_THREADS, 0, stream>>>(args, parameters, (__nv_bfloat16 *)view);
+    return cuda_check_launch(context, "an adapter's view");
+}
+
+int cuda_adapter_refresh(struct cuda_context *context, const struct cuda_model *model,
+                         struct cuda_adapter *adapter)
+{
+    if (!adapter->trains)
+        return claas_fail(CLAAS_ERR_INTERNAL, "an adapter for serving has nothing to refresh from");
+    return make_view(context, model, adapter, context->stream, adapter->parameters, 0,
+                     model->config.layers);
+}
+
+/* --- between the host image and a layer in the device's order --- */
+
+/* Copies `rows` rows of `count` floats whose starts lie `ld_in` and `ld_out` apart. */
+static void copy_rows(float *out, int ld_out, const float *in, int ld_in, int rows, int count)
+{
+    if (ld_in == count && ld_out == count) {
+        memcpy(out, in, (size_t)rows * (size_t)count * sizeof(float));
+        return;
+    }
+    for (int i = 0; i < rows; i++)
+        memcpy(out + (size_t)i * (size_t)ld_out, in + (size_t)i * (size_t)ld_in,
+               (size_t)count * sizeof(float));
+}
+
+/* A [r][K] and B [N][r] of the image, A [R][K] and B [N][R] of the layer. */
+static void copy_layer(const struct cuda_model *model, const struct cuda_adapter *adapter, int l,
+                       float *image, float *layer, bool to_image)
+{
+    const struct cuda_lora_layout *layout = &adapter->layout;
+    int r = adapter->lora.rank;
+
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        const struct cuda_weight *weight = &model->layers[l].weights[kind];
+
+        for (int i = 0; i < weight->part_count; i++) {
+            enum claas_module module = weight->parts[i].module;
+            int index = layout->index[module], n = weight->parts[i].n, k = weight->k;
+            float *image_a, *image_b, *a, *b;
+
+            if (index < 0)
+                continue;
+            image_a = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 0);
+            image_b = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 1);
+            a = layer + layout->a[kind] + (size_t)index * (size_t)layout->rank * (size_t)k;
+            b = layer + layout->b[module];
+            if (to_image) {
+                copy_rows(image_a, k, a, k, r, k);
+                copy_rows(image_b, r, b, layout->rank, n, r);
+            } else {
+                copy_rows(a, k, image_a, k, r, k);
+                copy_rows(b, layout->rank, image_b, r, n, r);
+            }
+        }
+    }
+}
+
+/* --- two buffers by turns --- */
+
+struct shuttle {
+    cudaStream_t stream;
+    float *host[2]; /* pinned, a layer each, zeroed */
+    cudaEvent_t done[2];
+    bool pending[2];
+    struct cuda_region layer; /* on the device, where there are no masters */
+};
+
+static void close_shuttle(struct cuda_context *context, struct shuttle *shuttle)
+{
+    (void)cudaStreamSynchronize(shuttle->stream);
+    for (int i = 0; i < 2; i++) {
+        if (shuttle->host[i])
+            (void)cudaFreeHost(shuttle->host[i]);
+        if (shuttle->done[i])
+            (void)cudaEventDestroy(shuttle->done[i]);
+    }
+    cuda_region_done(context, &shuttle->layer);
+}
+
+static int open_shuttle(struct cuda_context *context, const struct cuda_adapter *adapter,
+                        struct shuttle *shuttle)
+{
+    size_t bytes = adapter->layout.layer * sizeof(float);
+    int rc = 0;
+
+    memset(shuttle, 0, sizeof(*shuttle));
+    shuttle->stream = cudaStreamPerThread;
+    for (int i = 0; i < 2 && rc == 0; i++) {
+        rc = cuda_check(context, cudaMallocHost((void **)&shuttle->host[i], bytes),
+                        "pinned memory for an adapter");
+        if (rc == 0)
+            rc = cuda_check(context,
+                            cudaEventCreateWithFlags(&shuttle->done[i], cudaEventDisableTiming),
+                            "making an event");
+        if (rc == 0)
+            memset(shuttle->host[i], 0, bytes);
+    }
+    if (rc == 0 && !adapter->trains)
+        rc = cuda_region_new(context, &shuttle->layer, bytes, "an adapter's layer");
+    if (rc < 0)
+        close_shuttle(context, shuttle);
+    return rc;
+}
+
+/* Starts a copy and notes when it is done. */
+static int start_copy(struct cuda_context *context, struct shuttle *shuttle, int turn, void *to,
+                      const void *from, size_t bytes, cudaMemcpyKind kind)
+{
+    int rc = cuda_check(context, cudaMemcpyAsync(to, from, bytes, kind, shuttle->stream),
+                        "copying an adapter");
+
+    if (rc == 0)
+        rc = cuda_check(context, cudaEventRecord(shuttle->done[turn], shuttle->stream),
+                        "copying an adapter");
+    shuttle->pending[turn] = rc == 0;
+    return rc;
+}
+
+static int wait_copy(struct cuda_context *context, struct shuttle *shuttle, int turn)
+{
+    int rc = 0;
+
+    if (shuttle->pending[turn])
+        rc = cuda_check(context, cudaEventSynchronize(shuttle->done[turn]), "copying an adapter");
+    shuttle->pending[turn] = false;
+    return rc;
+}
+
+/* --- upload --- */
+
+/* One array of the image. device NULL: only its view is kept. The buffers' padding was zeroed at
+ * the start, and nothing is written there. */
+static int upload_array(struct cuda_context *context, const struct cuda_model *model,
+                        const struct cuda_adapter *adapter, struct shuttle *shuttle,
+                        const float *image, float *device)
+{
+    size_t layer = adapter->layout.layer;
+    int rc = 0;
+
+    for (int l = 0; l < model->config.layers && rc == 0; l++) {
+        int turn = l & 1;
+        float *target = device ? device + (size_t)l * layer : (float *)shuttle->layer.base;
+
+        rc = wait_copy(context, shuttle, turn);
+        if (rc < 0)
+            return rc;
+        copy_layer(model, adapter, l, (float *)(uintptr_t)image, shuttle->host[turn], false);
+        rc = start_copy(context, shuttle, turn, target, shuttle->host[turn], layer * sizeof(float),
+                        cudaMemcpyHostToDevice);
+        if (rc == 0 && !device)
+            rc = make_view(context, model, adapter, shuttle->stream, target, l, 1);
+    }
+    return rc;
+}
+
+static int upload_moments(struct cuda_context *context, const struct cuda_model *model,
+                          const struct cuda_adapter *adapter, struct shuttle *shuttle,
+                          const struct claas_adapter_image *image)
+{
+    size_t bytes = 2 * adapter->layout.count * sizeof(float);
+    int rc;
+
+    if (!image->exp_avg || !image->exp_avg_sq)
+        return cuda_check(context, cudaMemsetAsync(adapter->exp_avg, 0, bytes, shuttle->stream),
+                          "an adapter's moments");
+    rc = upload_array(context, model, adapter, shuttle, image->exp_avg, adapter->exp_avg);
+    if (rc == 0)
+        rc = upload_array(context, model, adapter, shuttle, image->exp_avg_sq, adapter->exp_avg_sq);
+    return rc;
+}
+
+static bool same_lora(const struct claas_lora_config *a, const struct claas_lora_config *b)
+{
+    return a->rank == b->rank && a->alpha == b->alpha && a->modules == b->modules;
+}
+
+int cuda_adapter_upload(struct cuda_context *context, const struct cuda_model *model,
+                        struct cuda_adapter *adapter, const struct claas_adapter_image *image)
+{
+    struct shuttle shuttle;
+    int rc;
+
+    if (!same_lora(&image->lora, &adapter->lora) || !image->parameters)
+        return claas_fail(CLAAS_ERR_INVALID, "the adapter's image has another shape");
+    rc = open_shuttle(context, adapter, &shuttle);
+    if (rc < 0)
+        return rc;
+    rc = upload_array(context, model, adapter, &shuttle, image->parameters, adapter->parameters);
+    if (rc == 0 && adapter->trains) {
+        rc = make_view(context, model, adapter, shuttle.stream, adapter->parameters, 0,
+                       model->config.layers);
+        if (rc == 0)
+            rc = upload_moments(context, model, adapter, &shuttle, image);
+    }
+    if (rc == 0)
+        rc = cuda_check(context, cudaStreamSynchronize(shuttle.stream), "copying an adapter");
+    close_shuttle(context, &shuttle);
+    if (rc == 0)
+        adapter->step = adapter->trains && image->exp_avg && image->exp_avg_sq ? image->step : 0;
+    return rc;
+}
+
+/* --- download --- */
+
+/* One array into the image: while a layer is unpacked the next one is on its way. */
+static int download_array(struct cuda_context *context, const struct cuda_model *model,
+                          const struct cuda_adapter *adapter, struct shuttle *shuttle,
+                          const float *device, float *image)
+{
+    size_t layer = adapter->layout.layer;
+    int layers = model->config.layers, rc = 0;
+
+    for (int l = 0; l <= layers && rc == 0; l++) {
+        if (l < layers)
+            rc = start_copy(context, shuttle, l & 1, shuttle->host[l & 1],
+                            device + (size_t)l * layer, layer * sizeof(float),
+                            cudaMemcpyDeviceToHost);
+        if (rc == 0 && l > 0) {
+            rc = wait_copy(context, shuttle, (l - 1) & 1);
+            if (rc == 0)
+                copy_layer(model, adapter, l - 1, image, shuttle->host[(l - 1) & 1], true);
+        }
+    }
+    return rc;
+}
+
+/* The shuttle's stream goes on where the computing stream is now: an update may still be queued. */
+static int follow(struct cuda_context *context, struct shuttle *shuttle)
+{
+    cudaEvent_t now = shuttle->done[0];
+    int rc = cuda_check(context, cudaEventRecord(now, context->stream), "reading an adapter back");
+
+    return rc < 0 ? rc
+                  : cuda_check(context, cudaStreamWaitEvent(shuttle->stream, now, 0),
+                               "reading an adapter back");
+}
+
+static int download_all(struct cuda_context *context, const struct cuda_model *model,
+                        const struct cuda_adapter *adapter, struct claas_adapter_image *image)
+{
+    struct shuttle shuttle;
+    int rc = open_shuttle(context, adapter, &shuttle);
+
+    if (rc < 0)
+        return rc;
+    rc = follow(context, &shuttle);
+    if (rc == 0)
+        rc = download_array(context, model, adapter, &shuttle, adapter->parameters,
+                            image->parameters);
+    if (rc == 0)
+        rc = download_array(context, model, adapter, &shuttle, adapter->exp_avg, image->exp_avg);
+    if (rc == 0)
+        rc = download_array(context, model, adapter, &shuttle, adapter->exp_avg_sq,
+                            image->exp_avg_sq);
+    close_shuttle(context, &shuttle);
+    return rc;
+}
+
+int cuda_adapter_download(struct cuda_context *context, const struct cuda_model *model,
+                          const struct cuda_adapter *adapter, struct claas_adapter_image *ret)
+{
+    size_t count = claas_lora_parameter_count(&model->config, &adapter->lora);
+    struct claas_adapter_image image;
+    int rc = 0;
+
+    if (!adapter->trains)
+        return claas_fail(CLAAS_ERR_INVALID, "only an adapter in training can be read back");
+    memset(&image, 0, sizeof(image));
+    image.lora = adapter->lora;
+    image.step = adapter->step;
+    image.parameters = CLAAS_NEW_ARRAY(float, count);
+    image.exp_avg = CLAAS_NEW_ARRAY(float, count);
+    image.exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
+    if (!image.parameters || !image.exp_avg || !image.exp_avg_sq)
+        rc = claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to read an adapter back");
+    if (rc == 0)
+        rc = download_all(context, model, adapter, &image);
+    if (rc < 0) {
+        claas_adapter_image_done(&image);
+        return rc;
+    }
+    *ret = image;
+    return 0;
+}

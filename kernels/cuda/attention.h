@@ -1,0 +1,69 @@
+/* Causal attention with grouped queries, over packed rows (training) or over paged keys and values
+ * (serving). All pointers are device pointers, but for the counts. head_dim 64 or 128 in bfloat16
+ * on tensor cores; any multiple of 16 up to 256, and float32, by a plain kernel. Softmax in
+ * float32, P rounded to act for the product with V. Deterministic: no atomics. */
+#ifndef CLAAS_CUDA_ATTENTION_H
+#define CLAAS_CUDA_ATTENTION_H
+
+#include "cuda/context.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CUDA_KV_BLOCK 16
+
+/* Rows [first, first+count) of the pack are positions pos … of one sequence. Positions 0 … pos-1
+ * are rows parent_first … of the same pack (training; pos = 0: none), or in the blocks (serving).
+ */
+struct cuda_attn_run {
+    int32_t first, count, pos;
+    int32_t parent_first;
+    int32_t table;      /* serving: this run's block numbers begin at tables[table] */
+    int32_t child_from; /* training, backward: runs whose parent this run is are children[child_from
+                           … */
+    int32_t child_end;  /* … child_end), in order */
+};
+
+struct cuda_attention {
+    int heads, kv_heads, head_dim;
+    float scale;
+    int m, run_count;
+    int longest;  /* the largest count of a run */
+    int furthest; /* the largest pos + count */
+    const struct cuda_attn_run *runs;
+    const int32_t *row_run; /* [m]: the run of each row */
+    const void *qkv;        /* act [m][ldqkv]: q | k | v of each row, rotated */
+    int ldqkv;
+    void *out;  /* act [m][Nq] */
+    float *lse; /* [m][H], or NULL */
+    /* serving: this layer's blocks, act [block][2][G][16][d] (keys, then values), and block
+     * numbers; kv = NULL: training */
+    const void *kv;
+    const int32_t *tables;
+    /* serving: device memory for the parts of long rows; may be NULL where the size function gives
+     * 0 */
+    void *scratch;
+    size_t scratch_bytes;
+};
+/* Runs of few queries over many keys are cut into parts of keys that are joined afterwards. Enough
+ * for any pass of at most these sizes; 0 without parts. */
+size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head_dim, int runs, int longest,
+                                    int furthest);
+int cuda_attention(struct cuda_context *context, const struct cuda_attention *args);
+
+/* dqkv act [m][ldqkv] from dout act [m][Nq]; delta: scratch float [m][H]. The gradient of a shared
+ * prompt's keys and values sums over the run's own queries, then its children's in order. */
+struct cuda_attention_bwd {
+    struct cuda_attention forward; /* as it was, out and lse filled; training only */
+    const int32_t *children;
+    const void *dout;
+    float *delta;
+    void *dqkv;
+};
+int cuda_attention_bwd(struct cuda_context *context, const struct cuda_attention_bwd *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

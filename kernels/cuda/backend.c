@@ -1,0 +1,187 @@
+/* The CUDA back-end of the engine: opens the device and the model on it, and names the functions.
+ */
+#include "cuda/cuda_backend.h"
+#include "cuda/pass.h"
+
+#include "claas/mem.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void cuda_memory_changed(claas_backend_t *backend)
+{
+    uint64_t now = backend->context.bytes, peak = atomic_load(&backend->bytes_peak);
+
+    while (now > peak && !atomic_compare_exchange_weak(&backend->bytes_peak, &peak, now))
+        ;
+}
+
+static void close_backend(claas_backend_t **backend)
+{
+    claas_backend_t *b = *backend;
+
+    if (!b)
+        return;
+    if (b->context.stream)
+        (void)cuda_wait(&b->context);
+    cuda_forward_close(b);
+    cuda_upload_done(&b->context, &b->step_upload);
+    cuda_upload_done(&b->context, &b->chunk_upload);
+    cuda_region_done(&b->context, &b->step);
+    cuda_region_done(&b->context, &b->kv);
+    for (int i = 0; i < 2; i++)
+        if (b->turns[i])
+            (void)cudaEventDestroy(b->turns[i]);
+    cuda_model_done(&b->context, &b->model);
+    cuda_context_close(&b->context);
+    free(b);
+    *backend = NULL;
+}
+
+static int read_precision(const char *name, enum cuda_type *ret)
+{
+    if (!name || strcmp(name, "bf16") == 0)
+        *ret = CUDA_TYPE_BF16;
+    else if (strcmp(name, "f32") == 0)
+        *ret = CUDA_TYPE_F32;
+    else
+        return claas_fail(CLAAS_ERR_INVALID, "precision '%s' is none of bf16, f32", name);
+    return 0;
+}
+
+static int open_kv(claas_backend_t *backend)
+{
+    const struct claas_model_config *c = &backend->model.config;
+    size_t block =
+        2 * (size_t)c->kv_heads * CUDA_KV_BLOCK * (size_t)c->head_dim * backend->context.act_bytes;
+    size_t bytes;
+
+    if (__builtin_mul_overflow(block * (size_t)c->layers, (size_t)backend->kv_blocks, &bytes))
+        return claas_fail(CLAAS_ERR_LIMIT, "%d key/value blocks are too many", backend->kv_blocks);
+    return cuda_region_new(&backend->context, &backend->kv, bytes, "keys and values");
+}
+
+static int open_turns(claas_backend_t *backend)
+{
+    int code = 0;
+
+    for (int i = 0; i < 2 && code >= 0; i++)
+        code = cuda_check(&backend->context,
+                          cudaEventCreateWithFlags(&backend->turns[i], cudaEventDisableTiming),
+                          "an event");
+    return code;
+}
+
+static int open_backend(const struct claas_backend_options *options, claas_model_t *model,
+                        claas_backend_t **ret)
+{
+    CLAAS_AUTO(close_backend) claas_backend_t *backend = CLAAS_NEW(claas_backend_t);
+    enum cuda_type act = CUDA_TYPE_BF16;
+    int code = read_precision(options->precision, &act);
+
+    if (!backend)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (code < 0)
+        return code;
+    if (options->kv_blocks < 1 || options->max_tokens < 1)
+        return claas_fail(CLAAS_ERR_INVALID, "%d key/value blocks, %d tokens in a pass",
+                          options->kv_blocks, options->max_tokens);
+    backend->kv_blocks = options->kv_blocks;
+    backend->max_tokens = options->max_tokens;
+    code = cuda_context_open(act, &backend->context);
+    if (code >= 0)
+        code = cuda_model_load(&backend->context, model, &backend->model);
+    if (code >= 0)
+        code = open_kv(backend);
+    if (code >= 0)
+        code = open_turns(backend);
+    if (code >= 0)
+        code = cuda_forward_open(backend);
+    if (code >= 0)
+        code = cuda_wait(&backend->context);
+    if (code < 0)
+        return code;
+    (void)snprintf(backend->name, sizeof(backend->name), "cuda %s %s",
+                   act == CUDA_TYPE_BF16 ? "bf16" : "f32", backend->context.name);
+    cuda_memory_changed(backend);
+    *ret = CLAAS_TAKE(backend);
+    return 0;
+}
+
+static const char *describe(const claas_backend_t *backend)
+{
+    return backend->name;
+}
+
+static void report_memory(const claas_backend_t *backend, struct claas_backend_memory *ret)
+{
+    *ret = (struct claas_backend_memory){
+        .weights = backend->model.region.bytes,
+        .kv = backend->kv.bytes,
+        .adapters = atomic_load(&backend->bytes_adapters),
+        .workspace = backend->step.bytes + backend->forward.region.bytes,
+        .peak = atomic_load(&backend->bytes_peak),
+    };
+}
+
+/* --- adapters --- */
+
+static uint64_t adapter_bytes(const claas_backend_adapter_t *adapter)
+{
+    return adapter->cuda.view.bytes + adapter->cuda.masters.bytes;
+}
+
+static int adapter_new(claas_backend_t *backend, const struct claas_lora_config *lora,
+                       enum claas_adapter_use use, claas_backend_adapter_t **ret)
+{
+    CLAAS_AUTO_FREE claas_backend_adapter_t *adapter = CLAAS_NEW(claas_backend_adapter_t);
+    int code;
+
+    if (!adapter)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    code = cuda_adapter_new(&backend->context, &backend->model, lora, use == CLAAS_ADAPTER_TRAIN,
+                            &adapter->cuda);
+    if (code < 0)
+        return code;
+    atomic_fetch_add(&backend->bytes_adapters, adapter_bytes(adapter));
+    cuda_memory_changed(backend);
+    *ret = CLAAS_TAKE(adapter);
+    return 0;
+}
+
+static void adapter_free(claas_backend_t *backend, claas_backend_adapter_t **adapter)
+{
+    if (!*adapter)
+        return;
+    atomic_fetch_sub(&backend->bytes_adapters, adapter_bytes(*adapter));
+    cuda_adapter_done(&backend->context, &(*adapter)->cuda);
+    free(*adapter);
+    *adapter = NULL;
+}
+
+static int adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
+                          const struct claas_adapter_image *image)
+{
+    return cuda_adapter_upload(&backend->context, &backend->model, &adapter->cuda, image);
+}
+
+static int adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                            struct claas_adapter_image *ret)
+{
+    return cuda_adapter_download(&backend->context, &backend->model, &adapter->cuda, ret);
+}
+
+const struct claas_backend_ops claas_backend_cuda = {
+    .name = "cuda",
+    .open = open_backend,
+    .free = close_backend,
+    .describe = describe,
+    .memory = report_memory,
+    .adapter_new = adapter_new,
+    .adapter_free = adapter_free,
+    .adapter_upload = adapter_upload,
+    .adapter_download = adapter_download,
+    .forward = cuda_forward,
+    .train = cuda_train,
+};

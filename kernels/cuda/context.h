@@ -1,0 +1,87 @@
+/* One CUDA device as the files of this folder see it: its stream, its cuBLASLt handle, how errors
+ * become ours, and arenas of its memory.
+ *
+ * Everything runs on one stream in the order of the calls; nothing here waits for the device unless
+ * its comment says so. "act" is an activation element: bfloat16, or float32 in the float32 build of
+ * a model. Pointers named d_… or documented as device pointers are never read on the host.
+ *
+ * Letters in shapes are those of cpu/step.h: m rows of a pack, D hidden, F intermediate, V
+ * vocabulary, L layers, H heads, G kv heads, d head_dim, Nq = H*d, Nk = G*d, Nqkv = Nq + 2*Nk, R
+ * rank. Matrices are row-major; ld… are row lengths in elements. */
+#ifndef CLAAS_CUDA_CONTEXT_H
+#define CLAAS_CUDA_CONTEXT_H
+
+#include "claas/err.h"
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum cuda_type { CUDA_TYPE_F32, CUDA_TYPE_BF16 };
+
+struct cuda_gemm_plans; /* gemm.cu: algorithms chosen so far */
+
+struct cuda_context {
+    int ordinal;
+    int arch; /* 80, 86, 90, … */
+    int multiprocessors;
+    size_t memory; /* bytes of the card */
+    char name[64]; /* "NVIDIA H100 80GB HBM3" */
+    enum cuda_type act;
+    size_t act_bytes;
+    cudaStream_t stream;
+    cublasLtHandle_t lt;
+    void *lt_space; /* workspace of every product on the stream */
+    size_t lt_space_bytes;
+    struct cuda_gemm_plans *plans;
+    size_t bytes; /* device memory taken through cuda_region_new */
+    bool lost;    /* a sticky error was seen: nothing works any more */
+};
+
+/* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, a
+ * driver or a card too old (below sm_80). */
+int cuda_context_open(enum cuda_type act, struct cuda_context *ret);
+void cuda_context_close(struct cuda_context *context);
+
+/* 0 for success. NO_MEMORY for an allocation, else DEVICE, with `what` and CUDA's words in the
+ * error's text; a sticky error sets context->lost. */
+int cuda_check(struct cuda_context *context, cudaError_t code, const char *what);
+/* After launches: the first error that CUDA has noted since the last call. Does not wait. */
+int cuda_check_launch(struct cuda_context *context, const char *what);
+/* Waits for the stream. */
+int cuda_wait(struct cuda_context *context);
+
+/* Device memory, zeroed. NO_MEMORY says which allocation, of how many bytes, and how much is free.
+ */
+struct cuda_region {
+    void *base;
+    size_t bytes;
+};
+int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
+                    const char *what);
+void cuda_region_done(struct cuda_context *context, struct cuda_region *region);
+
+/* A bump allocator over a region, 256-byte aligned. With base NULL it only counts, so one layout
+ * function both measures and places. */
+struct cuda_arena {
+    uint8_t *base;
+    size_t used;
+};
+void *cuda_take(struct cuda_arena *arena, size_t bytes);
+
+/* Element `element` of an array of acts. */
+static inline void *cuda_at(const struct cuda_context *context, const void *base, size_t element)
+{
+    return (uint8_t *)(uintptr_t)base + element * context->act_bytes;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif

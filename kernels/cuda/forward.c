@@ -1,0 +1,220 @@
+/* One forward pass of the engine: segments become rows of a pack, the layers run once, and the
+ * wanted rows' logits are turned into tokens or scores on the device, in chunks. The only waiting
+ * is for the samples. Its workspace is its own: the pass may run between two layers of a training
+ * step. */
+#include "cuda/pass.h"
+#include "cuda/sample.h"
+
+#include "claas/mem.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Bytes of the logits buffer: 256 rows of a small vocabulary, 85 of a large one. */
+#define LOGITS_FLOATS   ((size_t)13 << 20)
+#define LOGITS_ROWS     256
+#define LOGITS_ROWS_MIN 8
+
+static void place(claas_backend_t *backend, struct cuda_arena *arena)
+{
+    struct cuda_forward_space *space = &backend->forward;
+    const struct claas_model_config *c = &backend->model.config;
+    size_t m = (size_t)backend->max_tokens, vocab = (size_t)c->vocab;
+    size_t rows = LOGITS_FLOATS / vocab;
+
+    rows = rows > LOGITS_ROWS ? LOGITS_ROWS : rows < LOGITS_ROWS_MIN ? LOGITS_ROWS_MIN : rows;
+    space->logits_rows = (int)(rows < m ? rows : m);
+    space->pass.lds[CUDA_QKV] = 3 * CLAAS_RANK_MAX;
+    space->pass.lds[CUDA_O] = CLAAS_RANK_MAX;
+    space->pass.lds[CUDA_GATE_UP] = 2 * CLAAS_RANK_MAX;
+    space->pass.lds[CUDA_DOWN] = CLAAS_RANK_MAX;
+    cuda_place_pass(backend, arena, (int)m, &space->pass);
+    cuda_place_infer(backend, arena, (int)m, (int)m, &space->pass, &space->infer);
+    space->hidden = cuda_take(arena, m * (size_t)c->hidden * backend->context.act_bytes);
+    space->logits = cuda_take(arena, (size_t)space->logits_rows * vocab * sizeof(float));
+    space->sampling = cuda_take(arena, cuda_sample_scratch_bytes(c->vocab, space->logits_rows));
+    space->device_samples =
+        cuda_take(arena, (size_t)space->logits_rows * sizeof(struct claas_sample));
+}
+
+/* The host's arrays of a pack of max_tokens rows. */
+static int open_host(claas_backend_t *backend)
+{
+    struct cuda_forward_space *space = &backend->forward;
+    size_t m = (size_t)backend->max_tokens;
+    uint8_t *at;
+
+    space->host = claas_alloc(m, 4 * sizeof(int32_t) + sizeof(struct claas_pack_run) +
+                                     2 * sizeof(struct claas_pack_group));
+    if (!space->host)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    at = space->host; /* pointers first, so that all are aligned */
+    space->pack.runs = (struct claas_pack_run *)(void *)at;
+    at += m * sizeof(struct claas_pack_run);
+    space->pack.groups = (struct claas_pack_group *)(void *)at;
+    at += m * sizeof(struct claas_pack_group);
+    space->infer.tail_groups = (struct claas_pack_group *)(void *)at;
+    at += m * sizeof(struct claas_pack_group);
+    space->pack.tokens = (int32_t *)(void *)at;
+    space->pack.pos = space->pack.tokens + m;
+    space->pack.blocks = space->pack.pos + m;
+    space->tail = space->pack.blocks + m;
+    return cuda_check(&backend->context,
+                      cudaMallocHost((void **)&space->staging,
+                                     (size_t)space->logits_rows * sizeof(struct claas_sample)),
+                      "samples");
+}
+
+int cuda_forward_open(claas_backend_t *backend)
+{
+    struct cuda_forward_space *space = &backend->forward;
+    struct claas_model_config *c = &backend->model.config;
+    struct cuda_arena arena = {0};
+    int table = (c->context + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK, code;
+    size_t m = (size_t)backend->max_tokens;
+    /* runs of a pass share blocks but not their lists: each may be as long as the context */
+    size_t tables = m * (size_t)(table < backend->kv_blocks ? table : backend->kv_blocks);
+
+    place(backend, &arena);
+    code = cuda_region_new(&backend->context, &space->region, arena.used, "the forward pass");
+    if (code < 0)
+        return code;
+    arena = (struct cuda_arena){.base = space->region.base};
+    place(backend, &arena);
+    space->pass.backend = backend;
+    space->pass.kv = backend->kv.base;
+    space->pass.kv_layer_bytes = backend->kv.bytes / (size_t)c->layers;
+    if (tables > (size_t)4 << 20) /* many short runs or few long ones, not many long ones */
+        tables = (size_t)4 << 20;
+    code = cuda_upload_new(&backend->context, &space->upload,
+                           cuda_pack_bytes(backend->max_tokens, backend->max_tokens, (int)tables) +
+                               m * sizeof(int32_t) + 64,
+                           "the rows of a pass");
+    return code >= 0 ? open_host(backend) : code;
+}
+
+void cuda_forward_close(claas_backend_t *backend)
+{
+    struct cuda_forward_space *space = &backend->forward;
+
+    cuda_upload_done(&backend->context, &space->upload);
+    cuda_region_done(&backend->context, &space->region);
+    if (space->staging)
+        (void)cudaFreeHost(space->staging);
+    free(space->host);
+}
+
+static int check_segment(const claas_backend_t *backend, const struct claas_segment *segment)
+{
+    const struct claas_model_config *c = &backend->model.config;
+
+    if (segment->count < 1 || segment->pos < 0 || segment->pos > c->context - segment->count)
+        return claas_fail(CLAAS_ERR_LIMIT, "positions %d ... %d of a context of %d", segment->pos,
+                          segment->pos + segment->count, c->context);
+    if (segment->wanted < 0 || segment->wanted > segment->count)
+        return claas_fail(CLAAS_ERR_INVALID, "%d rows wanted of %d", segment->wanted,
+                          segment->count);
+    for (int i = 0; i < segment->count; i++)
+        if (segment->tokens[i] < 0 || segment->tokens[i] >= c->vocab)
+            return claas_fail(CLAAS_ERR_INVALID, "token %d of a vocabulary of %d",
+                              segment->tokens[i], c->vocab);
+    for (int i = 0; i <= (segment->pos + segment->count - 1) / CUDA_KV_BLOCK; i++)
+        if (segment->blocks[i] < 0 || segment->blocks[i] >= backend->kv_blocks)
+            return claas_fail(CLAAS_ERR_INVALID, "block %d of %d", segment->blocks[i],
+                              backend->kv_blocks);
+    return 0;
+}
+
+static void add_segment(struct cuda_forward_space *space, const struct claas_segment *segment)
+{
+    struct claas_pack *pack = &space->pack;
+    struct claas_pack_group *group =
+        pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
+
+    pack->runs[pack->run_count++] = (struct claas_pack_run){.first = pack->m,
+                                                            .count = segment->count,
+                                                            .pos = segment->pos,
+                                                            .blocks = segment->blocks,
+                                                            .parent = -1};
+    if (!group || group->adapter != segment->adapter) {
+        group = &pack->groups[pack->group_count++];
+        *group = (struct claas_pack_group){.first = pack->m, .adapter = segment->adapter};
+    }
+    group->count += segment->count;
+    for (int i = 0; i < segment->count; i++) {
+        pack->tokens[pack->m] = segment->tokens[i];
+        pack->pos[pack->m] = segment->pos + i;
+        pack->blocks[pack->m] = segment->blocks[(segment->pos + i) / CUDA_KV_BLOCK];
+        if (i >= segment->count - segment->wanted)
+            space->tail[space->infer.tail_count++] = pack->m;
+        pack->m++;
+    }
+}
+
+static int take_segments(claas_backend_t *backend, const struct claas_segment *segments, int count)
+{
+    struct cuda_forward_space *space = &backend->forward;
+
+    space->pack.m = space->pack.group_count = space->pack.run_count = 0;
+    space->infer.tail_count = 0;
+    for (int i = 0; i < count; i++) {
+        int code = check_segment(backend, &segments[i]);
+
+        if (code < 0)
+            return code;
+        if (segments[i].count > backend->max_tokens - space->pack.m)
+            return claas_fail(CLAAS_ERR_LIMIT, "more than %d tokens in one pass",
+                              backend->max_tokens);
+        add_segment(space, &segments[i]);
+    }
+    return 0;
+}
+
+static int send_rows(claas_backend_t *backend)
+{
+    struct cuda_forward_space *space = &backend->forward;
+    size_t bytes = (size_t)space->infer.tail_count * sizeof(int32_t);
+    const void *device = NULL;
+    void *tail;
+    int code = cuda_upload_begin(&backend->context, &space->upload);
+
+    if (code >= 0)
+        code = cuda_pack_fill(&space->upload, &space->pack, true, &space->pass.pack);
+    if (code < 0)
+        return code;
+    tail = cuda_upload_take(&space->upload, bytes, &device);
+    if (!tail)
+        return claas_fail(CLAAS_ERR_LIMIT, "too many rows wanted");
+    memcpy(tail, space->tail, bytes);
+    space->infer.tail = device;
+    space->infer.tail_host = space->tail;
+    return cuda_upload_send(&backend->context, &space->upload);
+}
+
+int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
+                 struct claas_sample *samples)
+{
+    struct cuda_forward_space *space = &backend->forward;
+    struct cuda_context *context = &backend->context;
+    const struct claas_model_config *c = &backend->model.config;
+    int code = take_segments(backend, segments, count);
+
+    if (code < 0 || space->pack.m == 0)
+        return code;
+    code = send_rows(backend);
+    if (code >= 0)
+        code = cuda_infer(&space->pass, &space->infer, space->hidden);
+    for (int row = 0; row < space->infer.tail_count && code >= 0; row += space->logits_rows) {
+        int rows = space->infer.tail_count - row;
+
+        if (rows > space->logits_rows)
+            rows = space->logits_rows;
+        code = cuda_logits(backend, rows,
+                           cuda_at(context, space->hidden, (size_t)row * (size_t)c->hidden),
+                           space->logits);
+        if (code >= 0)
+            code = cuda_sample(context, c->vocab, rows, space->logits, samples + row,
+                               space->staging, space->device_samples, space->sampling);
+    }
+    return code;
+}

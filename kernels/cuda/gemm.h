@@ -1,0 +1,38 @@
+/* Matrix products by cuBLASLt. Sums are float32 (float32 operands: no TF32). An algorithm is chosen
+ * once per shape by timing those that cuBLASLt proposes, is kept for the context's life, and is
+ * deterministic: reductions in place are ruled out. */
+#ifndef CLAAS_CUDA_GEMM_H
+#define CLAAS_CUDA_GEMM_H
+
+#include "cuda/context.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum cuda_gemm_form {
+    CUDA_GEMM_NT, /* out[m][n] = a[m][k] b[n][k]^T   x W^T */
+    CUDA_GEMM_NN, /* out[m][n] = a[m][k] b[k][n]     dy W */
+    CUDA_GEMM_TN, /* out[m][n] = a[k][m]^T b[k][n]   p^T x: gradients */
+};
+
+/* out = alpha a b + beta add; a, b, add: act (device). */
+struct cuda_gemm {
+    enum cuda_gemm_form form;
+    int m, n, k;
+    const void *a, *b;
+    int lda, ldb;
+    void *out;
+    int ldo;
+    enum cuda_type out_type; /* the context's act, or float32 */
+    float alpha;
+    float beta;      /* 0: `add` is not read */
+    const void *add; /* [m][n] of out_type, row length ldo; NULL = out itself */
+};
+int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);
+void cuda_gemm_plans_free(struct cuda_context *context);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,821 @@
+/* The SDPO loss of rows of logits and its gradient; see claas/loss.h for the formulas and
+ * kernels/sdpo for the slow, plain form, whose steps these are.
+ *
+ *   student, teacher float32 [rows][V] -> results [rows], dlogits act [rows][V]
+ *
+ * A row is held by a cluster of blocks (wide_rows.cuh). With us = z - max z, es = exp(us), ut and
+ * et likewise for the teacher, the passes over it are
+ *
+ *   1  copy into shared memory; max z, max zt
+ *   2  sum es, sum et (integers), sum es us, sum et (ut - us), sum es (us - ut)
+ *   3  by variant: nothing (forward, reverse KL); log(S/M) of every element and two sums
+ *      (Jensen-Shannon); selection of the K largest and the sums over buckets (top K)
+ *   4  gradient a x + c es, corrected at the K selected and at the token
+ *
+ * and the scalars between them are doubles of thread 0. From log(T/S) = ut - us + log(sum es / sum
+ * et) = g both logarithms of Jensen-Shannon follow with one: log(M/S) = log((1-a) + a e^g),
+ * log(M/T) = log(M/S) - g. An error of g does not matter to first order: the divergence is
+ * stationary in it.
+ *
+ * Membership in the top K is a comparison with the K-th largest key, so no list of the K exists.
+ * What concerns buckets is done in double, in logarithms, as in sdpo/buckets.c. A term whose factor
+ * es or et is 0 counts 0. */
+#include "cuda/cuda_loss.h"
+#include "cuda/wide_rows.cuh"
+
+#include <cuda_bf16.h>
+
+#define LOG_RATIO_MAX 20.0
+#define TAIL_LOG_MAX  -1e-7 /* the log of the top K's mass is held below: tail >= 1e-7 */
+#define MASS_MIN      1e-8  /* floor of the renormalisation */
+#define TEACHER_FLOOR -20.0 /* log-prob of a token that the teacher did not list */
+#define EXPONENT_MAX  88.0F /* e^88 is a float */
+
+/* What x of the gradient a x + c es is. */
+enum loss_form { FORM_NONE, FORM_FORWARD, FORM_REVERSE, FORM_JSD };
+
+struct loss_args {
+    struct row_plan plan;
+    struct claas_loss_config config;
+    enum loss_form form;
+    int top_k; /* 0: no selection */
+    const float *student, *teacher;
+    const struct cuda_loss_position *positions;
+    void *dlogits;
+    struct claas_loss_result *results;
+    float mass_scale;
+    bool quads, quads_out; /* rows are aligned for groups of four */
+};
+
+/* The row's scalars, made by thread 0. */
+struct loss_scalars {
+    double s, t, s_us, t_ut_less, s_less; /* sums of pass 2 */
+    double log_s, log_t, lse, lse_t;
+    double divergence;
+    /* the gradient of D: a x + c es; `center`, mass_s and mass_t belong to the members' patch */
+    double a, c, at_token, center, mass_s, mass_t;
+    bool held;
+    /* the gradient of the loss, ready to be written */
+    float grad_a, grad_c, grad_token;
+    double kept, weight;
+};
+
+struct alignas(16) loss_shared {
+    struct row_shared row;
+    struct loss_scalars scalars;
+};
+
+/* A row as a thread sees it. */
+struct loss_row {
+    struct row_block block;
+    struct loss_scalars *scalars;
+    struct row_slice z, zt;
+    float max, max_t;
+    bool stored;     /* Jensen-Shannon: z and zt became es and x */
+    row_key_t bound; /* members' keys are no smaller */
+};
+
+struct loss_term {
+    float us, es, gap, et; /* gap = ut - us */
+};
+
+static __device__ __forceinline__ struct loss_term term_of(float z, float zt, float max,
+                                                           float max_t)
+{
+    struct loss_term term;
+    float ut = zt - max_t;
+
+    term.us = z - max;
+    term.gap = ut - term.us;
+    term.es = expf(term.us);
+    term.et = expf(ut);
+    return term;
+}
+
+/* --- passes 1 and 2 --- */
+
+static __device__ __forceinline__ void find_maxima(struct loss_row *row)
+{
+    struct row_sums sums = row_nothing();
+
+    for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x) {
+        float4 z = row_quad(&row->z, i), zt = row_quad(&row->zt, i);
+
+        sums.max[0] = fmaxf(sums.max[0], fmaxf(fmaxf(z.x, z.y), fmaxf(z.z, z.w)));
+        sums.max[1] = fmaxf(sums.max[1], fmaxf(fmaxf(zt.x, zt.y), fmaxf(zt.z, zt.w)));
+    }
+    sums = row_fold(&row->block, sums, FOLD_MAX);
+    row->max = sums.max[0];
+    row->max_t = sums.max[1];
+}
+
+/* Four elements are added in float, then in double. */
+static __device__ __forceinline__ void add_terms(const struct loss_row *row, float4 z4, float4 zt4,
+                                                 float scale, struct row_sums *sums)
+{
+    float z[4] = {z4.x, z4.y, z4.z, z4.w}, zt[4] = {zt4.x, zt4.y, zt4.z, zt4.w};
+    float s_us = 0, t_less = 0, s_less = 0;
+
+    for (int k = 0; k < 4; k++) {
+        struct loss_term term = term_of(z[k], zt[k], row->max, row->max_t);
+
+        sums->mass[0] += to_mass(term.es, scale);
+        sums->mass[1] += to_mass(term.et, scale);
+        s_us += term.es != 0 ? term.es * term.us : 0.0F;
+        t_less += term.et != 0 ? term.et * term.gap : 0.0F;
+        s_less -= term.es != 0 ? term.es * term.gap : 0.0F;
+    }
+    sums->sum[0] += (double)s_us;
+    sums->sum[1] += (double)t_less;
+    sums->sum[2] += (double)s_less;
+}
+
+static __device__ __forceinline__ void measure(struct loss_row *row, float scale)
+{
+    struct row_sums sums = row_nothing();
+    struct loss_scalars *ret = row->scalars;
+
+    for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x)
+        add_terms(row, row_quad(&row->z, i), row_quad(&row->zt, i), scale, &sums);
+    sums = row_fold(&row->block, sums, FOLD_MASS | FOLD_SUM | FOLD_MORE);
+    if (threadIdx.x == 0) {
+        /* A NaN among the terms is a NaN in these sums, and integers do not show it. */
+        ret->s = from_mass(sums.mass[0], scale, isnan(sums.sum[0]));
+        ret->t = from_mass(sums.mass[1], scale, isnan(sums.sum[1]));
+        ret->s_us = sums.sum[0];
+        ret->t_ut_less = sums.sum[1];
+        ret->s_less = sums.sum[2];
+        ret->log_s = log(ret->s);
+        ret->log_t = log(ret->t);
+        ret->lse = (double)row->max + ret->log_s;
+        ret->lse_t = (double)row->max_t + ret->log_t;
+        ret->a = ret->c = ret->at_token = ret->center = 0;
+        ret->mass_s = ret->mass_t = 0;
+        ret->held = false;
+    }
+    __syncthreads();
+}
+
+/* KL(T||S) = sum T (log T - log S), the logs split into row and constant parts. */
+static __device__ double forward_kl(const struct loss_scalars *s)
+{
+    return s->t_ut_less / s->t - s->log_t + s->log_s;
+}
+
+/* --- the whole vocabulary --- */
+
+struct jsd_scalars {
+    float keep, mix, shift; /* 1 - alpha, alpha, log(sum es / sum et) */
+};
+
+static __device__ __forceinline__ struct jsd_scalars jsd_of(const struct loss_row *row, float alpha)
+{
+    struct jsd_scalars jsd = {(float)(1.0 - (double)alpha), alpha,
+                              (float)(row->scalars->log_s - row->scalars->log_t)};
+
+    return jsd;
+}
+
+/* es log(S/M), and et log(T/M). */
+static __device__ __forceinline__ float jsd_term(const struct jsd_scalars *jsd,
+                                                 const struct loss_term *term, float *t_log)
+{
+    float g = fminf(fmaxf(term->gap + jsd->shift, -EXPONENT_MAX), EXPONENT_MAX);
+    float log_m = logf(fmaf(jsd->mix, expf(g), jsd->keep)); /* log(M/S) */
+
+    *t_log = term->et != 0 ? term->et * (g - log_m) : 0.0F;
+    return term->es != 0 ? -term->es * log_m : 0.0F;
+}
+
+/* Where the slice lies in shared memory, es and es log(S/M) replace the logits there. */
+static __device__ __forceinline__ void jensen_shannon_rows(struct loss_row *row, float alpha,
+                                                           bool resident)
+{
+    struct jsd_scalars jsd = jsd_of(row, alpha);
+    struct row_sums sums = row_nothing();
+    struct loss_scalars *ret = row->scalars;
+
+    for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x) {
+        float4 z4 = row_quad(&row->z, i), zt4 = row_quad(&row->zt, i);
+        float z[4] = {z4.x, z4.y, z4.z, z4.w}, zt[4] = {zt4.x, zt4.y, zt4.z, zt4.w};
+        float x_sum = 0, t_sum = 0;
+
+        for (int k = 0; k < 4; k++) {
+            struct loss_term term = term_of(z[k], zt[k], row->max, row->max_t);
+            float t_log;
+
+            z[k] = term.es;
+            zt[k] = jsd_term(&jsd, &term, &t_log);
+            x_sum += zt[k];
+            t_sum += t_log;
+        }
+        sums.sum[0] += (double)x_sum;
+        sums.sum[1] += (double)t_sum;
+        if (resident) {
+            *(float4 *)(row->z.values + i) = make_float4(z[0], z[1], z[2], z[3]);
+            *(float4 *)(row->zt.values + i) = make_float4(zt[0], zt[1], zt[2], zt[3]);
+        }
+    }
+    row->stored = resident;
+    sums = row_fold(&row->block, sums, FOLD_SUM);
+    if (threadIdx.x == 0) {
+        double keep = 1.0 - (double)alpha;
+
+        ret->divergence = keep * (sums.sum[0] / ret->s) + (double)alpha * (sums.sum[1] / ret->t);
+        ret->a = keep / ret->s;
+        ret->c = -ret->a * (sums.sum[0] / ret->s);
+    }
+    __syncthreads();
+}
+
+/* Over the whole vocabulary:
+ *   alpha = 0: dD/dz = S - T
+ *   alpha = 1: dD/dz = S (log(S/T) - KL(S||T))
+ *   else       dD/dz = (1-alpha) S (log(S/M) - KL(S||M)) */
+static __device__ __forceinline__ void full_vocabulary(struct loss_row *row,
+                                                       const struct loss_args *args)
+{
+    struct loss_scalars *ret = row->scalars;
+
+    if (args->form == FORM_JSD) {
+        jensen_shannon_rows(row, args->config.alpha, args->plan.resident);
+        return;
+    }
+    if (threadIdx.x == 0 && args->form == FORM_FORWARD) {
+        ret->divergence = forward_kl(ret);
+        ret->a = -1.0 / ret->t;
+        ret->c = 1.0 / ret->s;
+    }
+    if (threadIdx.x == 0 && args->form == FORM_REVERSE) {
+        ret->divergence = ret->s_less / ret->s - ret->log_s + ret->log_t;
+        ret->a = 1.0 / ret->s;
+        ret->c = -ret->a * (ret->s_less / ret->s);
+    }
+    __syncthreads();
+}
+
+/* --- the top K, as buckets --- */
+
+/* One bucket's part of (1-a) KL(S||M) + a KL(T||M), and g S = (1-a) S log(S/M). */
+static __device__ double jensen_shannon(double alpha, double log_s, double log_t, double *slope)
+{
+    double s = exp(log_s);
+    double t = exp(log_t);
+    double log_m = log((1 - alpha) * s + alpha * t);
+    double part_s = s == 0 ? 0.0 : (1 - alpha) * s * (log_s - log_m);
+    double part_t = t == 0 ? 0.0 : alpha * t * (log_t - log_m);
+
+    *slope = part_s;
+    return part_s + part_t;
+}
+
+/* One bucket's part of D, and g S. */
+static __device__ __noinline__ double diverge(double alpha, double log_s, double log_t,
+                                              double *slope)
+{
+    double s;
+    double t;
+    double part;
+
+    if (alpha > 0 && alpha < 1)
+        return jensen_shannon(alpha, log_s, log_t, slope);
+    s = exp(log_s);
+    t = exp(log_t);
+    if (alpha == 0) {
+        *slope = -t;
+        return t == 0 ? 0.0 : t * (log_t - log_s);
+    }
+    part = s == 0 ? 0.0 : s * (log_s - log_t);
+    *slope = part + s;
+    return part;
+}
+
+static __device__ bool is_member(const struct loss_row *row, const struct row_slice *by, int i)
+{
+    return row_key(by->values[i], by->begin + i) >= row->bound;
+}
+
+static __device__ void select_top(struct loss_row *row, const struct row_slice *by, int count,
+                                  int vocab, struct digit_bins<unsigned> *bins)
+{
+    struct row_values values = {};
+
+    row->bound = 0;
+    if (count >= vocab)
+        return;
+    values.values = by->values;
+    values.begin = by->begin;
+    values.count = by->count;
+    row->bound = select_key(&row->block, bins, &values, (unsigned)count, 0.0F, false);
+}
+
+/* The log of a tail's mass; its sum is of what lies outside of the top K, not 1 less the rest:
+ * exact even where the top K hold nearly all. */
+static __device__ double tail_log_mass(double sum, double whole, bool *held)
+{
+    double mass = sum / whole;
+
+    *held = mass < -expm1(TAIL_LOG_MAX);
+    return log(*held ? -expm1(TAIL_LOG_MAX) : mass);
+}
+
+/* Sums: the tail's es and et, the members' parts of D and of the center. */
+static __device__ void student_topk(struct loss_row *row, double alpha)
+{
+    struct loss_scalars *ret = row->scalars;
+    struct row_sums sums = row_nothing();
+    double lse = ret->lse, lse_t = ret->lse_t, part;
+    bool held_t;
+
+    for (int i = (int)threadIdx.x; i < row->block.count; i += (int)blockDim.x) {
+        float z = row->z.values[i], zt = row->zt.values[i];
+
+        if (is_member(row, &row->z, i)) {
+            sums.sum[2] += diverge(alpha, (double)z - lse, (double)zt - lse_t, &part);
+            sums.sum[3] += part;
+        } else {
+            sums.sum[0] += (double)expf(z - row->max);
+            sums.sum[1] += (double)expf(zt - row->max_t);
+        }
+    }
+    sums = row_fold(&row->block, sums, FOLD_SUM | FOLD_MORE);
+    if (threadIdx.x == 0) {
+        double log_s = tail_log_mass(sums.sum[0], ret->s, &ret->held);
+        double log_t = tail_log_mass(sums.sum[1], ret->t, &held_t);
+
+        ret->divergence = diverge(alpha, log_s, log_t, &part) + sums.sum[2];
+        ret->center = (ret->held ? 0.0 : part) + sums.sum[3];
+        ret->c = ((ret->held ? 0.0 : part / exp(log_s)) - ret->center) / ret->s;
+    }
+    __syncthreads();
+}
+
+/* stopgrad(log S_y - tau_y) log S_y */
+static __device__ void token_form(const struct loss_row *row, float z, float zt, int token)
+{
+    struct loss_scalars *ret = row->scalars;
+    double log_s = (double)z - ret->lse;
+    double tau = row_key(zt, token) >= row->bound ? (double)zt - ret->lse_t : TEACHER_FLOOR;
+    double gap = log_s - tau;
+
+    ret->divergence = gap * log_s;
+    ret->at_token = gap;
+    ret->c = -gap / ret->s;
+}
+
+/* Student and teacher renormalised over the members: first their masses, then the divergence. */
+static __device__ void renormalised_form(struct loss_row *row, double alpha)
+{
+    struct loss_scalars *ret = row->scalars;
+    struct row_sums sums = row_nothing();
+    double lse = ret->lse, lse_t = ret->lse_t, part;
+
+    for (int i = (int)threadIdx.x; i < row->block.count; i += (int)blockDim.x)
+        if (is_member(row, &row->zt, i)) {
+            sums.sum[0] += exp((double)row->z.values[i] - lse);
+            sums.sum[1] += exp((double)row->zt.values[i] - lse_t);
+        }
+    sums = row_fold(&row->block, sums, FOLD_SUM);
+    if (threadIdx.x == 0) {
+        ret->held = sums.sum[0] < MASS_MIN;
+        ret->mass_s = log(ret->held ? MASS_MIN : sums.sum[0]);
+        ret->mass_t = log(sums.sum[1] < MASS_MIN ? MASS_MIN : sums.sum[1]);
+    }
+    __syncthreads();
+    lse += ret->mass_s;
+    lse_t += ret->mass_t;
+    sums = row_nothing();
+    for (int i = (int)threadIdx.x; i < row->block.count; i += (int)blockDim.x)
+        if (is_member(row, &row->zt, i)) {
+            sums.sum[0] += jensen_shannon(alpha, (double)row->z.values[i] - lse,
+                                          (double)row->zt.values[i] - lse_t, &part);
+            sums.sum[1] += part;
+        }
+    sums = row_fold(&row->block, sums, FOLD_SUM);
+    if (threadIdx.x == 0) {
+        ret->divergence = sums.sum[0];
+        ret->center = sums.sum[1];
+        /* Held: S_k is divided by a constant, and so depends on every logit again. */
+        ret->c = ret->held ? -ret->center / ret->s : 0.0;
+    }
+    __syncthreads();
+}
+
+static __device__ void top_k(struct loss_row *row, const struct loss_args *args, int token, float z,
+                             float zt, struct digit_bins<unsigned> *bins)
+{
+    double alpha = (double)args->config.alpha;
+
+    if (args->config.variant == CLAAS_LOSS_STUDENT_TOPK_TAIL) {
+        select_top(row, &row->z, args->top_k, args->plan.vocab, bins);
+        student_topk(row, alpha);
+        return;
+    }
+    if (alpha == 0) { /* M = S: the Python system's alpha = 0 teaches nothing; kept for parity */
+        if (threadIdx.x == 0)
+            row->scalars->divergence = 0;
+        __syncthreads();
+        return;
+    }
+    select_top(row, &row->zt, args->top_k, args->plan.vocab, bins);
+    if (alpha < 1) {
+        renormalised_form(row, alpha);
+        return;
+    }
+    if (threadIdx.x == 0)
+        token_form(row, z, zt, token);
+    __syncthreads();
+}
+
+/* --- scalars of the loss --- */
+
+/* fmin/fmax would turn NaN into a number. */
+static __device__ double clamp_log_ratio(double x)
+{
+    return x > LOG_RATIO_MAX ? LOG_RATIO_MAX : x < -LOG_RATIO_MAX ? -LOG_RATIO_MAX : x;
+}
+
+static __device__ void weigh_ratio(const struct claas_loss_config *config, float rollout,
+                                   struct claas_loss_result *ret)
+{
+    double ratio;
+
+    ret->ratio = 1.0F;
+    ret->clipped = 0.0F;
+    if (config->is_clip == 0 || isnan(rollout))
+        return;
+    ratio = exp(clamp_log_ratio((double)ret->logprob - (double)rollout));
+    if (ratio >= (double)config->is_clip) {
+        ratio = (double)config->is_clip;
+        ret->clipped = 1.0F;
+    }
+    ret->ratio = (float)ratio;
+}
+
+/* k3 and its derivative by log S_y; outside of the clamp the value is constant. */
+static __device__ double kl_to_base(const struct claas_loss_config *config, float base,
+                                    struct claas_loss_result *ret)
+{
+    double sign = config->reference_k3 ? 1.0 : -1.0;
+    double x = sign * ((double)ret->logprob - (double)base);
+    double clamped = clamp_log_ratio(x);
+
+    ret->kl_base = 0.0F;
+    if (!(config->kl_weight > 0))
+        return 0.0;
+    ret->kl_base = (float)(exp(clamped) - 1.0 - clamped);
+    return x != clamped && !isnan(x) ? 0.0 : sign * (exp(x) - 1.0);
+}
+
+/* By thread 0 of each block: the result, and what the gradient needs. */
+static __device__ void finish(const struct loss_row *row, const struct claas_loss_config *config,
+                              const struct cuda_loss_position *position, float z_token,
+                              struct claas_loss_result *ret)
+{
+    struct loss_scalars *s = row->scalars;
+    double slope_k3;
+
+    ret->logprob = z_token - row_lse(row->max, s->log_s);
+    ret->entropy = (float)(s->log_s - s->s_us / s->s);
+    ret->forward_kl = (float)forward_kl(s);
+    /* Masked terms must not hide a NaN or infinity in the logits. */
+    if (!isfinite(s->lse) || !isfinite(s->lse_t))
+        s->divergence = (double)NAN;
+    weigh_ratio(config, position->rollout, ret);
+    slope_k3 = kl_to_base(config, position->base, ret);
+    ret->divergence = position->teacher ? (float)s->divergence : NAN;
+    ret->loss =
+        (float)((double)ret->ratio * s->divergence +
+                (config->kl_weight > 0 ? (double)config->kl_weight * (double)ret->kl_base : 0.0));
+    s->weight = (double)position->weight * (double)ret->ratio;
+    slope_k3 *= (double)position->weight * (double)config->kl_weight;
+    s->kept = -slope_k3 / s->s;
+    s->grad_a = (float)(s->weight * s->a);
+    s->grad_c = (float)(s->weight * s->c + s->kept);
+    s->grad_token = (float)(s->weight * s->at_token + slope_k3);
+}
+
+/* --- pass 4: the gradient --- */
+
+static __device__ __forceinline__ void put(float *to, float value)
+{
+    *to = value;
+}
+static __device__ __forceinline__ void put(__nv_bfloat16 *to, float value)
+{
+    *to = __float2bfloat16_rn(value);
+}
+static __device__ __forceinline__ void put_quad(float *to, const float v[4])
+{
+    *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
+}
+static __device__ __forceinline__ void put_quad(__nv_bfloat16 *to, const float v[4])
+{
+    __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(v[0], v[1]), __floats2bfloat162_rn(v[2], v[3])};
+    uint2 word;
+
+    memcpy(&word, pair, sizeof(word));
+    *(uint2 *)to = word;
+}
+
+/* es, and the x that goes with it. */
+static __device__ __forceinline__ float gradient_term(const struct loss_row *row,
+                                                      enum loss_form form,
+                                                      const struct jsd_scalars *jsd, float z,
+                                                      float zt, float *x)
+{
+    struct loss_term term;
+    float t_log;
+
+    if (row->stored) {
+        *x = zt;
+        return z;
+    }
+    term.us = z - row->max;
+    term.es = expf(term.us);
+    *x = 0;
+    if (form == FORM_NONE)
+        return term.es;
+    term.gap = (zt - row->max_t) - term.us;
+    term.et = form == FORM_FORWARD ? expf(zt - row->max_t) : 0.0F;
+    *x = form == FORM_FORWARD   ? term.et
+         : form == FORM_REVERSE ? (term.es != 0 ? -term.es * term.gap : 0.0F)
+                                : jsd_term(jsd, &term, &t_log);
+    return term.es;
+}
+
+/* `out`: the block's part of the gradient's row. */
+template <typename Act>
+static __device__ __forceinline__ void
+write_gradient(const struct loss_row *row, const struct loss_args *args, int token, Act *out)
+{
+    float a = row->scalars->grad_a, c = row->scalars->grad_c, extra = row->scalars->grad_token;
+    struct jsd_scalars jsd = jsd_of(row, args->config.alpha);
+    enum loss_form form = args->form;
+
+    token -= row->block.begin;
+    for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x) {
+        float4 z4 = row_quad(&row->z, i), zt4 = form == FORM_NONE ? z4 : row_quad(&row->zt, i);
+        float z[4] = {z4.x, z4.y, z4.z, z4.w}, zt[4] = {zt4.x, zt4.y, zt4.z, zt4.w}, grad[4];
+
+        for (int k = 0; k < 4; k++) {
+            float x, es = gradient_term(row, form, &jsd, z[k], zt[k], &x);
+
+            grad[k] = form == FORM_NONE ? c * es : a * x + c * es;
+            grad[k] += i + k == token ? extra : 0.0F;
+        }
+        if (args->quads_out) {
+            put_quad(out + i, grad);
+            continue;
+        }
+        for (int k = 0; k < 4 && i + k < row->block.count; k++)
+            put(out + i + k, grad[k]);
+    }
+}
+
+/* The members' gradient, over what write_gradient() left. With a tail bucket the patch replaces c
+ * es: both are large numbers of opposite sign. */
+template <typename Act>
+static __device__ void patch_members(const struct loss_row *row, const struct loss_args *args,
+                                     int token, Act *out)
+{
+    bool tail = args->config.variant == CLAAS_LOSS_STUDENT_TOPK_TAIL;
+    const struct loss_scalars *s = row->scalars;
+    const struct row_slice *by = tail ? &row->z : &row->zt;
+    double alpha = (double)args->config.alpha, part;
+
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < row->block.count; i += (int)blockDim.x) {
+        float z = row->z.values[i], zt = row->zt.values[i], es, grad;
+        double log_s, log_t;
+
+        if (!is_member(row, by, i))
+            continue;
+        es = expf(z - row->max);
+        log_s = (double)z - s->lse - s->mass_s;
+        log_t = (double)zt - s->lse_t - s->mass_t;
+        if (tail)
+            diverge(alpha, log_s, log_t, &part);
+        else
+            jensen_shannon(alpha, log_s, log_t, &part);
+        part = !tail && s->held ? part : part - exp(log_s) * s->center;
+        grad = (float)((tail ? s->kept * (double)es : (double)(s->grad_c * es)) + s->weight * part);
+        put(out + i, grad + (row->block.begin + i == token ? s->grad_token : 0.0F));
+    }
+}
+
+/* --- kernels --- */
+
+/* Sets the slices of student and teacher up; without a teacher the student stands in. */
+static __device__ __forceinline__ void fetch(struct loss_row *row, const struct loss_args *args,
+                                             const float *z, const float *zt, float *memory)
+{
+    const struct row_block *block = &row->block;
+    bool resident = args->plan.resident;
+
+    row->z.begin = row->zt.begin = block->begin;
+    row->z.count = row->zt.count = block->count;
+    row->z.quads = row->zt.quads = resident || args->quads;
+    row->z.values = resident ? memory : (float *)(z + block->begin);
+    row->zt.values = resident ? memory + args->plan.slice : (float *)(zt + block->begin);
+    if (!resident)
+        return;
+    row_fetch(z + block->begin, block->count, args->quads, row->z.values);
+    row_fetch(zt + block->begin, block->count, args->quads, row->zt.values);
+    row_fetched();
+}
+
+/* Members have a gradient of their own: not in the forms that teach the token or nothing. */
+static __device__ __forceinline__ bool has_patch(const struct claas_loss_config *config)
+{
+    return config->variant == CLAAS_LOSS_STUDENT_TOPK_TAIL ||
+           (config->alpha > 0 && config->alpha < 1);
+}
+
+/* Two kernels by TOP_K, so that the doubles of the second do not cost the first its registers. */
+template <typename Act, bool TOP_K>
+static __global__ void __launch_bounds__(1024, 1) loss_rows(const struct loss_args args)
+{
+    extern __shared__ __align__(16) unsigned char row_memory[];
+    struct loss_shared *shared = (struct loss_shared *)row_memory;
+    struct digit_bins<unsigned> *bins = (struct digit_bins<unsigned> *)(shared + 1);
+    size_t index = blockIdx.x / (unsigned)args.plan.blocks;
+    size_t first = index * (size_t)args.plan.vocab;
+    const struct cuda_loss_position position = args.positions[index];
+    const float *z = args.student + first, *zt = position.teacher ? args.teacher + first : z;
+    bool known = position.token >= 0 && position.token < args.plan.vocab;
+    float z_token = known ? z[position.token] : NAN;
+    struct claas_loss_result result;
+    struct loss_row row = {};
+
+    row.block = row_open(&args.plan, row_memory);
+    row.scalars = &shared->scalars;
+    fetch(&row, &args, z, zt, TOP_K ? (float *)(bins + 1) : (float *)bins);
+    find_maxima(&row);
+    measure(&row, args.mass_scale);
+    if constexpr (TOP_K)
+        top_k(&row, &args, position.token, z_token, known ? zt[position.token] : NAN, bins);
+    else
+        full_vocabulary(&row, &args);
+    if (threadIdx.x == 0) {
+        finish(&row, &args.config, &position, z_token, &result);
+        if (row.block.rank == 0)
+            args.results[index] = result;
+    }
+    __syncthreads();
+    if (args.dlogits) {
+        Act *out = (Act *)args.dlogits + first + row.block.begin;
+
+        write_gradient(&row, &args, position.token, out);
+        if constexpr (TOP_K)
+            if (has_patch(&args.config))
+                patch_members(&row, &args, position.token, out);
+    }
+    if (row.block.blocks > 1)
+        row_sync(&row.block); /* a block's shared memory must outlive its readers */
+}
+
+struct logprob_args {
+    struct row_plan plan;
+    const float *logits;
+    const int32_t *tokens;
+    float *out;
+    float mass_scale;
+    bool quads;
+};
+
+static __global__ void __launch_bounds__(1024, 1) logprob_rows(const struct logprob_args args)
+{
+    extern __shared__ __align__(16) unsigned char row_memory[];
+    size_t index = blockIdx.x / (unsigned)args.plan.blocks;
+    const float *z = args.logits + index * (size_t)args.plan.vocab;
+    struct row_block block = row_open(&args.plan, row_memory);
+    struct row_slice slice = {(float *)(z + block.begin), block.begin, block.count, args.quads};
+    int token = args.tokens[index];
+    float max;
+    double log_sum;
+
+    if (args.plan.resident) {
+        slice.values = (float *)(row_memory + sizeof(struct row_shared));
+        slice.quads = true;
+        row_fetch(z + block.begin, block.count, args.quads, slice.values);
+        row_fetched();
+    }
+    log_sum = row_measure(&block, &slice, args.mass_scale, &max);
+    if (block.rank == 0 && threadIdx.x == 0)
+        args.out[index] =
+            token >= 0 && token < args.plan.vocab ? z[token] - row_lse(max, log_sum) : NAN;
+    if (block.blocks > 1)
+        row_sync(&block);
+}
+
+/* --- host --- */
+
+static bool is_aligned(const void *p, size_t bytes)
+{
+    return (uintptr_t)p % bytes == 0;
+}
+
+static int check_config(const struct claas_loss_config *config)
+{
+    if (config->variant < CLAAS_LOSS_FULL || config->variant > CLAAS_LOSS_TEACHER_TOPK)
+        return claas_fail(CLAAS_ERR_INVALID, "loss: unknown variant %d", (int)config->variant);
+    if (!(config->alpha >= 0 && config->alpha <= 1))
+        return claas_fail(CLAAS_ERR_INVALID, "loss: alpha is %g, it must be from 0 to 1",
+                          (double)config->alpha);
+    if (config->variant != CLAAS_LOSS_FULL && config->top_k < 1)
+        return claas_fail(CLAAS_ERR_INVALID, "loss: top_k is %d, it must be at least 1",
+                          config->top_k);
+    if (!(config->is_clip >= 0))
+        return claas_fail(CLAAS_ERR_INVALID, "loss: is_clip is %g, it must not be negative",
+                          (double)config->is_clip);
+    if (!(config->kl_weight >= 0) || isinf(config->kl_weight))
+        return claas_fail(CLAAS_ERR_INVALID, "loss: kl_weight is %g, it must not be negative",
+                          (double)config->kl_weight);
+    return 0;
+}
+
+/* STUDENT_TOPK_TAIL with K >= V has no tail: it is the whole vocabulary. */
+static void choose_form(struct loss_args *args)
+{
+    const struct claas_loss_config *config = &args->config;
+    bool full =
+        config->variant == CLAAS_LOSS_FULL ||
+        (config->variant == CLAAS_LOSS_STUDENT_TOPK_TAIL && config->top_k >= args->plan.vocab);
+
+    args->top_k = full ? 0 : config->top_k < args->plan.vocab ? config->top_k : args->plan.vocab;
+    args->form = !full                ? FORM_NONE
+                 : config->alpha == 0 ? FORM_FORWARD
+                 : config->alpha == 1 ? FORM_REVERSE
+                                      : FORM_JSD;
+}
+
+size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows, int vocab)
+{
+    (void)config;
+    (void)rows;
+    (void)vocab;
+    return 0;
+}
+
+/* One kernel on its rows, planned for its shared memory. */
+static int lose_rows(struct cuda_context *context, void (*kernel)(const struct loss_args),
+                     struct loss_args *args, int rows)
+{
+    size_t fixed =
+        sizeof(struct loss_shared) + (args->top_k > 0 ? sizeof(struct digit_bins<unsigned>) : 0);
+    int code = row_plan(context, (const void *)kernel, args->plan.vocab, 2, fixed, 1, &args->plan);
+
+    return code < 0 ? code : row_launch(context, kernel, &args->plan, rows, args, "the loss");
+}
+
+int cuda_loss(struct cuda_context *context, const struct claas_loss_config *config, int vocab,
+              int rows, const float *student, const float *teacher,
+              const struct cuda_loss_position *positions, void *dlogits, void *scratch,
+              struct claas_loss_result *results)
+{
+    struct loss_args args = {};
+    int code = check_config(config);
+
+    (void)scratch;
+    if (code < 0 || rows <= 0)
+        return code;
+    args.plan.vocab = vocab;
+    args.config = *config;
+    choose_form(&args);
+    args.student = student;
+    args.teacher = teacher;
+    args.positions = positions;
+    args.dlogits = dlogits;
+    args.results = results;
+    args.mass_scale = row_mass_scale(vocab);
+    args.quads = vocab % 4 == 0 && is_aligned(student, 16) && is_aligned(teacher, 16);
+    args.quads_out = vocab % 4 == 0 && is_aligned(dlogits, 4 * context->act_bytes);
+    if (context->act == CUDA_TYPE_BF16)
+        return lose_rows(context,
+                         args.top_k > 0 ? loss_rows<__nv_bfloat16, true>
+                                        : loss_rows<__nv_bfloat16, false>,
+                         &args, rows);
+    return lose_rows(context, args.top_k > 0 ? loss_rows<float, true> : loss_rows<float, false>,
+                     &args, rows);
+}
+
+int cuda_logprobs(struct cuda_context *context, int vocab, int rows, const float *logits,
+                  const int32_t *tokens, float *out)
+{
+    struct logprob_args args = {};
+    int code;
+
+    if (rows <= 0)
+        return 0;
+    code = row_plan(context, (const void *)logprob_rows, vocab, 1, sizeof(struct row_shared), 1,
+                    &args.plan);
+    if (code < 0)
+        return code;
+    args.logits = logits;
+    args.tokens = tokens;
+    args.out = out;
+    args.mass_scale = row_mass_scale(vocab);
+    args.quads = vocab % 4 == 0 && is_aligned(logits, 16);
+    return row_launch(context, logprob_rows, &args.plan, rows, &args, "log-probs");
+}

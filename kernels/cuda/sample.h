@@ -1,0 +1,24 @@
+/* Sampling on the device: the rules of cpu/sample.c, row by row. */
+#ifndef CLAAS_CUDA_SAMPLE_H
+#define CLAAS_CUDA_SAMPLE_H
+
+#include "cuda/context.h"
+#include "engine/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Fills the results of m samples from float32 logits [m][V] on the device. `samples` is the host's;
+ * `device_samples` (m of them) and scratch (cuda_sample_scratch_bytes) are device memory; `staging`
+ * is pinned host memory for m samples. Waits for the stream: this is the pass's one
+ * synchronisation. Same request, seed and logits: same token as the CPU's. */
+int cuda_sample(struct cuda_context *context, int vocab, int m, const float *logits,
+                struct claas_sample *samples, struct claas_sample *staging,
+                struct claas_sample *device_samples, void *scratch);
+size_t cuda_sample_scratch_bytes(int vocab, int m);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

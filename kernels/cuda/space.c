@@ -1,0 +1,235 @@
+/* Where the buffers of a training step lie. One region holds first what is kept through the step,
+ * then the buffers of the stage at hand: the stages (teacher, base, student) use the same memory
+ * one after the other. The same code counts, with an arena without a base, and places. */
+#include "cuda/cuda_train.h"
+
+/* Floats of one logits buffer: 2,048 rows of a small vocabulary, 883 of a large one. */
+#define LOSS_FLOATS   ((size_t)128 << 20)
+#define LOSS_ROWS     2048
+#define LOSS_ROWS_MIN 64
+/* Share of the free memory that saved activations may take: the rest is the stage's other buffers.
+ */
+#define SAVED_SHARE      0.6
+#define TRAIN_TOKENS_MIN 1024
+#define TRAIN_TOKENS_MAX 16384
+
+/* The largest of everything over a list of batches. */
+struct extent {
+    int m, tail, scored;
+};
+
+static struct extent extent_of(const struct claas_plan_side *side)
+{
+    struct extent e = {0};
+
+    for (int i = 0; i < side->batch_count; i++) {
+        const struct claas_plan_batch *b = &side->batches[i];
+
+        e.m = e.m > b->pack.m ? e.m : b->pack.m;
+        e.tail = e.tail > b->tail_count ? e.tail : b->tail_count;
+        e.scored = e.scored > b->scored_count ? e.scored : b->scored_count;
+    }
+    return e;
+}
+
+static size_t wider(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+/* Row lengths of S: the widest of the adapters in a side. */
+static void set_lds(const struct claas_plan_side *side, int lds[CUDA_WEIGHTS])
+{
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
+        lds[kind] = 0;
+    for (int i = 0; i < side->seq_count; i++)
+        for (int kind = 0; kind < CUDA_WEIGHTS && side->seqs[i].adapter; kind++) {
+            const struct cuda_lora_layout *layout = &side->seqs[i].adapter->cuda.layout;
+            int width = layout->parts[kind] * layout->rank;
+
+            lds[kind] = lds[kind] > width ? lds[kind] : width;
+        }
+}
+
+static void place_infer_side(const struct cuda_step *step, struct cuda_arena *arena,
+                             const struct claas_plan_side *side, struct cuda_step_space *space)
+{
+    const claas_backend_t *backend = step->backend;
+    struct extent e = extent_of(side);
+
+    set_lds(side, space->pass.lds);
+    cuda_place_pass(backend, arena, e.m, &space->pass);
+    cuda_place_infer(backend, arena, e.m, e.tail, &space->pass, &space->infer);
+    space->infer.tail_groups = step->groups;
+    space->hidden = cuda_take(arena, (size_t)e.tail * (size_t)backend->model.config.hidden *
+                                         backend->context.act_bytes);
+}
+
+static void place_head(const struct cuda_step *step, struct cuda_arena *arena, bool gradient,
+                       struct cuda_step_space *space)
+{
+    const claas_backend_t *backend = step->backend;
+    size_t vocab = (size_t)backend->model.config.vocab, d = (size_t)backend->model.config.hidden;
+    size_t rows = LOSS_FLOATS / vocab, act = backend->context.act_bytes;
+    size_t most = (size_t)step->plan.position_count;
+
+    rows = rows > LOSS_ROWS ? LOSS_ROWS : rows < LOSS_ROWS_MIN ? LOSS_ROWS_MIN : rows;
+    rows = rows > most ? most : rows;
+    space->chunk = (int)rows;
+    space->head_xn = cuda_take(arena, rows * d * act);
+    space->logits = cuda_take(arena, rows * vocab * sizeof(float));
+    space->teacher_logits = cuda_take(arena, rows * vocab * sizeof(float));
+    space->loss_scratch =
+        cuda_take(arena, cuda_loss_scratch_bytes(&step->plan.request->loss, (int)rows, (int)vocab));
+    if (!gradient)
+        return;
+    space->head_x = cuda_take(arena, rows * d * act);
+    space->head_rstd = cuda_take(arena, rows * sizeof(float));
+    space->head_dxn = cuda_take(arena, rows * d * act);
+    space->head_dx = cuda_take(arena, rows * d * sizeof(float));
+    space->dlogits = cuda_take(arena, rows * vocab * act);
+}
+
+/* Every layer's activations if they fit; else only the residual stream between the layers, and one
+ * set that each layer is computed into a second time on the way back. A layer's x_out is the next
+ * one's x_in. */
+static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, int m,
+                        struct cuda_step_space *space)
+{
+    const claas_backend_t *backend = step->backend;
+    const struct claas_model_config *c = &backend->model.config;
+    size_t stream = (size_t)m * (size_t)c->hidden * backend->context.act_bytes;
+    struct cuda_acts acts;
+    void *x = cuda_take(arena, stream);
+
+    space->recompute = m > step->train_tokens;
+    space->saved = step->saved;
+    for (int l = 0; l < c->layers; l++) {
+        if (l == 0 || !space->recompute)
+            acts = cuda_place_acts(backend, arena, m, space->pass.lds, true);
+        acts.x_in = x;
+        acts.x_out = x = cuda_take(arena, stream);
+        if (arena->base)
+            space->saved[l] = acts;
+    }
+}
+
+static void place_train_side(const struct cuda_step *step, struct cuda_arena *arena,
+                             struct cuda_step_space *space)
+{
+    const claas_backend_t *backend = step->backend;
+    const struct cuda_model *model = &backend->model;
+    const struct claas_model_config *c = &model->config;
+    size_t act = backend->context.act_bytes, d = (size_t)c->hidden, f = (size_t)c->intermediate;
+    size_t nq = (size_t)model->nq, nqkv = (size_t)model->nqkv, s = 0, m, tail;
+    struct extent e = extent_of(&step->plan.student);
+
+    set_lds(&step->plan.student, space->pass.lds);
+    m = (size_t)e.m;
+    tail = (size_t)e.tail;
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
+        s = wider(s, (size_t)space->pass.lds[kind]);
+    cuda_place_pass(backend, arena, e.m, &space->pass);
+    space->tail_x = cuda_take(arena, tail * d * act);
+    space->tail_attn = cuda_take(arena, tail * nq * act);
+    place_saved(step, arena, e.m, space);
+    space->dx = cuda_take(arena, m * d * sizeof(float));
+    space->dx_spread = cuda_take(arena, m * d * sizeof(float));
+    space->dy = cuda_take(arena, m * wider(d, nqkv) * act);
+    space->dxn = cuda_take(arena, m * d * act);
+    space->dh = cuda_take(arena, m * f * act);
+    space->dgu = cuda_take(arena, m * 2 * f * act);
+    space->dattn = cuda_take(arena, m * nq * act);
+    space->dattn_spread = cuda_take(arena, m * nq * act);
+    space->ds = cuda_take(arena, m * s * act);
+    space->delta = cuda_take(arena, m * (size_t)c->heads * sizeof(float));
+}
+
+/* What lives through the whole step. */
+static void place_kept(struct cuda_step *step, struct cuda_arena *arena,
+                       struct cuda_step_space *space)
+{
+    const claas_backend_t *backend = step->backend;
+    size_t n = (size_t)step->plan.position_count, grads = 0;
+
+    space->teacher_hidden =
+        cuda_take(arena, n * (size_t)backend->model.config.hidden * backend->context.act_bytes);
+    space->base_logprobs = cuda_take(arena, n * sizeof(float));
+    space->positions = cuda_take(arena, n * sizeof(struct cuda_loss_position));
+    space->results = cuda_take(arena, n * sizeof(struct claas_loss_result));
+    space->losses = cuda_take(arena, n * sizeof(float));
+    space->parts = cuda_take(arena, CUDA_NORM_PARTS * sizeof(double));
+    space->learned =
+        cuda_take(arena, (size_t)step->plan.learner_count * sizeof(struct cuda_learned));
+    for (int i = 0; i < step->plan.learner_count && step->plan.request->update; i++)
+        grads += step->plan.learners[i].adapter->cuda.layout.count;
+    space->grads = cuda_take(arena, grads * sizeof(float));
+}
+
+static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cuda_arena *arena,
+                        struct cuda_step_space *space)
+{
+    const struct claas_plan *plan = &step->plan;
+    bool train = stage == CUDA_STAGE_STUDENT && plan->request->update;
+
+    arena->used = 0;
+    place_kept(step, arena, space);
+    if (stage != CUDA_STAGE_TEACHER)
+        place_head(step, arena, train, space);
+    if (train)
+        place_train_side(step, arena, space);
+    else
+        place_infer_side(step, arena,
+                         stage == CUDA_STAGE_TEACHER ? &plan->teacher
+                         : stage == CUDA_STAGE_BASE  ? &plan->base
+                                                     : &plan->student,
+                         space);
+}
+
+int cuda_train_tokens(const claas_backend_t *backend)
+{
+    const struct claas_model_config *c = &backend->model.config;
+    const int lds[CUDA_WEIGHTS] = {96, 32, 64, 32};
+    struct cuda_arena one = {0};
+    size_t held = backend->context.bytes - backend->step.bytes, free_bytes, tokens;
+
+    (void)cuda_place_acts(backend, &one, 256, lds, true);
+    one.used += 256 * (size_t)c->hidden * backend->context.act_bytes;
+    free_bytes = backend->context.memory > held ? backend->context.memory - held : 0;
+    tokens = (size_t)(SAVED_SHARE * (double)free_bytes) / (one.used / 256 * (size_t)c->layers + 1);
+    return tokens > TRAIN_TOKENS_MAX   ? TRAIN_TOKENS_MAX
+           : tokens < TRAIN_TOKENS_MIN ? TRAIN_TOKENS_MIN
+                                       : (int)tokens;
+}
+
+int cuda_space_reserve(struct cuda_step *step)
+{
+    claas_backend_t *backend = step->backend;
+    size_t need = 0;
+    int code;
+
+    for (int stage = CUDA_STAGE_TEACHER; stage <= CUDA_STAGE_STUDENT; stage++) {
+        struct cuda_arena count = {0};
+        struct cuda_step_space space = {0};
+
+        place_stage(step, (enum cuda_stage)stage, &count, &space);
+        need = wider(need, count.used);
+    }
+    if (need <= backend->step.bytes)
+        return 0;
+    cuda_region_done(&backend->context, &backend->step);
+    code = cuda_region_new(&backend->context, &backend->step, need, "a training step");
+    cuda_memory_changed(backend);
+    return code;
+}
+
+void cuda_space_enter(struct cuda_step *step, enum cuda_stage stage)
+{
+    struct cuda_arena arena = {.base = step->backend->step.base};
+
+    step->space = (struct cuda_step_space){0};
+    place_stage(step, stage, &arena, &step->space);
+    step->space.pass.backend = step->backend;
+    step->space.pass.yield = step->plan.request->yield;
+    step->space.pass.yield_arg = step->plan.request->yield_arg;
+}

@@ -1,0 +1,547 @@
+/* What loss.cu and sample.cu share: one row of V float32 logits, V = 49,152 to 151,936, held by the
+ * blocks of a thread-block cluster.
+ *
+ * Block r of C (1, 2, 4, 8, 16) has the elements [r slice, (r+1) slice). They are copied into
+ * shared memory once (cp.async, the whole slice in flight at a time) and every pass over the row
+ * reads them there: a row comes from memory once, although maximum, sums and gradient need three
+ * passes or more. Sums go thread -> warp -> block -> cluster, the last by distributed shared
+ * memory, in an order that depends on V and the card alone. Without clusters (below sm_90) one
+ * block has the row; where its slice does not fit into shared memory the passes read global memory
+ * again.
+ *
+ * Masses, that is sums of exp(z - max), are integers: each term is rounded to a multiple of
+ * 2^-(62 - log2 V), so that the sum depends on the terms only, not on their order. A log-prob
+ * therefore has the same bits from the loss, from cuda_logprobs and from the sampler, however each
+ * of them cuts a row. The error is below V 2^-45 = 4e-9, less than a float's.
+ *
+ * Selection (K-th largest, nucleus) is a radix select over keys of 55 bits: the float's ordered
+ * bits, then the complement of the index. Keys are unique, so ties need no care: the lowest index
+ * first. Its histograms are made by integer atomics, whose order does not matter. */
+#ifndef CLAAS_CUDA_WIDE_ROWS_CUH
+#define CLAAS_CUDA_WIDE_ROWS_CUH
+
+#include "cuda/context.h"
+
+#include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
+
+#define ROW_WARPS_MAX  32
+#define ROW_BLOCKS     8  /* the largest cluster that every card of sm_90 grants */
+#define ROW_BLOCKS_MAX 16 /* where the card grants it */
+
+#define KEY_ID_BITS    23 /* V < 2^23 */
+#define KEY_BITS       (32 + KEY_ID_BITS)
+#define DIGIT_BITS     11
+#define DIGIT_BINS     (1 << DIGIT_BITS)
+#define DIGITS         (KEY_BITS / DIGIT_BITS)
+#define BIN_GROUPS     32
+#define GROUP_BINS     (DIGIT_BINS / BIN_GROUPS)
+
+#define WHOLE_WARP     0xffffffffu
+
+typedef unsigned long long mass_t; /* of probability: integers, see above */
+typedef unsigned long long row_key_t;
+
+/* --- sums over a row --- */
+
+/* What of row_sums counts; FOLD_SUM is sum[0] and sum[1], FOLD_MORE the other two. */
+enum { FOLD_MAX = 1, FOLD_KEY = 2, FOLD_MASS = 4, FOLD_SUM = 8, FOLD_MORE = 16 };
+
+struct row_sums {
+    float max[2];
+    row_key_t key; /* the largest */
+    mass_t mass[2];
+    double sum[4];
+};
+
+/* What follows it in shared memory is read by four, hence the alignment. */
+struct alignas(16) row_shared {
+    struct row_sums warps[ROW_WARPS_MAX];
+    struct row_sums own[2]; /* of this block; read by the other blocks of the cluster */
+    struct row_sums total;
+    unsigned long long digit, above, inside; /* select_key */
+    unsigned long long wanted;               /* sample.cu: draw_in_order */
+    int owner, token;
+};
+
+/* A thread's view of its block. */
+struct row_block {
+    struct row_shared *shared;
+    int rank, blocks;
+    int begin, count;  /* the block's elements of the row */
+    int folds, digits; /* done so far: buffers alternate */
+};
+
+/* What `mine` of this block is in block `rank` of the cluster. */
+template <typename T> static __device__ __forceinline__ T *row_remote(T *mine, int rank, int blocks)
+{
+#if __CUDA_ARCH__ >= 900
+    if (blocks > 1)
+        return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+#endif
+    return mine;
+}
+
+static __device__ __forceinline__ void row_sync(const struct row_block *block)
+{
+#if __CUDA_ARCH__ >= 900
+    if (block->blocks > 1) {
+        cooperative_groups::this_cluster().sync();
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
+static __device__ __forceinline__ struct row_sums row_nothing(void)
+{
+    struct row_sums nothing = {};
+
+    nothing.max[0] = nothing.max[1] = -INFINITY;
+    return nothing;
+}
+
+/* Every lane gets the same bits: at each step both partners add the same two numbers. */
+static __device__ __forceinline__ void warp_fold(struct row_sums *s, unsigned what)
+{
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        if (what & FOLD_MAX)
+            for (int k = 0; k < 2; k++) /* fmaxf passes over NaN */
+                s->max[k] = fmaxf(s->max[k], __shfl_xor_sync(WHOLE_WARP, s->max[k], step));
+        if (what & FOLD_KEY) {
+            row_key_t other = __shfl_xor_sync(WHOLE_WARP, s->key, step);
+
+            s->key = other > s->key ? other : s->key;
+        }
+        if (what & FOLD_MASS)
+            for (int k = 0; k < 2; k++)
+                s->mass[k] += __shfl_xor_sync(WHOLE_WARP, s->mass[k], step);
+        if (what & FOLD_SUM)
+            for (int k = 0; k < 2; k++)
+                s->sum[k] += __shfl_xor_sync(WHOLE_WARP, s->sum[k], step);
+        if (what & FOLD_MORE)
+            for (int k = 2; k < 4; k++)
+                s->sum[k] += __shfl_xor_sync(WHOLE_WARP, s->sum[k], step);
+    }
+}
+
+/* The sums over all threads of the row's blocks; every thread gets them. */
+static __device__ __forceinline__ struct row_sums row_fold(struct row_block *block,
+                                                           struct row_sums mine, unsigned what)
+{
+    struct row_shared *shared = block->shared;
+    struct row_sums *own = &shared->own[block->folds & 1];
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
+
+    warp_fold(&mine, what);
+    if (lane == 0)
+        shared->warps[warp] = mine;
+    __syncthreads();
+    if (warp == 0) {
+        mine = lane < warps ? shared->warps[lane] : row_nothing();
+        warp_fold(&mine, what);
+        if (lane == 0)
+            *own = mine;
+    }
+    if (block->blocks > 1) {
+        row_sync(block);
+        if (warp == 0) {
+            mine = lane < block->blocks ? *row_remote(own, lane, block->blocks) : row_nothing();
+            warp_fold(&mine, what);
+        }
+    }
+    if (threadIdx.x == 0)
+        shared->total = mine;
+    /* *own is written again two folds later: after a barrier at which all blocks have read it. */
+    block->folds++;
+    __syncthreads();
+    return shared->total;
+}
+
+/* --- a slice of a row --- */
+
+/* The block's elements, in shared memory (then filled up with -inf to a multiple of 4) or global.
+ */
+struct row_slice {
+    float *values;
+    int begin, count;
+    bool quads; /* may be read by four */
+};
+
+/* Starts copying from global memory; row_fetched() waits. `quads`: both are 16-byte aligned and
+ * count is a multiple of 4. */
+static __device__ __forceinline__ void row_fetch(const float *from, int count, bool quads,
+                                                 float *to)
+{
+    if (quads) {
+        for (int i = 4 * (int)threadIdx.x; i < count; i += 4 * (int)blockDim.x)
+            __pipeline_memcpy_async(to + i, from + i, 16);
+        return;
+    }
+    for (int i = (int)threadIdx.x; i < (count + 3) / 4 * 4; i += (int)blockDim.x)
+        to[i] = i < count ? from[i] : -INFINITY;
+}
+
+static __device__ __forceinline__ void row_fetched(void)
+{
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+}
+
+/* Elements i to i+3; -inf beyond the end. */
+static __device__ __forceinline__ float4 row_quad(const struct row_slice *slice, int i)
+{
+    const float *at = slice->values + i;
+    int left = slice->count - i;
+
+    if (slice->quads)
+        return *(const float4 *)at;
+    return make_float4(at[0], left > 1 ? at[1] : -INFINITY, left > 2 ? at[2] : -INFINITY,
+                       left > 3 ? at[3] : -INFINITY);
+}
+
+/* --- masses and log-probs --- */
+
+/* 2^(62 - ceil(log2 V)): the sum of V terms of at most 1 stays below 2^63. */
+static inline float row_mass_scale(int vocab)
+{
+    int bits = 0;
+
+    while ((1 << bits) < vocab)
+        bits++;
+    return ldexpf(1.0F, 62 - bits);
+}
+
+static __device__ __forceinline__ mass_t to_mass(float e, float scale)
+{
+    return __float2ull_rn(e * scale);
+}
+
+/* The sum of exp(z - max); bad: a term was NaN, which integers cannot hold. */
+static __device__ __forceinline__ double from_mass(mass_t mass, float scale, bool bad)
+{
+    return bad ? (double)NAN : (double)mass / (double)scale;
+}
+
+/* The one expression behind every log-prob (claas_logsumexp's). */
+static __device__ __forceinline__ float row_lse(float max, double log_sum)
+{
+    return (float)((double)max + log_sum);
+}
+
+/* Maximum and log of the sum of exp(z - max) of a row. */
+static __device__ __forceinline__ double
+row_measure(struct row_block *block, const struct row_slice *z, float scale, float *ret_max)
+{
+    struct row_sums sums = row_nothing();
+    float max, seen = 0;
+
+    for (int i = 4 * (int)threadIdx.x; i < z->count; i += 4 * (int)blockDim.x) {
+        float4 v = row_quad(z, i);
+
+        sums.max[0] = fmaxf(sums.max[0], fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
+    }
+    max = row_fold(block, sums, FOLD_MAX).max[0];
+    for (int i = 4 * (int)threadIdx.x; i < z->count; i += 4 * (int)blockDim.x) {
+        float4 v = row_quad(z, i);
+        float e[4] = {expf(v.x - max), expf(v.y - max), expf(v.z - max), expf(v.w - max)};
+
+        for (int k = 0; k < 4; k++) {
+            sums.mass[0] += to_mass(e[k], scale);
+            seen += e[k];
+        }
+    }
+    sums.mass[1] = isnan(seen);
+    sums = row_fold(block, sums, FOLD_MASS);
+    *ret_max = max;
+    return log(from_mass(sums.mass[0], scale, sums.mass[1] > 0));
+}
+
+/* --- selection --- */
+
+/* Larger for a larger value, of equals for the lower index; -0 equals 0. */
+static __device__ __forceinline__ row_key_t row_key(float value, int id)
+{
+    unsigned bits = __float_as_uint(value);
+
+    bits = bits == 0x80000000u ? 0u : bits;
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (row_key_t)bits << KEY_ID_BITS | (row_key_t)(((1 << KEY_ID_BITS) - 1) - id);
+}
+
+static __device__ __forceinline__ int row_key_id(row_key_t key)
+{
+    return ((1 << KEY_ID_BITS) - 1) - (int)(key & ((1 << KEY_ID_BITS) - 1));
+}
+
+/* The values that a selection orders: those of a slice or, with `scaled`, exp((value - max) / T).
+ */
+struct row_values {
+    const float *values;
+    int begin, count;
+    bool scaled;
+    float max, temperature;
+};
+
+static __device__ __forceinline__ float row_value(const struct row_values *v, int i)
+{
+    float x = v->values[i];
+
+    return v->scaled ? expf((x - v->max) / v->temperature) : x;
+}
+
+/* Histograms of a digit: of counts alone (unsigned, whose atomics are one instruction), or of
+ * counts and masses (mass_t). */
+template <typename W> struct alignas(16) digit_bins {
+    W bins[2][DIGIT_BINS];
+    W groups[2][BIN_GROUPS];
+};
+
+/* scale 0: an element counts 1. */
+static __device__ __forceinline__ void weigh(float value, float scale, unsigned *ret)
+{
+    *ret = 1;
+}
+static __device__ __forceinline__ void weigh(float value, float scale, mass_t *ret)
+{
+    *ret = scale == 0 ? 1 : to_mass(value, scale);
+}
+
+template <typename W>
+static __device__ void fill_bins(const struct row_values *v, W *bins, row_key_t prefix, int shift,
+                                 float scale)
+{
+    for (int i = (int)threadIdx.x; i < DIGIT_BINS; i += (int)blockDim.x)
+        bins[i] = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < v->count; i += (int)blockDim.x) {
+        float value = row_value(v, i);
+        row_key_t key = row_key(value, v->begin + i);
+        W weight;
+
+        if (key >> (shift + DIGIT_BITS) != prefix)
+            continue;
+        weigh(value, scale, &weight);
+        if (weight > 0)
+            atomicAdd(&bins[(key >> shift) & (DIGIT_BINS - 1)], weight);
+    }
+    __syncthreads();
+}
+
+template <typename W> static __device__ void sum_groups(const W *bins, W *groups)
+{
+    int lane = (int)threadIdx.x & 31;
+
+    for (int g = (int)threadIdx.x / 32; g < BIN_GROUPS; g += (int)blockDim.x / 32) {
+        W sum = bins[g * GROUP_BINS + lane] + bins[g * GROUP_BINS + 32 + lane];
+
+        for (int step = 16; step > 0; step /= 2)
+            sum += __shfl_xor_sync(WHOLE_WARP, sum, step);
+        if (lane == 0)
+            groups[g] = sum;
+    }
+}
+
+template <typename W> static __device__ W warp_prefix(W sum)
+{
+    int lane = (int)threadIdx.x & 31;
+
+    for (int step = 1; step < 32; step *= 2) {
+        W below = __shfl_up_sync(WHOLE_WARP, sum, step);
+
+        sum += lane >= step ? below : 0;
+    }
+    return sum;
+}
+
+template <typename W> static __device__ W over_blocks(const struct row_block *block, W *mine)
+{
+    W sum = 0;
+
+    for (int rank = 0; rank < block->blocks; rank++)
+        sum += *row_remote(mine, rank, block->blocks);
+    return sum;
+}
+
+/* By one warp: the bin, from the highest down, at which the sum first reaches `wanted`; what lies
+ * above it; what is inside it. */
+template <typename W>
+static __device__ void find_bin(const struct row_block *block, W *bins, W *groups, W wanted)
+{
+    int lane = (int)threadIdx.x & 31, at, high;
+    W here = over_blocks(block, &groups[BIN_GROUPS - 1 - lane]), above, first, second, through;
+    unsigned reached;
+
+    through = warp_prefix(here);
+    reached = __ballot_sync(WHOLE_WARP, through >= wanted);
+    at = reached ? __ffs((int)reached) - 1 : 31;
+    above = __shfl_sync(WHOLE_WARP, through - here, at);
+    high = (BIN_GROUPS - 1 - at) * GROUP_BINS + GROUP_BINS - 1 - 2 * lane;
+    first = over_blocks(block, &bins[high]);
+    second = over_blocks(block, &bins[high - 1]);
+    through = above + warp_prefix((W)(first + second));
+    reached = __ballot_sync(WHOLE_WARP, through >= wanted);
+    at = reached ? __ffs((int)reached) - 1 : 31;
+    if (lane == at) {
+        bool lower = through - second < wanted;
+
+        block->shared->digit = (unsigned)(lower ? high - 1 : high);
+        block->shared->above = lower ? through - second : through - second - first;
+        block->shared->inside = lower ? second : first;
+    }
+}
+
+/* The key at which the weights, summed from the largest key down, first
+ * reach `wanted`, which is from 1 to the weight of all. Not `exact`: a smaller key, with no element
+ * between, may come back sooner. */
+template <typename W>
+static __device__ row_key_t select_key(struct row_block *block, struct digit_bins<W> *space,
+                                       const struct row_values *v, W wanted, float scale,
+                                       bool exact)
+{
+    row_key_t prefix = 0;
+
+    for (int digit = 0; digit < DIGITS; digit++) {
+        int shift = KEY_BITS - (digit + 1) * DIGIT_BITS;
+        int buffer = block->digits++ & 1; /* the other one may still be read by other blocks */
+
+        fill_bins(v, space->bins[buffer], prefix, shift, scale);
+        sum_groups(space->bins[buffer], space->groups[buffer]);
+        row_sync(block);
+        if (threadIdx.x < 32)
+            find_bin(block, space->bins[buffer], space->groups[buffer], wanted);
+        __syncthreads();
+        prefix = prefix << DIGIT_BITS | block->shared->digit;
+        wanted -= (W)block->shared->above;
+        if (!exact && wanted == (W)block->shared->inside)
+            return prefix << shift;
+    }
+    return prefix;
+}
+
+/* --- launching --- */
+
+struct row_plan {
+    int vocab;
+    int blocks, threads;
+    int slice; /* elements of a block, a multiple of 4 */
+    bool resident;
+    size_t bytes; /* of shared memory */
+};
+
+/* Whether the card runs `kernel` in clusters of this size. */
+static inline bool row_is_granted(const void *kernel, const struct row_plan *plan, int blocks)
+{
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+    int clusters = 0;
+
+    if (blocks <= ROW_BLOCKS)
+        return true;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = (unsigned)blocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)plan->threads);
+    config.dynamicSmemBytes = plan->bytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)plan->bytes) == cudaSuccess &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+            cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
+        return true;
+    cudaGetLastError(); /* a refusal is an answer */
+    return false;
+}
+
+static inline void row_cut(struct row_plan *plan, int blocks, int threads, int slots, size_t fixed)
+{
+    plan->blocks = blocks;
+    plan->threads = threads;
+    plan->slice = ((plan->vocab + blocks - 1) / blocks + 3) / 4 * 4;
+    plan->bytes = fixed + (size_t)slots * (size_t)plan->slice * sizeof(float);
+    plan->resident = true;
+}
+
+/* A row as `slots` arrays of floats in shared memory, behind `fixed` bytes: on as few blocks, but
+ * at least `least`, as let two of them share a multiprocessor (one loads while the other computes).
+ */
+static inline int row_plan(struct cuda_context *context, const void *kernel, int vocab, int slots,
+                           size_t fixed, int least, struct row_plan *plan)
+{
+    int limit = 0, whole = 0, most = context->arch >= 90 ? ROW_BLOCKS_MAX : 1;
+    int code = cuda_check(
+        context,
+        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, context->ordinal),
+        "shared memory");
+
+    if (code >= 0)
+        code =
+            cuda_check(context,
+                       cudaDeviceGetAttribute(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                              context->ordinal),
+                       "shared memory");
+    if (code < 0)
+        return code;
+    if (vocab < 1 || vocab >= 1 << KEY_ID_BITS)
+        return claas_fail(CLAAS_ERR_INVALID, "a vocabulary of %d on the device", vocab);
+    plan->vocab = vocab;
+    for (int blocks = least < most ? least : most; blocks <= most; blocks *= 2) {
+        row_cut(plan, blocks, 512, slots, fixed);
+        if (2 * (plan->bytes + 1024) <= (size_t)whole && plan->bytes <= (size_t)limit &&
+            row_is_granted(kernel, plan, blocks))
+            return 0;
+    }
+    row_cut(plan, most > ROW_BLOCKS ? ROW_BLOCKS : most, 1024, slots, fixed);
+    plan->resident = plan->bytes <= (size_t)limit;
+    plan->bytes = plan->resident ? plan->bytes : fixed;
+    return 0;
+}
+
+/* Launches kernel(args) for `rows` rows. */
+template <typename Args>
+static int row_launch(struct cuda_context *context, void (*kernel)(const Args),
+                      const struct row_plan *plan, int rows, const Args *args, const char *what)
+{
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+    int code = cuda_check(context,
+                          cudaFuncSetAttribute((const void *)kernel,
+                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               (int)plan->bytes),
+                          what);
+
+    if (code < 0)
+        return code;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = (unsigned)plan->blocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)rows * (unsigned)plan->blocks);
+    config.blockDim = dim3((unsigned)plan->threads);
+    config.dynamicSmemBytes = plan->bytes;
+    config.stream = context->stream;
+    config.attrs = &cluster;
+    config.numAttrs = plan->blocks > 1 ? 1 : 0;
+    return cuda_check(context, cudaLaunchKernelEx(&config, kernel, *args), what);
+}
+
+/* The block's part of row blockIdx.x / blocks; `shared` is its memory. */
+static __device__ __forceinline__ struct row_block row_open(const struct row_plan *plan,
+                                                            unsigned char *shared)
+{
+    struct row_block block = {};
+
+    block.shared = (struct row_shared *)shared;
+    block.blocks = plan->blocks;
+    block.rank = (int)blockIdx.x % plan->blocks;
+    block.begin = block.rank * plan->slice;
+    block.count = min(plan->slice, plan->vocab - block.begin);
+    block.count = block.count > 0 ? block.count : 0;
+    return block;
+}
+
+#endif
