@@ -88,15 +88,18 @@ template <int D, int NT>
 static __device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&out)[D / 8][4],
                                                     float &max, float &sum, int half, float scale2)
 {
-    float top = max, base = 0, shrink = 0, added = 0;
+    float top = max, seen = 0, base = 0, shrink = 0, added = 0;
 
 #pragma unroll
     for (int n = 0; n < NT; n++)
         top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    base = top == -INFINITY ? 0.0f : top * scale2;
-    shrink = power_of_2(fmaf(max, scale2, -base));
+    seen = top == -INFINITY ? 0.0f : top;
+    base = seen * scale2;
+    /* Exactly 1 where the maximum stays: a tile that a row does not see changes nothing. (By fmaf
+     * as below it would be 2 to the rounding error of base.) */
+    shrink = power_of_2((max - seen) * scale2);
     max = top;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -252,14 +255,14 @@ join_warps(const struct attend_args &args, const struct cuda_attn_run &run, int 
 {
     for (int i = (int)threadIdx.x; i < run.count * args.group * D; i += ATTN_THREADS) {
         const int r = i / D, j = i % D;
-        float max = -INFINITY, base = 0, sum = 0, value = 0;
+        float max = -INFINITY, seen = 0, sum = 0, value = 0;
 
         for (int w = 0; w < ATTN_WARPS; w++)
             max = fmaxf(max, stats[w * PART_ROWS + r].x);
-        base = max == -INFINITY ? 0.0f : max * args.scale2;
+        seen = max == -INFINITY ? 0.0f : max;
         for (int w = 0; w < ATTN_WARPS; w++) {
             const float2 s = stats[w * PART_ROWS + r];
-            const float weight = power_of_2(fmaf(s.x, args.scale2, -base));
+            const float weight = power_of_2((s.x - seen) * args.scale2);
 
             sum = fmaf(weight, s.y, sum);
             value = fmaf(weight, out[(w * PART_ROWS + r) * (D + 8) + j], value);

@@ -29,6 +29,9 @@ static void place(claas_backend_t *backend, struct cuda_arena *arena)
     space->pass.lds[CUDA_GATE_UP] = 2 * CLAAS_RANK_MAX;
     space->pass.lds[CUDA_DOWN] = CLAAS_RANK_MAX;
     cuda_place_pass(backend, arena, (int)m, &space->pass);
+    space->pass.split_bytes = cuda_attention_scratch_bytes(c->heads, c->kv_heads, c->head_dim,
+                                                           (int)m, (int)m, c->context);
+    space->pass.splits = cuda_take(arena, space->pass.split_bytes);
     cuda_place_infer(backend, arena, (int)m, (int)m, &space->pass, &space->infer);
     space->hidden = cuda_take(arena, m * (size_t)c->hidden * backend->context.act_bytes);
     space->logits = cuda_take(arena, (size_t)space->logits_rows * vocab * sizeof(float));

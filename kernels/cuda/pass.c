@@ -373,6 +373,8 @@ int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cu
                                            .lse = acts->lse,
                                            .kv = kv,
                                            .tables = pack->tables,
+                                           .scratch = pass->splits,
+                                           .scratch_bytes = pass->split_bytes,
                                        });
     return code;
 }

@@ -71,8 +71,9 @@ struct cuda_pass {
     struct cuda_pack pack;
     int lds[CUDA_WEIGHTS]; /* row length of acts->s: parts * R of the widest adapter */
     void *xn, *h;          /* act [m][D], [m][F] */
-    void *splits;          /* scratch of attention */
-    uint8_t *kv;           /* serving: block 0 of layer 0 */
+    void *splits;          /* scratch of attention: serving only */
+    size_t split_bytes;
+    uint8_t *kv; /* serving: block 0 of layer 0 */
     size_t kv_layer_bytes;
     claas_yield_fn *yield;
     void *yield_arg;

@@ -2,9 +2,7 @@
  * the whole vocabulary against doubles: all variants, shapes that fit nothing, ties, one-hot rows,
  * -inf and NaN, rows without teacher, clusters of blocks and single blocks.
  *
- *   for f in loss buckets rows: cc -O2 -Iinclude -Ikernels -c kernels/sdpo/$f.c
- *   for v in 3 4: cc -O2 -march=x86-64-v$v -DROWS_TABLE=claas_rows_v$v -DROWS_NAME='"v"' … rows.c
- * -o v$v.o nvcc … test_loss.cu loss.o context.o err.o, the above, -lcublasLt */
+ * To be linked with kernels/sdpo, rows.c there once per instruction set. */
 #include "cuda_check.h"
 
 #include "cuda/cuda_loss.h"
@@ -16,6 +14,7 @@ static const float alphas[] = {0.0F, 0.1F, 0.5F, 0.9F, 1.0F};
 /* Rows of one call, on both sides. */
 struct batch {
     int vocab, rows;
+    double rounding; /* what a gradient may be off, whatever its size */
     struct check_array student, teacher;
     struct cuda_loss_position *positions;
     struct check_buffer device_positions;
@@ -38,6 +37,7 @@ static struct batch batch_new(int vocab, int rows, float spread)
 
     b.vocab = vocab;
     b.rows = rows;
+    b.rounding = 1e-7;
     b.student = check_acts(CUDA_TYPE_F32, count, spread);
     b.teacher = check_acts(CUDA_TYPE_F32, count, spread);
     b.positions = (struct cuda_loss_position *)check_alloc((size_t)rows, sizeof(*b.positions));
@@ -145,7 +145,8 @@ static void compare_results(const struct batch *b)
     }
 }
 
-/* Relative to the rows together; below 1e-7 per row a gradient is rounding. */
+/* Relative to the rows together, and absolute: below b->rounding per row a gradient is what is left
+ * of larger terms. */
 static void compare_gradients(const struct batch *b, double limit)
 {
     double off = 0, all = 0;
@@ -156,7 +157,7 @@ static void compare_gradients(const struct batch *b, double limit)
         off += gap * gap;
         all += b->grad[i] * b->grad[i];
     }
-    if (!(sqrt(off) <= limit * sqrt(all) + 1e-7 * sqrt(b->rows)))
+    if (!(sqrt(off) <= limit * sqrt(all) + b->rounding * sqrt(b->rows)))
         check_fail("gradient: error %.3g, norm %.3g", sqrt(off), sqrt(all));
 }
 
@@ -334,6 +335,9 @@ static void test_one_hot(struct cuda_context *context)
         if (i % 5 >= 2)
             b.teacher.host[7] = 25;
         b.positions[0].token = 3;
+        /* a x and c es, each of size D = 20, all but cancel; sdpo is off by as much, against
+         * doubles */
+        b.rounding = 2e-6;
         check_put(&b.student);
         check_put(&b.teacher);
         if (i % 5 < 4) {
