@@ -3,8 +3,7 @@
  * batch never exist together. Its workspace is its own: the pass may run between two operations of
  * a training step. */
 #include "cpu/step.h"
-
-#include "claas/err.h"
+#include "pack/segments.h"
 
 /* Floats of the logits buffer: 64 rows of a small vocabulary, 27 of a large one. */
 #define LOGITS_FLOATS   ((size_t)4 << 20)
@@ -60,73 +59,22 @@ int claas_cpu_forward_open(claas_backend_t *backend)
     return 0;
 }
 
-static int check_segment(const claas_backend_t *backend, const struct claas_segment *segment)
-{
-    const struct claas_model_config *c = &backend->model.config;
-
-    if (segment->count < 1 || segment->pos < 0 || segment->pos > c->context - segment->count)
-        return claas_fail(CLAAS_ERR_LIMIT, "positions %d ... %d of a context of %d", segment->pos,
-                          segment->pos + segment->count, c->context);
-    if (segment->wanted < 0 || segment->wanted > segment->count)
-        return claas_fail(CLAAS_ERR_INVALID, "%d rows wanted of %d", segment->wanted,
-                          segment->count);
-    for (int i = 0; i < segment->count; i++)
-        if (segment->tokens[i] < 0 || segment->tokens[i] >= c->vocab)
-            return claas_fail(CLAAS_ERR_INVALID, "token %d of a vocabulary of %d",
-                              segment->tokens[i], c->vocab);
-    for (int i = 0; i <= (segment->pos + segment->count - 1) / CLAAS_KV_BLOCK; i++)
-        if (segment->blocks[i] < 0 || segment->blocks[i] >= backend->kv_blocks)
-            return claas_fail(CLAAS_ERR_INVALID, "block %d of %d", segment->blocks[i],
-                              backend->kv_blocks);
-    return 0;
-}
-
-static void add_segment(struct cpu_forward_space *space, const struct claas_segment *segment)
-{
-    struct claas_pack *pack = &space->pack;
-    struct claas_pack_group *group =
-        pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
-
-    pack->runs[pack->run_count++] = (struct claas_pack_run){.first = pack->m,
-                                                            .count = segment->count,
-                                                            .pos = segment->pos,
-                                                            .blocks = segment->blocks,
-                                                            .parent = -1};
-    if (!group || group->adapter != segment->adapter) {
-        group = &pack->groups[pack->group_count++];
-        *group = (struct claas_pack_group){.first = pack->m, .adapter = segment->adapter};
-    }
-    group->count += segment->count;
-    for (int i = 0; i < segment->count; i++) {
-        pack->tokens[pack->m] = segment->tokens[i];
-        pack->pos[pack->m] = segment->pos + i;
-        pack->blocks[pack->m] = segment->blocks[(segment->pos + i) / CLAAS_KV_BLOCK];
-        if (i >= segment->count - segment->wanted)
-            space->tail[space->infer.tail_count++] = pack->m;
-        pack->m++;
-    }
-}
-
 int claas_cpu_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
                       struct claas_sample *samples)
 {
     struct cpu_forward_space *space = &backend->forward;
     size_t d = (size_t)backend->model.config.hidden;
-    int code = 0;
+    const struct claas_pack_limits limits = {
+        .context = backend->model.config.context,
+        .vocab = backend->model.config.vocab,
+        .kv_blocks = backend->kv_blocks,
+        .max_tokens = backend->max_tokens,
+    };
+    int code = claas_pack_segments(&limits, segments, count, &space->pack, space->tail,
+                                   &space->infer.tail_count);
 
-    space->pack.m = space->pack.group_count = space->pack.run_count = 0;
-    space->infer.tail_count = 0;
-    for (int i = 0; i < count; i++) {
-        code = check_segment(backend, &segments[i]);
-        if (code < 0)
-            return code;
-        if (segments[i].count > backend->max_tokens - space->pack.m)
-            return claas_fail(CLAAS_ERR_LIMIT, "more than %d tokens in one pass",
-                              backend->max_tokens);
-        add_segment(space, &segments[i]);
-    }
-    if (space->pack.m == 0)
-        return 0;
+    if (code < 0 || space->pack.m == 0)
+        return code;
     code = claas_cpu_infer(&space->pass, &space->infer, space->hidden);
     for (int row = 0; row < space->infer.tail_count && code >= 0; row += space->logits_rows) {
         int rows = space->infer.tail_count - row;

@@ -4,6 +4,7 @@
  * step. */
 #include "cuda/pass.h"
 #include "cuda/sample.h"
+#include "pack/segments.h"
 
 #include "claas/mem.h"
 
@@ -107,70 +108,18 @@ void cuda_forward_close(claas_backend_t *backend)
     free(space->host);
 }
 
-static int check_segment(const claas_backend_t *backend, const struct claas_segment *segment)
-{
-    const struct claas_model_config *c = &backend->model.config;
-
-    if (segment->count < 1 || segment->pos < 0 || segment->pos > c->context - segment->count)
-        return claas_fail(CLAAS_ERR_LIMIT, "positions %d ... %d of a context of %d", segment->pos,
-                          segment->pos + segment->count, c->context);
-    if (segment->wanted < 0 || segment->wanted > segment->count)
-        return claas_fail(CLAAS_ERR_INVALID, "%d rows wanted of %d", segment->wanted,
-                          segment->count);
-    for (int i = 0; i < segment->count; i++)
-        if (segment->tokens[i] < 0 || segment->tokens[i] >= c->vocab)
-            return claas_fail(CLAAS_ERR_INVALID, "token %d of a vocabulary of %d",
-                              segment->tokens[i], c->vocab);
-    for (int i = 0; i <= (segment->pos + segment->count - 1) / CUDA_KV_BLOCK; i++)
-        if (segment->blocks[i] < 0 || segment->blocks[i] >= backend->kv_blocks)
-            return claas_fail(CLAAS_ERR_INVALID, "block %d of %d", segment->blocks[i],
-                              backend->kv_blocks);
-    return 0;
-}
-
-static void add_segment(struct cuda_forward_space *space, const struct claas_segment *segment)
-{
-    struct claas_pack *pack = &space->pack;
-    struct claas_pack_group *group =
-        pack->group_count ? &pack->groups[pack->group_count - 1] : NULL;
-
-    pack->runs[pack->run_count++] = (struct claas_pack_run){.first = pack->m,
-                                                            .count = segment->count,
-                                                            .pos = segment->pos,
-                                                            .blocks = segment->blocks,
-                                                            .parent = -1};
-    if (!group || group->adapter != segment->adapter) {
-        group = &pack->groups[pack->group_count++];
-        *group = (struct claas_pack_group){.first = pack->m, .adapter = segment->adapter};
-    }
-    group->count += segment->count;
-    for (int i = 0; i < segment->count; i++) {
-        pack->tokens[pack->m] = segment->tokens[i];
-        pack->pos[pack->m] = segment->pos + i;
-        pack->blocks[pack->m] = segment->blocks[(segment->pos + i) / CUDA_KV_BLOCK];
-        if (i >= segment->count - segment->wanted)
-            space->tail[space->infer.tail_count++] = pack->m;
-        pack->m++;
-    }
-}
-
 static int take_segments(claas_backend_t *backend, const struct claas_segment *segments, int count)
 {
     struct cuda_forward_space *space = &backend->forward;
+    const struct claas_pack_limits limits = {
+        .context = backend->model.config.context,
+        .vocab = backend->model.config.vocab,
+        .kv_blocks = backend->kv_blocks,
+        .max_tokens = backend->max_tokens,
+    };
 
-    space->pack.m = space->pack.group_count = space->pack.run_count = 0;
-    space->infer.tail_count = 0;
-    for (int i = 0; i < count; i++) {
-        int code = check_segment(backend, &segments[i]);
-
-        if (code < 0)
-            return code;
-        if (segments[i].count > backend->max_tokens - space->pack.m)
-            return claas_fail(CLAAS_ERR_LIMIT, "more than %d tokens in one pass",
-                              backend->max_tokens);
-        add_segment(space, &segments[i]);
-    }
-    return 0;
+    return claas_pack_segments(&limits, segments, count, &space->pack, space->tail,
+                               &space->infer.tail_count);
 }
 
 static int send_rows(claas_backend_t *backend)
