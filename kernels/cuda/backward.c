@@ -7,8 +7,6 @@
  * The residual stream's gradient stays float32; what enters a product is act. */
 #include "cuda/cuda_train.h"
 
-#include <math.h>
-
 struct backward {
     struct cuda_step *step;
     const struct cuda_batch *batch;
@@ -212,46 +210,13 @@ static int output_backward(struct backward *bw)
 static int attention_backward(const struct backward *bw)
 {
     struct cuda_step_space *space = &bw->step->space;
-    const struct cuda_model *model = &bw->step->backend->model;
-    const struct claas_model_config *c = &model->config;
-    const struct cuda_layer *weights = &model->layers[bw->layer];
-    const struct cuda_pack *pack = &bw->batch->pack;
+    struct cuda_qkv qkv = cuda_qkv_args(&space->pass, bw->layer, bw->acts);
     struct cuda_attention_bwd args = {
-        .forward =
-            {
-                .heads = c->heads,
-                .kv_heads = c->kv_heads,
-                .head_dim = c->head_dim,
-                .scale = 1.0f / sqrtf((float)c->head_dim),
-                .m = pack->m,
-                .run_count = pack->run_count,
-                .longest = pack->longest,
-                .furthest = pack->furthest,
-                .runs = pack->runs,
-                .row_run = pack->row_run,
-                .qkv = bw->acts->qkv,
-                .ldqkv = model->nqkv,
-                .out = bw->acts->attn,
-                .lse = bw->acts->lse,
-            },
-        .children = pack->children,
+        .forward = cuda_attention_args(&space->pass, bw->layer, bw->acts),
+        .children = bw->batch->pack.children,
         .dout = bw->dattn,
         .delta = space->delta,
         .dqkv = space->dy,
-    };
-    struct cuda_qkv qkv = {
-        .m = pack->m,
-        .heads = c->heads,
-        .kv_heads = c->kv_heads,
-        .head_dim = c->head_dim,
-        .norm_q = weights->norm_q,
-        .norm_k = weights->norm_k,
-        .eps = c->norm_eps,
-        .cos_sin = model->cos_sin,
-        .pos = pack->pos,
-        .raw = bw->acts->qk_raw,
-        .rstd_q = bw->acts->rstd_q,
-        .rstd_k = bw->acts->rstd_k,
     };
     int code = cuda_attention_bwd(context_of(bw), &args);
 

@@ -321,62 +321,85 @@ int cuda_linear(const struct cuda_pass *pass, int m, const struct claas_pack_gro
     return code;
 }
 
+/* This layer's blocks when serving. */
+static uint8_t *layer_kv(const struct cuda_pass *pass, int layer)
+{
+    return pass->kv ? pass->kv + (size_t)layer * pass->kv_layer_bytes : NULL;
+}
+
+struct cuda_qkv cuda_qkv_args(const struct cuda_pass *pass, int layer, const struct cuda_acts *acts)
+{
+    const struct cuda_model *model = &pass->backend->model;
+    const struct claas_model_config *c = &model->config;
+    const struct cuda_layer *weights = &model->layers[layer];
+
+    return (struct cuda_qkv){
+        .m = pass->pack.m,
+        .heads = c->heads,
+        .kv_heads = c->kv_heads,
+        .head_dim = c->head_dim,
+        .qkv = acts->qkv,
+        .bias = weights->bias,
+        .norm_q = weights->norm_q,
+        .norm_k = weights->norm_k,
+        .eps = c->norm_eps,
+        .cos_sin = model->cos_sin,
+        .pos = pass->pack.pos,
+        .raw = acts->qk_raw,
+        .rstd_q = acts->rstd_q,
+        .rstd_k = acts->rstd_k,
+        .kv = layer_kv(pass, layer),
+        .blocks = pass->pack.blocks,
+    };
+}
+
+struct cuda_attention cuda_attention_args(const struct cuda_pass *pass, int layer,
+                                          const struct cuda_acts *acts)
+{
+    const struct cuda_model *model = &pass->backend->model;
+    const struct claas_model_config *c = &model->config;
+    const struct cuda_pack *pack = &pass->pack;
+
+    return (struct cuda_attention){
+        .heads = c->heads,
+        .kv_heads = c->kv_heads,
+        .head_dim = c->head_dim,
+        .scale = 1.0f / sqrtf((float)c->head_dim),
+        .m = pack->m,
+        .run_count = pack->run_count,
+        .longest = pack->longest,
+        .furthest = pack->furthest,
+        .runs = pack->runs,
+        .row_run = pack->row_run,
+        .qkv = acts->qkv,
+        .ldqkv = model->nqkv,
+        .out = acts->attn,
+        .lse = acts->lse,
+        .kv = layer_kv(pass, layer),
+        .tables = pack->tables,
+        .scratch = pass->splits,
+        .scratch_bytes = pass->split_bytes,
+    };
+}
+
 int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cuda_acts *acts)
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
-    const struct cuda_model *model = &backend->model;
-    const struct claas_model_config *c = &model->config;
-    const struct cuda_layer *weights = &model->layers[layer];
+    const struct claas_model_config *c = &backend->model.config;
     const struct cuda_pack *pack = &pass->pack;
-    uint8_t *kv = pass->kv ? pass->kv + (size_t)layer * pass->kv_layer_bytes : NULL;
-    int code = cuda_rmsnorm(context, pack->m, c->hidden, acts->x_in, weights->norm_in, c->norm_eps,
-                            pass->xn, acts->rstd_in);
+    struct cuda_qkv qkv = cuda_qkv_args(pass, layer, acts);
+    struct cuda_attention attention = cuda_attention_args(pass, layer, acts);
+    int code =
+        cuda_rmsnorm(context, pack->m, c->hidden, acts->x_in, backend->model.layers[layer].norm_in,
+                     c->norm_eps, pass->xn, acts->rstd_in);
 
     if (code >= 0)
         code = cuda_linear(pass, pack->m, pack->groups, pack->group_count, layer, CUDA_QKV,
                            pass->xn, acts->s[CUDA_QKV], NULL, acts->qkv);
     if (code >= 0)
-        code = cuda_qkv_finish(context, &(struct cuda_qkv){
-                                            .m = pack->m,
-                                            .heads = c->heads,
-                                            .kv_heads = c->kv_heads,
-                                            .head_dim = c->head_dim,
-                                            .qkv = acts->qkv,
-                                            .bias = weights->bias,
-                                            .norm_q = weights->norm_q,
-                                            .norm_k = weights->norm_k,
-                                            .eps = c->norm_eps,
-                                            .cos_sin = model->cos_sin,
-                                            .pos = pack->pos,
-                                            .raw = acts->qk_raw,
-                                            .rstd_q = acts->rstd_q,
-                                            .rstd_k = acts->rstd_k,
-                                            .kv = kv,
-                                            .blocks = pack->blocks,
-                                        });
-    if (code >= 0)
-        code = cuda_attention(context, &(struct cuda_attention){
-                                           .heads = c->heads,
-                                           .kv_heads = c->kv_heads,
-                                           .head_dim = c->head_dim,
-                                           .scale = 1.0f / sqrtf((float)c->head_dim),
-                                           .m = pack->m,
-                                           .run_count = pack->run_count,
-                                           .longest = pack->longest,
-                                           .furthest = pack->furthest,
-                                           .runs = pack->runs,
-                                           .row_run = pack->row_run,
-                                           .qkv = acts->qkv,
-                                           .ldqkv = model->nqkv,
-                                           .out = acts->attn,
-                                           .lse = acts->lse,
-                                           .kv = kv,
-                                           .tables = pack->tables,
-                                           .scratch = pass->splits,
-                                           .scratch_bytes = pass->split_bytes,
-                                       });
-    return code;
+        code = cuda_qkv_finish(context, &qkv);
+    return code >= 0 ? cuda_attention(context, &attention) : code;
 }
 
 int cuda_mlp_half(const struct cuda_pass *pass, int m, const struct claas_pack_group *groups,

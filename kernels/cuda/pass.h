@@ -87,6 +87,11 @@ int cuda_yield(const struct cuda_pass *pass);
 int cuda_linear(const struct cuda_pass *pass, int m, const struct claas_pack_group *groups,
                 int group_count, int layer, enum cuda_weight_kind kind, const void *x, void *s,
                 const void *residual, void *out);
+/* What a layer's q|k|v and attention work on: of the pass's pack, in serving with its blocks. */
+struct cuda_qkv cuda_qkv_args(const struct cuda_pass *pass, int layer,
+                              const struct cuda_acts *acts);
+struct cuda_attention cuda_attention_args(const struct cuda_pass *pass, int layer,
+                                          const struct cuda_acts *acts);
 /* x_in -> attn */
 int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cuda_acts *acts);
 /* x_in, attn -> x_out over m rows in the given groups */
