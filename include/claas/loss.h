@@ -64,6 +64,9 @@ struct claas_loss_result {
         forward_kl; /* KL(T||S) over the whole vocabulary; NAN if the teacher gave only its top K */
 };
 
+/* INVALID, with a sentence, for a configuration that no row can be computed with. Any thread. */
+int claas_loss_check(const struct claas_loss_config *config);
+
 /* Loss of one row; when `grad` is not NULL, grad[v] = weight * d loss / d z_v for all v (every
  * element written; it may be student_logits itself, which then are overwritten). `scratch`:
  * claas_loss_scratch_floats(vocab) floats, 64-byte aligned; grad may be NULL. Returns 0, or

@@ -716,25 +716,6 @@ static bool is_aligned(const void *p, size_t bytes)
     return (uintptr_t)p % bytes == 0;
 }
 
-static int check_config(const struct claas_loss_config *config)
-{
-    if (config->variant < CLAAS_LOSS_FULL || config->variant > CLAAS_LOSS_TEACHER_TOPK)
-        return claas_fail(CLAAS_ERR_INVALID, "loss: unknown variant %d", (int)config->variant);
-    if (!(config->alpha >= 0 && config->alpha <= 1))
-        return claas_fail(CLAAS_ERR_INVALID, "loss: alpha is %g, it must be from 0 to 1",
-                          (double)config->alpha);
-    if (config->variant != CLAAS_LOSS_FULL && config->top_k < 1)
-        return claas_fail(CLAAS_ERR_INVALID, "loss: top_k is %d, it must be at least 1",
-                          config->top_k);
-    if (!(config->is_clip >= 0))
-        return claas_fail(CLAAS_ERR_INVALID, "loss: is_clip is %g, it must not be negative",
-                          (double)config->is_clip);
-    if (!(config->kl_weight >= 0) || isinf(config->kl_weight))
-        return claas_fail(CLAAS_ERR_INVALID, "loss: kl_weight is %g, it must not be negative",
-                          (double)config->kl_weight);
-    return 0;
-}
-
 /* STUDENT_TOPK_TAIL with K >= V has no tail: it is the whole vocabulary. */
 static void choose_form(struct loss_args *args)
 {
@@ -775,7 +756,7 @@ int cuda_loss(struct cuda_context *context, const struct claas_loss_config *conf
               struct claas_loss_result *results)
 {
     struct loss_args args = {};
-    int code = check_config(config);
+    int code = claas_loss_check(config);
 
     (void)scratch;
     if (code < 0 || rows <= 0)

@@ -64,7 +64,7 @@ size_t claas_loss_scratch_floats(int vocab)
     return vocab > 0 ? 4 * row_stride(vocab) : 0;
 }
 
-static int check_config(const struct claas_loss_config *config)
+int claas_loss_check(const struct claas_loss_config *config)
 {
     if (config->variant < CLAAS_LOSS_FULL || config->variant > CLAAS_LOSS_TEACHER_TOPK)
         return claas_fail(CLAAS_ERR_INVALID, "loss: unknown variant %d", (int)config->variant);
@@ -219,7 +219,7 @@ int claas_loss_row(const struct claas_loss_config *config, int vocab,
     struct claas_loss_work work = {.config = config, .row = row};
     struct claas_loss_slope slope = {0};
     double slope_k3;
-    int rc = check_config(config);
+    int rc = claas_loss_check(config);
 
     if (rc >= 0)
         rc = check_row(config, vocab, row);
