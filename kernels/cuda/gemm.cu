@@ -12,24 +12,34 @@
  * for gradients) counts by size class only: a pack of 1,713 rows takes what was chosen for 1,601.
  * So the number of choices stays small, and nearly equal packs sum in the same order. Reductions in
  * place (atomic, in no fixed order) and in the output's type (sums rounded to bfloat16) are ruled
- * out. CLAAS_CUDA_TUNE=0 takes cuBLASLt's first proposal instead of timing: the same in every
- * process. */
+ * out. Choices are kept in a file (gemm_choices.h), so that the next process sums in the same order
+ * and need not time anything. CLAAS_CUDA_TUNE=0 takes cuBLASLt's first proposal instead, and
+ * neither reads nor writes the file: the same in every process.
+ *
+ * A plan also keeps the product described for cuBLASLt, with the number of tokens it had last: a
+ * product that comes again costs a look-up and cublasLtMatmul.
+ *
+ * Few rows by a weight are multiplied by gemm_few.cu instead; CLAAS_CUDA_FEW=0 leaves them here. */
 #include "cuda/gemm.h"
+#include "cuda/gemm_choices.h"
+#include "cuda/gemm_few.h"
 
 #include "claas/mem.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define PROPOSALS      8
 #define FIRST_CAPACITY 256
-#define ALIGNMENT_MAX  256u
+#define ALIGNMENT_LOG  8    /* of 256 bytes: what matters at most */
 #define BIG_PRODUCT    5e10 /* multiply-adds: a tenth of a millisecond or more */
 #define REPEATS_BIG    3
 #define REPEATS_SMALL  10
 #define CLEARLY_FASTER 0.97f /* timings are noisy: a later proposal must win by this */
 
-/* All int32, so that equal keys are equal bytes. */
+/* All int32, so that equal keys are equal bytes. A change of what they mean is a new version of
+ * the file's format. */
 struct plan_key {
     int32_t form, m, n, k, lda, ldb, ldo;
     int32_t out_type;
@@ -37,26 +47,33 @@ struct plan_key {
     int32_t alignments; /* log2 of a, b, add, out: four bits each */
     int32_t exact;      /* m and k are themselves, not their class */
 };
+static_assert(sizeof(struct plan_key) == GEMM_CHOICE_KEY, "keys as the file has them");
+static_assert(sizeof(cublasLtMatmulAlgo_t) == GEMM_CHOICE_ALGO, "algorithms as the file has them");
+
+enum plan_state {
+    PLAN_OPEN, /* nothing chosen yet */
+    PLAN_READ, /* the file's algorithm, which cuBLASLt has not looked at */
+    PLAN_DECIDED,
+};
 struct plan {
-    bool used;
     struct plan_key key;
+    enum plan_state state;
     cublasLtMatmulAlgo_t algo;
+    int m, k; /* what the descriptors say; 0: nothing yet */
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t a, b, out;
 };
 
 /* An open-addressing table, at most half full. */
 struct cuda_gemm_plans {
-    struct plan *slots;
+    struct plan **slots;
     size_t capacity, count;
-    bool tunes;
+    bool tunes, few;
     cudaEvent_t before, after;
-};
-
-/* A product as cuBLASLt wants it. */
-struct call {
-    const struct cuda_gemm *gemm;
-    const void *add; /* what beta multiplies, or out */
-    cublasLtMatmulDescOpaque_t product;
-    cublasLtMatrixLayoutOpaque_t a, b, out;
+    char *path; /* of the file; NULL: none */
+    struct gemm_choices_origin origin;
+    bool unsaved;    /* something was chosen that the file does not have */
+    int64_t written; /* when it was last; else opened */
 };
 
 /* --- describing a product --- */
@@ -90,52 +107,60 @@ static cublasStatus_t set_operation(cublasLtMatmulDescOpaque_t *product,
     return cublasLtMatmulDescSetAttribute(product, attribute, &operation, sizeof(operation));
 }
 
+/* What beta multiplies; the output where nothing is added. */
+static const void *added(const struct cuda_gemm *gemm)
+{
+    return gemm->beta != 0.0f && gemm->add ? gemm->add : gemm->out;
+}
+
 /* cuBLASLt's A is our b, its B our a. */
 static cublasStatus_t describe(const struct cuda_context *context, const struct cuda_gemm *gemm,
-                               struct call *call)
+                               struct plan *plan)
 {
     cudaDataType_t act = data_type(context->act);
     uint64_t m = (uint64_t)gemm->m, n = (uint64_t)gemm->n, k = (uint64_t)gemm->k;
     bool a_turned = gemm->form == CUDA_GEMM_TN, b_turned = gemm->form == CUDA_GEMM_NT;
-    cublasStatus_t status = cublasLtMatmulDescInit(&call->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    cublasStatus_t status = cublasLtMatmulDescInit(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
 
-    call->gemm = gemm;
-    call->add = gemm->beta != 0.0f && gemm->add ? gemm->add : gemm->out;
+    plan->m = 0;
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = set_operation(&call->product, CUBLASLT_MATMUL_DESC_TRANSA, b_turned);
+        status = set_operation(&plan->product, CUBLASLT_MATMUL_DESC_TRANSA, b_turned);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = set_operation(&call->product, CUBLASLT_MATMUL_DESC_TRANSB, a_turned);
-    if (status == CUBLAS_STATUS_SUCCESS)
-        status =
-            cublasLtMatrixLayoutInit(&call->b, act, b_turned ? k : n, b_turned ? n : k, gemm->ldb);
+        status = set_operation(&plan->product, CUBLASLT_MATMUL_DESC_TRANSB, a_turned);
     if (status == CUBLAS_STATUS_SUCCESS)
         status =
-            cublasLtMatrixLayoutInit(&call->a, act, a_turned ? m : k, a_turned ? k : m, gemm->lda);
+            cublasLtMatrixLayoutInit(&plan->b, act, b_turned ? k : n, b_turned ? n : k, gemm->ldb);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasLtMatrixLayoutInit(&call->out, data_type(gemm->out_type), n, m, gemm->ldo);
+        status =
+            cublasLtMatrixLayoutInit(&plan->a, act, a_turned ? m : k, a_turned ? k : m, gemm->lda);
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasLtMatrixLayoutInit(&plan->out, data_type(gemm->out_type), n, m, gemm->ldo);
+    if (status == CUBLAS_STATUS_SUCCESS) {
+        plan->m = gemm->m;
+        plan->k = gemm->k;
+    }
     return status;
 }
 
-static cublasStatus_t run(struct cuda_context *context, const struct call *call,
-                          const cublasLtMatmulAlgo_t *algo, void *out)
+static cublasStatus_t run(struct cuda_context *context, const struct cuda_gemm *gemm,
+                          struct plan *plan, const cublasLtMatmulAlgo_t *algo, void *out)
 {
-    const struct cuda_gemm *gemm = call->gemm;
-    /* The API takes descriptors as pointers to non-const but only reads them. */
-    struct call *c = (struct call *)(uintptr_t)call;
-
-    return cublasLtMatmul(context->lt, &c->product, &gemm->alpha, gemm->b, &c->b, gemm->a, &c->a,
-                          &gemm->beta, call->add, &c->out, out, &c->out, algo, context->lt_space,
-                          context->lt_space_bytes, context->stream);
+    return cublasLtMatmul(context->lt, &plan->product, &gemm->alpha, gemm->b, &plan->b, gemm->a,
+                          &plan->a, &gemm->beta, added(gemm), &plan->out, out, &plan->out, algo,
+                          context->lt_space, context->lt_space_bytes, context->stream);
 }
 
 /* --- choosing an algorithm --- */
 
+/* log2 of the bytes that an address is a multiple of. */
+static int alignment_log(const void *pointer)
+{
+    return __builtin_ctzll((uintptr_t)pointer | 1ull << ALIGNMENT_LOG);
+}
+
 static uint32_t alignment(const void *pointer)
 {
-    uintptr_t bits = (uintptr_t)pointer;
-    uintptr_t lowest = bits & (~bits + 1);
-
-    return lowest == 0 || lowest > ALIGNMENT_MAX ? ALIGNMENT_MAX : (uint32_t)lowest;
+    return 1u << alignment_log(pointer);
 }
 
 static cublasStatus_t set_preference(cublasLtMatmulPreferenceOpaque_t *preference,
@@ -144,10 +169,9 @@ static cublasStatus_t set_preference(cublasLtMatmulPreferenceOpaque_t *preferenc
     return cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value));
 }
 
-static cublasStatus_t prefer(const struct cuda_context *context, const struct call *call,
+static cublasStatus_t prefer(const struct cuda_context *context, const struct cuda_gemm *gemm,
                              cublasLtMatmulPreferenceOpaque_t *preference)
 {
-    const struct cuda_gemm *gemm = call->gemm;
     uint64_t space = context->lt_space_bytes;
     cublasStatus_t status = cublasLtMatmulPreferenceInit(preference);
 
@@ -165,7 +189,7 @@ static cublasStatus_t prefer(const struct cuda_context *context, const struct ca
                                 alignment(gemm->a));
     if (status == CUBLAS_STATUS_SUCCESS)
         status = set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                                alignment(call->add));
+                                alignment(added(gemm)));
     if (status == CUBLAS_STATUS_SUCCESS)
         status = set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
                                 alignment(gemm->out));
@@ -173,17 +197,17 @@ static cublasStatus_t prefer(const struct cuda_context *context, const struct ca
 }
 
 /* cuBLASLt's proposals, its favourite first. */
-static int propose(struct cuda_context *context, struct call *call,
+static int propose(struct cuda_context *context, const struct cuda_gemm *gemm, struct plan *plan,
                    cublasLtMatmulHeuristicResult_t *proposals, int *ret_count)
 {
     cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t found[PROPOSALS];
     int count = 0;
-    cublasStatus_t status = prefer(context, call, &preference);
+    cublasStatus_t status = prefer(context, gemm, &preference);
 
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasLtMatmulAlgoGetHeuristic(context->lt, &call->product, &call->b, &call->a,
-                                                &call->out, &call->out, &preference, PROPOSALS,
+        status = cublasLtMatmulAlgoGetHeuristic(context->lt, &plan->product, &plan->b, &plan->a,
+                                                &plan->out, &plan->out, &preference, PROPOSALS,
                                                 found, &count);
     *ret_count = 0;
     for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < count; i++)
@@ -191,23 +215,22 @@ static int propose(struct cuda_context *context, struct call *call,
             proposals[(*ret_count)++] = found[i];
     if (status == CUBLAS_STATUS_SUCCESS && *ret_count == 0)
         status = CUBLAS_STATUS_NOT_SUPPORTED;
-    return check_status(context, call->gemm, status, "no algorithm");
+    return check_status(context, gemm, status, "no algorithm");
 }
 
 /* Milliseconds of one product; negative if the algorithm does not work here. */
-static float time_algo(struct cuda_context *context, const struct call *call,
-                       const cublasLtMatmulAlgo_t *algo, void *out)
+static float time_algo(struct cuda_context *context, const struct cuda_gemm *gemm,
+                       struct plan *plan, const cublasLtMatmulAlgo_t *algo, void *out)
 {
     struct cuda_gemm_plans *plans = context->plans;
-    const struct cuda_gemm *gemm = call->gemm;
     int repeats = (double)gemm->m * gemm->n * gemm->k > BIG_PRODUCT ? REPEATS_BIG : REPEATS_SMALL;
     float milliseconds = -1.0f;
     /* Once unmeasured: kernels are loaded when first used. */
-    bool good = run(context, call, algo, out) == CUBLAS_STATUS_SUCCESS &&
+    bool good = run(context, gemm, plan, algo, out) == CUBLAS_STATUS_SUCCESS &&
                 cudaEventRecord(plans->before, context->stream) == cudaSuccess;
 
     for (int i = 0; i < repeats && good; i++)
-        good = run(context, call, algo, out) == CUBLAS_STATUS_SUCCESS;
+        good = run(context, gemm, plan, algo, out) == CUBLAS_STATUS_SUCCESS;
     good = good && cudaEventRecord(plans->after, context->stream) == cudaSuccess &&
            cudaEventSynchronize(plans->after) == cudaSuccess &&
            cudaEventElapsedTime(&milliseconds, plans->before, plans->after) == cudaSuccess;
@@ -217,11 +240,11 @@ static float time_algo(struct cuda_context *context, const struct call *call,
 /* The fastest of the proposals. The product is made where it is wanted anyway, but for one that
  * adds to its own output: that goes to memory of its own, and without such memory the favourite is
  * taken unmeasured. */
-static int pick_fastest(struct cuda_context *context, const struct call *call,
-                        const cublasLtMatmulHeuristicResult_t *proposals, int count)
+static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *gemm,
+                        struct plan *plan, const cublasLtMatmulHeuristicResult_t *proposals,
+                        int count)
 {
-    const struct cuda_gemm *gemm = call->gemm;
-    bool adds_to_itself = gemm->beta != 0.0f && call->add == gemm->out;
+    bool adds_to_itself = gemm->beta != 0.0f && added(gemm) == gemm->out;
     size_t element = gemm->out_type == CUDA_TYPE_F32 ? 4 : 2;
     size_t bytes = (size_t)gemm->m * (size_t)gemm->ldo * element;
     void *scratch = NULL;
@@ -233,8 +256,8 @@ static int pick_fastest(struct cuda_context *context, const struct call *call,
         return 0;
     }
     for (int i = 0; i < count; i++) {
-        float time =
-            time_algo(context, call, &proposals[i].algo, adds_to_itself ? scratch : gemm->out);
+        float time = time_algo(context, gemm, plan, &proposals[i].algo,
+                               adds_to_itself ? scratch : gemm->out);
 
         if (time >= 0.0f && (best_time < 0.0f || time < CLEARLY_FASTER * best_time)) {
             best_time = time;
@@ -254,20 +277,51 @@ static bool is_capturing(const struct cuda_context *context)
            status != cudaStreamCaptureStatusNone;
 }
 
-/* The one place where an algorithm is decided on; choices kept from an earlier run would be looked
- * up here. */
-static int choose(struct cuda_context *context, struct call *call, cublasLtMatmulAlgo_t *ret)
+/* Whether the file's algorithm does this product here, in the room there is, and adds in a fixed
+ * order. */
+static bool is_usable(struct cuda_context *context, struct plan *plan)
+{
+    cublasLtMatmulHeuristicResult_t result;
+    uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_INPLACE;
+    size_t written = 0;
+
+    memset(&result, 0, sizeof(result));
+    return cublasLtMatmulAlgoConfigGetAttribute(&plan->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME,
+                                                &scheme, sizeof(scheme),
+                                                &written) == CUBLAS_STATUS_SUCCESS &&
+           written == sizeof(scheme) &&
+           (scheme == CUBLASLT_REDUCTION_SCHEME_NONE ||
+            scheme == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) &&
+           cublasLtMatmulAlgoCheck(context->lt, &plan->product, &plan->b, &plan->a, &plan->out,
+                                   &plan->out, &plan->algo, &result) == CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= context->lt_space_bytes;
+}
+
+/* The one place where an algorithm is decided on. While a graph is captured nothing can be timed: a
+ * shape first seen then gets the favourite and stays open. */
+static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, struct plan *plan)
 {
     cublasLtMatmulHeuristicResult_t proposals[PROPOSALS];
-    int count = 0, best = 0;
-    int rc = propose(context, call, proposals, &count);
+    bool capturing = is_capturing(context);
+    int count = 0, best = 0, rc;
 
+    if (plan->state == PLAN_READ && is_usable(context, plan)) {
+        plan->state = PLAN_DECIDED;
+        return 0;
+    }
+    plan->state = PLAN_OPEN;
+    rc = propose(context, gemm, plan, proposals, &count);
     if (rc < 0)
         return rc;
-    if (count > 1 && context->plans->tunes)
-        best = pick_fastest(context, call, proposals, count);
-    *ret = proposals[best].algo;
-    return cuda_check_launch(context, "timing a matrix product");
+    if (count > 1 && context->plans->tunes && !capturing)
+        best = pick_fastest(context, gemm, plan, proposals, count);
+    plan->algo = proposals[best].algo;
+    rc = cuda_check_launch(context, "timing a matrix product");
+    if (rc == 0 && !capturing) {
+        plan->state = PLAN_DECIDED;
+        context->plans->unsaved = true;
+    }
+    return rc;
 }
 
 /* --- the table of choices --- */
@@ -285,20 +339,8 @@ static int32_t size_class(int size)
     return power;
 }
 
-static int log2_of(uint32_t power)
+static struct plan_key make_key(const struct cuda_gemm *gemm, bool exact)
 {
-    int log = 0;
-
-    while (power > 1) {
-        power /= 2;
-        log++;
-    }
-    return log;
-}
-
-static struct plan_key make_key(const struct call *call, bool exact)
-{
-    const struct cuda_gemm *gemm = call->gemm;
     bool gradient = gemm->form == CUDA_GEMM_TN;
     struct plan_key key;
 
@@ -311,8 +353,8 @@ static struct plan_key make_key(const struct call *call, bool exact)
     key.ldo = gemm->ldo;
     key.out_type = gemm->out_type;
     key.accumulates = gemm->beta != 0.0f;
-    key.alignments = log2_of(alignment(gemm->a)) | log2_of(alignment(gemm->b)) << 4 |
-                     log2_of(alignment(call->add)) << 8 | log2_of(alignment(gemm->out)) << 12;
+    key.alignments = alignment_log(gemm->a) | alignment_log(gemm->b) << 4 |
+                     alignment_log(added(gemm)) << 8 | alignment_log(gemm->out) << 12;
     key.exact = exact;
     return key;
 }
@@ -330,11 +372,11 @@ static size_t hash_key(const struct plan_key *key)
 }
 
 /* The key's slot, or the free one where it belongs. */
-static struct plan *find_slot(struct plan *slots, size_t capacity, const struct plan_key *key)
+static struct plan **find_slot(struct plan **slots, size_t capacity, const struct plan_key *key)
 {
     size_t at = hash_key(key) & (capacity - 1);
 
-    while (slots[at].used && memcmp(&slots[at].key, key, sizeof(*key)) != 0)
+    while (slots[at] && memcmp(&slots[at]->key, key, sizeof(*key)) != 0)
         at = (at + 1) & (capacity - 1);
     return &slots[at];
 }
@@ -342,22 +384,150 @@ static struct plan *find_slot(struct plan *slots, size_t capacity, const struct 
 static int grow(struct cuda_gemm_plans *plans)
 {
     size_t capacity = plans->capacity ? 2 * plans->capacity : FIRST_CAPACITY;
-    struct plan *slots = CLAAS_NEW_ARRAY(struct plan, capacity);
+    struct plan **slots = CLAAS_NEW_ARRAY(struct plan *, capacity);
 
     if (!slots)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (size_t i = 0; i < plans->capacity; i++)
-        if (plans->slots[i].used)
-            *find_slot(slots, capacity, &plans->slots[i].key) = plans->slots[i];
+        if (plans->slots[i])
+            *find_slot(slots, capacity, &plans->slots[i]->key) = plans->slots[i];
     free(plans->slots);
     plans->slots = slots;
     plans->capacity = capacity;
     return 0;
 }
 
+/* The key's plan, open if it is new; NULL without memory. */
+static struct plan *find_plan(struct cuda_gemm_plans *plans, const struct plan_key *key)
+{
+    struct plan **slot = find_slot(plans->slots, plans->capacity, key);
+
+    if (*slot)
+        return *slot;
+    if (2 * (plans->count + 1) > plans->capacity) {
+        if (grow(plans) < 0)
+            return NULL;
+        slot = find_slot(plans->slots, plans->capacity, key);
+    }
+    *slot = CLAAS_NEW(struct plan);
+    if (!*slot)
+        return NULL;
+    (*slot)->key = *key;
+    plans->count++;
+    return *slot;
+}
+
+/* The plan of a product, which describes just this one, with an algorithm. */
+static int look_up(struct cuda_context *context, const struct cuda_gemm *gemm, bool exact,
+                   struct plan **ret)
+{
+    struct plan_key key = make_key(gemm, exact);
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    struct plan *plan = find_plan(context->plans, &key);
+    int rc = 0;
+
+    if (!plan)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (plan->m != gemm->m || plan->k != gemm->k)
+        status = describe(context, gemm, plan);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        return check_status(context, gemm, status, "describing it");
+    if (plan->state != PLAN_DECIDED)
+        rc = choose(context, gemm, plan);
+    *ret = plan;
+    return rc;
+}
+
+/* --- what is kept between processes --- */
+
+static void set_origin(const struct cuda_context *context, struct gemm_choices_origin *origin)
+{
+    int driver = 0;
+
+    (void)cudaDriverGetVersion(&driver);
+    memset(origin, 0, sizeof(*origin));
+    (void)snprintf(origin->device, sizeof(origin->device), "%s", context->name);
+    origin->library = cublasLtGetVersion();
+    origin->driver = driver;
+    origin->arch = context->arch;
+}
+
+static int read_choices(struct cuda_context *context)
+{
+    struct cuda_gemm_plans *plans = context->plans;
+    struct gemm_choices choices = {};
+    size_t taken = 0;
+    bool all;
+
+    plans->path = gemm_choices_path(context->arch);
+    if (!plans->path)
+        return 0;
+    set_origin(context, &plans->origin);
+    gemm_choices_read(plans->path, &plans->origin, &choices);
+    while (taken < choices.count) {
+        struct plan_key key;
+        struct plan *plan;
+
+        memcpy(&key, choices.items[taken].key, sizeof(key));
+        plan = find_plan(plans, &key);
+        if (!plan)
+            break;
+        memcpy(&plan->algo, choices.items[taken].algo, sizeof(plan->algo));
+        plan->state = PLAN_READ;
+        taken++;
+    }
+    all = taken == choices.count;
+    gemm_choices_done(&choices);
+    return all ? 0 : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+/* A file that cannot be written is not tried again. */
+static void write_choices(struct cuda_gemm_plans *plans)
+{
+    struct gemm_choices choices = {};
+
+    plans->unsaved = false;
+    plans->written = gemm_choices_clock();
+    choices.items = CLAAS_NEW_ARRAY(struct gemm_choice, plans->count + 1);
+    if (!choices.items)
+        return;
+    for (size_t i = 0; i < plans->capacity; i++) {
+        const struct plan *plan = plans->slots[i];
+
+        if (!plan || plan->state == PLAN_OPEN)
+            continue;
+        memcpy(choices.items[choices.count].key, &plan->key, sizeof(plan->key));
+        memcpy(choices.items[choices.count].algo, &plan->algo, sizeof(plan->algo));
+        choices.count++;
+    }
+    if (gemm_choices_write(plans->path, &plans->origin, &choices) < 0) {
+        free(plans->path);
+        plans->path = NULL;
+    }
+    gemm_choices_done(&choices);
+}
+
+/* Now and then while the table grows, and never into a capture. */
+static void keep_choices(struct cuda_context *context)
+{
+    struct cuda_gemm_plans *plans = context->plans;
+
+    if (plans->path && gemm_choices_clock() - plans->written >= GEMM_CHOICES_WAIT &&
+        !is_capturing(context))
+        write_choices(plans);
+}
+
+/* --- opening and closing --- */
+
+static bool is_off(const char *variable)
+{
+    const char *value = getenv(variable);
+
+    return value && strcmp(value, "0") == 0;
+}
+
 static int open_plans(struct cuda_context *context)
 {
-    const char *tune = getenv("CLAAS_CUDA_TUNE");
     struct cuda_gemm_plans *plans;
     int rc;
 
@@ -367,12 +537,18 @@ static int open_plans(struct cuda_context *context)
     if (!plans)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     context->plans = plans;
-    plans->tunes = !tune || strcmp(tune, "0") != 0;
+    plans->tunes = !is_off("CLAAS_CUDA_TUNE");
+    plans->few = !is_off("CLAAS_CUDA_FEW");
+    plans->written = gemm_choices_clock();
     rc = grow(plans);
     if (rc == 0)
         rc = cuda_check(context, cudaEventCreate(&plans->before), "making an event");
     if (rc == 0)
         rc = cuda_check(context, cudaEventCreate(&plans->after), "making an event");
+    if (rc == 0)
+        rc = cuda_gemm_few_open(context);
+    if (rc == 0 && plans->tunes)
+        rc = read_choices(context);
     if (rc < 0)
         cuda_gemm_plans_free(context);
     return rc;
@@ -385,48 +561,20 @@ void cuda_gemm_plans_free(struct cuda_context *context)
     context->plans = NULL;
     if (!plans)
         return;
+    if (plans->unsaved && plans->path)
+        write_choices(plans);
     if (plans->before)
         (void)cudaEventDestroy(plans->before);
     if (plans->after)
         (void)cudaEventDestroy(plans->after);
+    for (size_t i = 0; i < plans->capacity; i++)
+        free(plans->slots[i]);
     free(plans->slots);
+    free(plans->path);
     free(plans);
 }
 
-/* The algorithm of a product, chosen now if there is none yet. While a graph is captured nothing
- * can be timed: a shape first seen then gets the favourite and stays undecided. */
-static int look_up(struct cuda_context *context, struct call *call, bool exact,
-                   cublasLtMatmulAlgo_t *ret)
-{
-    struct plan_key key = make_key(call, exact);
-    struct plan *plan;
-    int rc = open_plans(context);
-
-    if (rc == 0 && 2 * (context->plans->count + 1) > context->plans->capacity)
-        rc = grow(context->plans);
-    if (rc < 0)
-        return rc;
-    plan = find_slot(context->plans->slots, context->plans->capacity, &key);
-    if (!plan->used && is_capturing(context)) {
-        cublasLtMatmulHeuristicResult_t proposals[PROPOSALS];
-        int count = 0;
-
-        rc = propose(context, call, proposals, &count);
-        if (rc == 0)
-            *ret = proposals[0].algo;
-        return rc;
-    }
-    if (!plan->used) {
-        rc = choose(context, call, &plan->algo);
-        if (rc < 0)
-            return rc;
-        plan->key = key;
-        plan->used = true;
-        context->plans->count++;
-    }
-    *ret = plan->algo;
-    return 0;
-}
+/* --- products --- */
 
 static int check_gemm(const struct cuda_gemm *gemm)
 {
@@ -440,31 +588,40 @@ static int check_gemm(const struct cuda_gemm *gemm)
     return 0;
 }
 
+/* By cuBLASLt. */
+static int run_library(struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    struct plan *plan = NULL;
+    cublasStatus_t status;
+    int rc = look_up(context, gemm, false, &plan);
+
+    if (rc < 0)
+        return rc;
+    status = run(context, gemm, plan, &plan->algo, gemm->out);
+    /* What suits one size of a class need not do for all of it. */
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
+        rc = look_up(context, gemm, true, &plan);
+        if (rc < 0)
+            return rc;
+        status = run(context, gemm, plan, &plan->algo, gemm->out);
+    }
+    if (context->plans->unsaved)
+        keep_choices(context);
+    return check_status(context, gemm, status, "running it");
+}
+
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
-    cublasLtMatmulAlgo_t algo;
-    cublasStatus_t status;
-    struct call call;
     int rc;
 
     if (gemm->m < 1 || gemm->n < 1)
         return 0;
     rc = check_gemm(gemm);
+    if (rc == 0)
+        rc = open_plans(context);
     if (rc < 0)
         return rc;
-    status = describe(context, gemm, &call);
-    if (status != CUBLAS_STATUS_SUCCESS)
-        return check_status(context, gemm, status, "describing it");
-    rc = look_up(context, &call, false, &algo);
-    if (rc < 0)
-        return rc;
-    status = run(context, &call, &algo, gemm->out);
-    /* What suits one size of a class need not do for all of it. */
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
-        rc = look_up(context, &call, true, &algo);
-        if (rc < 0)
-            return rc;
-        status = run(context, &call, &algo, gemm->out);
-    }
-    return check_status(context, gemm, status, "running it");
+    if (context->plans->few && cuda_gemm_few_suits(context, gemm))
+        return cuda_gemm_few(context, gemm);
+    return run_library(context, gemm);
 }

@@ -1,6 +1,8 @@
-/* Matrix products by cuBLASLt. Sums are float32 (float32 operands: no TF32). An algorithm is chosen
- * once per shape by timing those that cuBLASLt proposes, is kept for the context's life, and is
- * deterministic: reductions in place are ruled out. */
+/* Matrix products. Sums are float32 (float32 operands: no TF32), in an order that repeats.
+ *
+ * Few rows by a weight (gemm_few.h says which) are an own kernel's, with the same bits for a row
+ * whatever the number of rows. The rest is cuBLASLt's, by an algorithm chosen once per shape by
+ * timing those that it proposes, and kept: for the context's life, and in a file for later ones. */
 #ifndef CLAAS_CUDA_GEMM_H
 #define CLAAS_CUDA_GEMM_H
 

@@ -1,8 +1,12 @@
 /* Matrix products against sums in double: the three forms, both types of act, outputs of act and of
  * float32, with and without something added, rows longer than needed, operands that lie unaligned,
- * and shapes from one element to those of an 8B model. */
+ * and shapes from one element to those of an 8B model; and the choices that are kept in a file. */
 #include "cuda_check.h"
 #include "cuda/gemm.h"
+#include "cuda/gemm_choices.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
 
 #define SAMPLED_ROWS 8 /* of an output too large for the reference to compute whole */
 /* Tensor cores cut off, not round, when they add to a float32 sum: that shows where nothing is
@@ -242,6 +246,125 @@ static void test_refusals(void)
     cuda_context_close(&context);
 }
 
+/* --- choices kept in a file --- */
+
+static char kept_path[] = "/tmp/claas-gemm-XXXXXX";
+
+/* The file's identity: a new one whenever it was replaced. 0: there is none. */
+static unsigned long long kept_inode(void)
+{
+    struct stat info;
+
+    return stat(kept_path, &info) == 0 ? (unsigned long long)info.st_ino : 0;
+}
+
+/* Some products of the three forms in a context of their own, that is, as in a process of its own.
+ */
+static void run_kept(void)
+{
+    struct cuda_context context;
+
+    check_open(CUDA_TYPE_BF16, &context);
+    for (int form = 0; form < 3; form++) {
+        struct trial t = {};
+
+        t.form = (enum cuda_gemm_form)form;
+        t.shape = {200, 576, 320, 0};
+        t.act = t.out_type = CUDA_TYPE_BF16;
+        choose_way(&t, form);
+        run_trial(&context, &t);
+    }
+    cuda_context_close(&context);
+}
+
+static size_t kept_bytes(uint8_t *bytes, size_t room)
+{
+    FILE *file = fopen(kept_path, "rb");
+    size_t length = file ? fread(bytes, 1, room, file) : 0;
+
+    if (file)
+        fclose(file);
+    return length;
+}
+
+static void put_kept(const uint8_t *bytes, size_t length)
+{
+    FILE *file = fopen(kept_path, "wb");
+
+    if (!file || fwrite(bytes, 1, length, file) != length)
+        check_fail("cannot write %s", kept_path);
+    if (file)
+        fclose(file);
+}
+
+/* Algorithms that make no sense, in a file that is whole. The origin lies behind magic, version,
+ * size, count and checksum. */
+static void put_senseless(const uint8_t *bytes, size_t length)
+{
+    struct gemm_choices_origin origin;
+    struct gemm_choices choices = {};
+    uint8_t *changed = NULL;
+
+    memcpy(&origin, bytes + 32, sizeof(origin));
+    check_rc(gemm_choices_decode(&origin, bytes, length, &choices), "reading the file");
+    for (size_t i = 0; i < choices.count; i++)
+        memset(choices.items[i].algo, 0xff, GEMM_CHOICE_ALGO);
+    check_rc(gemm_choices_encode(&origin, &choices, &changed, &length), "making a file");
+    if (changed)
+        put_kept(changed, length);
+    free(changed);
+    gemm_choices_done(&choices);
+}
+
+/* Runs with the file as it is: whether it is replaced, and the next run is content with it. */
+static void expect_replaced(const char *what)
+{
+    unsigned long long before = kept_inode(), after;
+
+    run_kept();
+    after = kept_inode();
+    if (after == 0 || after == before)
+        check_fail("%s: the file was not replaced", what);
+    run_kept();
+    if (kept_inode() != after)
+        check_fail("%s: the file is replaced again and again", what);
+}
+
+static void test_kept(void)
+{
+    const char *tune = getenv("CLAAS_CUDA_TUNE");
+    uint8_t bytes[4096];
+    size_t length;
+    int fd;
+
+    if (tune && strcmp(tune, "0") == 0) /* then nothing is kept */
+        return;
+    check_begin("gemm choices in a file");
+    fd = mkstemp(kept_path);
+    if (fd < 0)
+        check_fail("no temporary file");
+    else
+        close(fd); /* empty: a file cut to nothing */
+    setenv("CLAAS_CUDA_CHOICES", kept_path, 1);
+    expect_replaced("an empty file");
+    length = kept_bytes(bytes, sizeof(bytes));
+    if (length != 112 + 3 * (GEMM_CHOICE_KEY + GEMM_CHOICE_ALGO))
+        check_fail("three choices in %zu bytes", length);
+    else {
+        bytes[length / 2] ^= 1;
+        put_kept(bytes, length);
+        expect_replaced("a flipped bit");
+        length = kept_bytes(bytes, sizeof(bytes));
+        put_senseless(bytes, length);
+        expect_replaced("senseless algorithms");
+    }
+    unlink(kept_path);
+    expect_replaced("no file");
+    unlink(kept_path);
+    setenv("CLAAS_CUDA_CHOICES", "", 1);
+    check_end();
+}
+
 /* --- time --- */
 
 static void time_shape(struct cuda_context *context, const char *what, enum cuda_gemm_form form,
@@ -307,9 +430,11 @@ static void time_all(void)
 
 int main(void)
 {
+    setenv("CLAAS_CUDA_CHOICES", "", 1);
     test_refusals();
     test_type(CUDA_TYPE_F32);
     test_type(CUDA_TYPE_BF16);
+    test_kept();
     if (!getenv("CLAAS_TEST_NO_TIMES"))
         time_all();
     return check_finish();

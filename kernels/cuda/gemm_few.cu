@@ -1,0 +1,450 @@
+/* Products of few rows: out[m][n] = alpha a[m][k] b[n][k]^T + beta add, 1 <= m <= 64.
+ *
+ * A block takes 128 rows of b (columns of out) and all rows of a; its 8 warps take 16 rows of b
+ * each. Tensor cores multiply 16 rows of b, as the left operand of mma.m16n8k16, by 8 rows of a at
+ * a time, so that m costs in steps of 8. k comes in stages of 64:
+ *
+ *   stage   b [128][64] and a [8 TILES][64] bf16, cp.async, a ring of STAGES of them; the b part of
+ *           all stages but one, 48 KB or more, is on its way while one is multiplied
+ *   place   rows of 128 bytes; 16-byte piece p of row r lies at p ^ 4 (r % 2), so that neither the
+ *           eight lanes that write a row nor the eight that read four pieces of two rows collide
+ *   lane    with g = lane / 4, t = lane % 4, reads piece t (then 4 + t) of rows g and g + 8 of b
+ *           and of rows g, g + 8, … of a: eight elements of k, four for one mma and four for the
+ *           next. The mma's slots 2t, 2t+1, 2t+8, 2t+9 thus hold the elements 8t … 8t+3 of the
+ *           stage: another order of k than the slots', the same for a and b
+ *
+ * Where n is too small to fill the card, k is split over the 2, 4 or 8 blocks of a cluster: the
+ * parts are kept in shared memory, and each block adds up, in the order of k, and stores its share
+ * of the tile. Without clusters (below sm_90) there is no split.
+ *
+ * The order of an element's sum: slots within a mma (the hardware's), mmas along k, parts. It
+ * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
+ * see its neighbours, so m and the row's place never show. Fragments: PTX ISA, "Matrix fragments
+ * for mma.m16n8k16". */
+#include "cuda/gemm_few.h"
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <string.h>
+
+#define WARPS        8
+#define THREADS      (32 * WARPS)
+#define B_ROWS       (16 * WARPS) /* of a block */
+#define DEPTH        64           /* elements of k in a stage */
+#define PIECES       (DEPTH / 8)  /* of 16 bytes, in a row of a stage */
+#define SPLITS_MAX   8            /* the largest cluster that every card of sm_90 grants */
+#define BLOCKS_GOAL  128          /* nearly one for each multiprocessor of an H100 */
+#define STAGES_LEAST 2            /* of a part of k */
+#define SIZE_LEAST   256
+/* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
+#define PART_PITCH (B_ROWS + 4)
+
+typedef __nv_bfloat16 bf16;
+
+struct few_args {
+    const bf16 *a, *b;
+    const void *add;
+    void *out;
+    int m, n, k;
+    int lda, ldb, ldo;
+    int splits;
+    float alpha, beta;
+    bool wide;  /* out and add are float32 */
+    bool quads; /* four columns of out and add are aligned and exist together */
+};
+
+/* The ring fits twice into a multiprocessor of sm_90, and once into 99 KB (sm_86, sm_89). */
+template <int TILES> struct few_shape {
+    static const int stages = TILES <= 2 ? 5 : 4;
+    static const int stage_pieces = (B_ROWS + 8 * TILES) * PIECES;
+    static const int bytes = stages * stage_pieces * 16;
+};
+
+/* --- instructions --- */
+
+/* 16 bytes to shared memory in the background, zeros if not valid (nothing is read then). The other
+ * half of the 256 bytes is wanted next. */
+static __device__ __forceinline__ void copy_16(uint4 *to, const bf16 *from, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void close_group(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* All of this thread's groups but the last PENDING have arrived. */
+template <int PENDING> static __device__ __forceinline__ void wait_groups(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* c (16 x 8) += a (16 x 16) b (16 x 8). */
+static __device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1,
+                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* --- a part of k --- */
+
+static __device__ __forceinline__ int place(int row, int piece)
+{
+    return row * PIECES + (piece ^ (row & 1) << 2);
+}
+
+/* Stage number `index` of k: eight threads to a row, 32 rows at a time. */
+template <int TILES>
+static __device__ __forceinline__ void load_stage(const struct few_args *args, int first_row,
+                                                  int index, uint4 *stage)
+{
+    int piece = (int)threadIdx.x % PIECES, row = (int)threadIdx.x / PIECES;
+    int column = index * DEPTH + 8 * piece;
+    bool inside = column < args->k; /* k is a multiple of 8 */
+
+#pragma unroll
+    for (int i = 0; i < B_ROWS; i += THREADS / PIECES) {
+        int r = first_row + i + row;
+        bool valid = inside && r < args->n;
+
+        copy_16(stage + place(i + row, piece),
+                args->b + (valid ? (size_t)r * (size_t)args->ldb + (size_t)column : 0), valid);
+    }
+    stage += B_ROWS * PIECES;
+#pragma unroll
+    for (int i = 0; i < 8 * TILES; i += THREADS / PIECES) {
+        int r = i + row;
+        bool valid = inside && r < args->m;
+
+        if (r < 8 * TILES)
+            copy_16(stage + place(r, piece),
+                    args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0), valid);
+    }
+}
+
+template <int TILES>
+static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float (&sums)[TILES][4])
+{
+    int g = ((int)threadIdx.x & 31) / 4, t = (int)threadIdx.x % 4;
+    const uint4 *b = stage + (int)threadIdx.x / 32 * 16 * PIECES;
+    const uint4 *a = stage + B_ROWS * PIECES;
+
+#pragma unroll
+    for (int half = 0; half < PIECES; half += 4) {
+        uint4 low = b[place(g, half + t)], high = b[place(g + 8, half + t)];
+
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            uint4 x = a[place(8 * i + g, half + t)];
+
+            multiply(sums[i], low.x, high.x, low.y, high.y, x.x, x.y);
+            multiply(sums[i], low.z, high.z, low.w, high.w, x.z, x.w);
+        }
+    }
+}
+
+/* The stages `first` to `end` of k. Ends with the ring free for other uses. */
+template <int TILES>
+static __device__ __forceinline__ void add_up(const struct few_args *args, int first_row, int first,
+                                              int end, uint4 *ring, float (&sums)[TILES][4])
+{
+    const int stages = few_shape<TILES>::stages, pieces = few_shape<TILES>::stage_pieces;
+    int slot = 0, ahead = stages - 1; /* of the ring */
+
+    for (int i = 0; i < stages - 1; i++) {
+        if (first + i < end)
+            load_stage<TILES>(args, first_row, first + i, ring + i * pieces);
+        close_group();
+    }
+    for (int index = first; index < end; index++) {
+        wait_groups<stages - 2>(); /* this thread's part of stage `index` is there */
+        __syncthreads();           /* everybody's is, and nobody reads the one before any more */
+        if (index + stages - 1 < end)
+            load_stage<TILES>(args, first_row, index + stages - 1, ring + ahead * pieces);
+        close_group();
+        multiply_stage<TILES>(ring + slot * pieces, sums);
+        ahead = slot;
+        slot = slot + 1 < stages ? slot + 1 : 0;
+    }
+    wait_groups<0>();
+    __syncthreads();
+}
+
+/* --- the parts' sum --- */
+
+/* The part that block `rank` of the cluster holds where this one has `mine`. */
+static __device__ __forceinline__ const float *part_of(float *mine, int rank, int splits)
+{
+#if __CUDA_ARCH__ >= 900
+    if (splits > 1)
+        return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+#endif
+    return mine;
+}
+
+static __device__ __forceinline__ void sync_parts(int splits)
+{
+#if __CUDA_ARCH__ >= 900
+    if (splits > 1) {
+        cooperative_groups::this_cluster().sync();
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
+/* part[row of a][row of b] = this block's sums. */
+template <int TILES>
+static __device__ __forceinline__ void keep_part(const float (&sums)[TILES][4], float *part)
+{
+    int g = ((int)threadIdx.x & 31) / 4, t = (int)threadIdx.x % 4;
+    int column = (int)threadIdx.x / 32 * 16 + g;
+
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        float *at = part + (8 * i + 2 * t) * PART_PITCH + column;
+
+        at[0] = sums[i][0];
+        at[PART_PITCH] = sums[i][1];
+        at[8] = sums[i][2];
+        at[PART_PITCH + 8] = sums[i][3];
+    }
+}
+
+static __device__ __forceinline__ float read_one(const struct few_args *args, size_t at)
+{
+    return args->wide ? ((const float *)args->add)[at]
+                      : __bfloat162float(((const bf16 *)args->add)[at]);
+}
+
+/* Elements `at` to `at + 3` of what is added. */
+static __device__ __forceinline__ float4 read_quad(const struct few_args *args, size_t at,
+                                                   int count)
+{
+    float4 add = make_float4(0, 0, 0, 0);
+
+    if (!args->quads) {
+        add.x = read_one(args, at);
+        add.y = count > 1 ? read_one(args, at + 1) : 0;
+        add.z = count > 2 ? read_one(args, at + 2) : 0;
+        add.w = count > 3 ? read_one(args, at + 3) : 0;
+    } else if (args->wide) {
+        add = *(const float4 *)((const float *)args->add + at);
+    } else {
+        const __nv_bfloat162 *pairs = (const __nv_bfloat162 *)((const bf16 *)args->add + at);
+        float2 low = __bfloat1622float2(pairs[0]), high = __bfloat1622float2(pairs[1]);
+
+        add = make_float4(low.x, low.y, high.x, high.y);
+    }
+    return add;
+}
+
+static __device__ __forceinline__ void write_one(const struct few_args *args, size_t at, float x)
+{
+    if (args->wide)
+        ((float *)args->out)[at] = x;
+    else
+        ((bf16 *)args->out)[at] = __float2bfloat16_rn(x);
+}
+
+static __device__ __forceinline__ void write_quad(const struct few_args *args, size_t at, int count,
+                                                  float4 x)
+{
+    if (!args->quads) {
+        write_one(args, at, x.x);
+        if (count > 1)
+            write_one(args, at + 1, x.y);
+        if (count > 2)
+            write_one(args, at + 2, x.z);
+        if (count > 3)
+            write_one(args, at + 3, x.w);
+    } else if (args->wide) {
+        *(float4 *)((float *)args->out + at) = x;
+    } else {
+        uint2 packed;
+        __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y);
+        __nv_bfloat162 high = __floats2bfloat162_rn(x.z, x.w);
+
+        memcpy(&packed.x, &low, sizeof(packed.x));
+        memcpy(&packed.y, &high, sizeof(packed.y));
+        *(uint2 *)((bf16 *)args->out + at) = packed;
+    }
+}
+
+/* The parts added in the order of k. All are asked for before the first is waited for. */
+static __device__ __forceinline__ float4 add_parts(const struct few_args *args, float *mine)
+{
+    float4 parts[SPLITS_MAX], sum;
+
+#pragma unroll
+    for (int rank = 0; rank < SPLITS_MAX; rank++)
+        if (rank < args->splits)
+            parts[rank] = *(const float4 *)part_of(mine, rank, args->splits);
+    sum = parts[0];
+#pragma unroll
+    for (int rank = 1; rank < SPLITS_MAX; rank++)
+        if (rank < args->splits) {
+            sum.x += parts[rank].x;
+            sum.y += parts[rank].y;
+            sum.z += parts[rank].z;
+            sum.w += parts[rank].w;
+        }
+    return sum;
+}
+
+/* alpha sum + beta add, the product rounded before it is added to: whichever way it is stored. */
+static __device__ __forceinline__ float4 blend(const struct few_args *args, float4 sum, float4 add)
+{
+    sum.x = __fmul_rn(args->alpha, sum.x);
+    sum.y = __fmul_rn(args->alpha, sum.y);
+    sum.z = __fmul_rn(args->alpha, sum.z);
+    sum.w = __fmul_rn(args->alpha, sum.w);
+    if (args->beta != 0.0f) {
+        sum.x = __fmaf_rn(args->beta, add.x, sum.x);
+        sum.y = __fmaf_rn(args->beta, add.y, sum.y);
+        sum.z = __fmaf_rn(args->beta, add.z, sum.z);
+        sum.w = __fmaf_rn(args->beta, add.w, sum.w);
+    }
+    return sum;
+}
+
+/* This block's share of the tile, four columns a thread: the blocks of a cluster by turns. */
+static __device__ __forceinline__ void store_share(const struct few_args *args, int first_row,
+                                                   int rank, float *part)
+{
+    const int quads = B_ROWS / 4;
+
+    for (int i = rank * THREADS + (int)threadIdx.x; i < args->m * quads;
+         i += args->splits * THREADS) {
+        int row = i / quads, column = 4 * (i % quads), left = args->n - first_row - column;
+        size_t at = (size_t)row * (size_t)args->ldo + (size_t)first_row + (size_t)column;
+        float4 add = make_float4(0, 0, 0, 0);
+
+        if (left <= 0)
+            continue;
+        if (args->beta != 0.0f)
+            add = read_quad(args, at, left);
+        write_quad(args, at, left,
+                   blend(args, add_parts(args, part + row * PART_PITCH + column), add));
+    }
+}
+
+/* Grid: tiles of n times splits of k; a cluster is the splits of a tile. */
+template <int TILES>
+static __global__ void __launch_bounds__(THREADS, 2) few_kernel(const struct few_args args)
+{
+    extern __shared__ __align__(128) uint4 ring[];
+    int rank = (int)blockIdx.x % args.splits;
+    int first_row = (int)blockIdx.x / args.splits * B_ROWS;
+    int stages = (args.k + DEPTH - 1) / DEPTH;
+    float *part = (float *)ring;
+    float sums[TILES][4] = {};
+
+    static_assert(8 * TILES * PART_PITCH * 4 <= few_shape<TILES>::bytes, "a part fits the ring");
+    add_up<TILES>(&args, first_row, stages * rank / args.splits, stages * (rank + 1) / args.splits,
+                  ring, sums);
+    keep_part<TILES>(sums, part);
+    sync_parts(args.splits);
+    store_share(&args, first_row, rank, part);
+    if (args.splits > 1) /* others read here until they are done */
+        sync_parts(args.splits);
+}
+
+/* --- launching --- */
+
+static const struct {
+    void (*kernel)(const struct few_args);
+    int tiles, bytes;
+} kernels[] = {
+    {few_kernel<1>, 1, few_shape<1>::bytes},
+    {few_kernel<2>, 2, few_shape<2>::bytes},
+    {few_kernel<4>, 4, few_shape<4>::bytes},
+    {few_kernel<8>, 8, few_shape<8>::bytes},
+};
+
+int cuda_gemm_few_open(struct cuda_context *context)
+{
+    int rc = 0;
+
+    for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]) && rc == 0; i++)
+        rc = cuda_check(context,
+                        cudaFuncSetAttribute((const void *)kernels[i].kernel,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             kernels[i].bytes),
+                        "products of few rows");
+    return rc;
+}
+
+bool cuda_gemm_few_suits(const struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    uintptr_t starts = (uintptr_t)gemm->a | (uintptr_t)gemm->b;
+
+    return gemm->form == CUDA_GEMM_NT && context->act == CUDA_TYPE_BF16 && gemm->m >= 1 &&
+           gemm->m <= CUDA_GEMM_FEW_ROWS && gemm->n >= SIZE_LEAST && gemm->k >= SIZE_LEAST &&
+           gemm->k % 8 == 0 && gemm->lda % 8 == 0 && gemm->ldb % 8 == 0 && starts % 16 == 0;
+}
+
+/* How many blocks share k: enough to fill the card, each with some stages. Not a matter of m. */
+static int cut_k(const struct cuda_context *context, int n, int k)
+{
+    int tiles = (n + B_ROWS - 1) / B_ROWS, stages = (k + DEPTH - 1) / DEPTH, splits = 1;
+
+    while (context->arch >= 90 && splits < SPLITS_MAX && tiles * splits < BLOCKS_GOAL &&
+           stages >= STAGES_LEAST * 2 * splits)
+        splits *= 2;
+    return splits;
+}
+
+static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
+                      struct few_args *args)
+{
+    const void *add = gemm->add ? gemm->add : gemm->out;
+    size_t quad = gemm->out_type == CUDA_TYPE_F32 ? 16 : 8;
+
+    args->a = (const bf16 *)gemm->a;
+    args->b = (const bf16 *)gemm->b;
+    args->add = add;
+    args->out = gemm->out;
+    args->m = gemm->m;
+    args->n = gemm->n;
+    args->k = gemm->k;
+    args->lda = gemm->lda;
+    args->ldb = gemm->ldb;
+    args->ldo = gemm->ldo;
+    args->splits = cut_k(context, gemm->n, gemm->k);
+    args->alpha = gemm->alpha;
+    args->beta = gemm->beta;
+    args->wide = gemm->out_type == CUDA_TYPE_F32;
+    args->quads = gemm->n % 4 == 0 && gemm->ldo % 4 == 0 &&
+                  ((uintptr_t)gemm->out | (uintptr_t)add) % quad == 0;
+}
+
+int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+    struct few_args args = {};
+    size_t which = 0;
+
+    fill_args(context, gemm, &args);
+    while (8 * kernels[which].tiles < gemm->m)
+        which++;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = (unsigned)args.splits;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)((gemm->n + B_ROWS - 1) / B_ROWS) * (unsigned)args.splits);
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = (size_t)kernels[which].bytes;
+    config.stream = context->stream;
+    config.attrs = &cluster;
+    config.numAttrs = args.splits > 1 ? 1 : 0;
+    return cuda_check(context, cudaLaunchKernelEx(&config, kernels[which].kernel, args),
+                      "a product of few rows");
+}
