@@ -123,7 +123,7 @@ static __device__ __forceinline__ void load_stage(const struct few_args *args, i
         int r = i + row;
         bool valid = inside && r < args->m;
 
-        if (r < 8 * TILES)
+        if (8 * TILES % (THREADS / PIECES) == 0 || r < 8 * TILES)
             copy_16(stage + place(r, piece),
                     args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0), valid);
     }

@@ -6,6 +6,7 @@
 #include "cuda/gemm_choices.h"
 
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SAMPLED_ROWS 8 /* of an output too large for the reference to compute whole */
@@ -401,12 +402,54 @@ static void time_shape(struct cuda_context *context, const char *what, enum cuda
     check_cuda(cudaFree(out), "cudaFree");
 }
 
+#define HOST_CALLS 400 /* fewer than a stream's queue holds */
+
+static double clock_us(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec * 1e6 + (double)now.tv_nsec * 1e-3;
+}
+
+/* What a call that is known costs the host: nothing is waited for. */
+static void time_host(struct cuda_context *context, const char *what, int m, int n, int k)
+{
+    struct cuda_gemm g = {};
+    struct trial t = {};
+    void *memory = NULL;
+    double start = 0;
+
+    t.form = CUDA_GEMM_NT;
+    t.shape = {m, n, k, 0};
+    t.act = t.out_type = CUDA_TYPE_BF16;
+    t.alpha = 1.0f;
+    fill_leading(&g, &t);
+    check_cuda(cudaMalloc(&memory, (size_t)(m * k + n * k + m * n) * 2), "cudaMalloc");
+    check_cuda(cudaMemset(memory, 0, (size_t)(m * k + n * k + m * n) * 2), "cudaMemset");
+    g.a = memory;
+    g.b = (const uint16_t *)memory + m * k;
+    g.out = (uint16_t *)memory + m * k + n * k;
+    for (int i = -20; i < HOST_CALLS; i++) {
+        if (i == 0) {
+            check_cuda(cudaDeviceSynchronize(), "a product");
+            start = clock_us();
+        }
+        check_rc(cuda_gemm(context, &g), "cuda_gemm");
+    }
+    printf("time host, %s: %.2f us a call\n", what, (clock_us() - start) / HOST_CALLS);
+    check_cuda(cudaDeviceSynchronize(), "products");
+    check_cuda(cudaFree(memory), "cudaFree");
+}
+
 static void time_all(void)
 {
     struct cuda_context context;
 
     check_open(CUDA_TYPE_BF16, &context);
     check_begin("gemm timing");
+    time_host(&context, "cuBLASLt", 128, 96, 96);
+    time_host(&context, "few rows", 1, 576, 576);
     time_shape(&context, "peak", CUDA_GEMM_NT, 8192, 8192, 8192, CUDA_TYPE_BF16);
     time_shape(&context, "8B qkv", CUDA_GEMM_NT, 4096, 6144, 4096, CUDA_TYPE_BF16);
     time_shape(&context, "8B o", CUDA_GEMM_NT, 4096, 4096, 4096, CUDA_TYPE_BF16);

@@ -85,14 +85,13 @@ static void reference_row(const struct operands *o, int row, double *want)
     double alpha = c->way == WAY_ALONE ? 1.0 : 0.5;
     double beta = c->way == WAY_ALONE ? 0.0 : c->way == WAY_ADD ? -0.75 : 1.0;
     const float *x = o->a + (size_t)row * o->lda;
-    /* b's rows in double would not fit the cache: one row of b by this row of a at a time. */
+
     for (int j = 0; j < c->n; j++) {
         const float *w = o->b.host + (size_t)j * o->lda;
         double sum = 0.0;
 
         for (int p = 0; p < c->k; p++)
             sum += (double)x[p] * w[p];
-        /* What is added to out itself is row `row` of out: that of the same number. */
         want[j] = alpha * sum;
         if (beta != 0.0)
             want[j] += beta * o->add.host[(size_t)row * o->ldo + j];
@@ -135,10 +134,11 @@ static void compare_row(const struct operands *o, const char *what, int m, const
         }
 }
 
-/* All m, or (large) those at the edges of tiles. */
-static bool is_tried(int m, bool large)
+/* All m; or those at the edges of tiles, where a case is large or differs from another only in what
+ * is added. */
+static bool is_tried(int m, bool all)
 {
-    return !large || m <= 2 || m % 8 == 1 || m % 16 == 0;
+    return all || m <= 2 || m % 8 == 1 || m % 16 == 0;
 }
 
 static void run_case(struct cuda_context *context, const struct few_case *c)
@@ -166,13 +166,13 @@ static void run_case(struct cuda_context *context, const struct few_case *c)
                     c->out_type == CUDA_TYPE_F32 ? CUT_LIMIT : CHECK_BF16_LIMIT);
     }
     for (int m = 1; m <= ROWS; m++) {
-        if (!is_tried(m, large))
+        if (!is_tried(m, !large && c->way == WAY_ALONE))
             continue;
         multiply(context, &o, m, 0, 1, got);
         for (int i = 0; i < m; i++)
             compare_row(&o, "the first rows", m, got, i, all, i);
     }
-    if (c->way == WAY_ALONE) { /* what is added stays where it is, else */
+    if (c->way == WAY_ALONE) { /* elsewhere a row would be added to by another */
         multiply(context, &o, ROWS, ROWS - 1, -1, got);
         for (int i = 0; i < ROWS; i++)
             compare_row(&o, "turned round", ROWS, got, i, all, ROWS - 1 - i);
