@@ -21,6 +21,7 @@ enum {
     KEY_HINT,
     KEY_RANK,
     KEY_TOKENS,
+    KEY_CHUNK,
     KEY_ADAPTERS,
     KEY_ROWS,
     KEY_STEPS,
@@ -63,7 +64,8 @@ static const struct argp_option step_options[] = {
     {"prompt", KEY_PROMPT, "N", 0, "tokens of each prompt (128)", 0},
     {"response", KEY_RESPONSE, "N", 0, "tokens of each response (128)", 0},
     {"hint", KEY_HINT, "N", 0, "tokens the teacher sees beside the prompt (64)", 0},
-    {"rank", KEY_RANK, "R", 0, "of the LoRA adapter (32)", 0},
+    {"rank", KEY_RANK, "R", 0, "of the LoRA adapters (32)", 0},
+    {"adapters", KEY_ADAPTERS, "N", 0, "different adapters among the rows (1)", 0},
     {"alpha", KEY_ALPHA, "A", 0, "0 forward KL … 1 reverse KL (0.5)", 0},
     {0},
 };
@@ -72,13 +74,16 @@ static const struct argp_option decode_options[] = {
     {"batch", KEY_BATCH, "N,…", 0, "sequences decoded together (1,8)", 0},
     {"prompt", KEY_PROMPT, "N", 0, "tokens of each prompt (64)", 0},
     {"tokens", KEY_TOKENS, "N", 0, "tokens of each answer (128)", 0},
-    {"adapters", KEY_ADAPTERS, "N", 0, "different adapters among the sequences (0)", 0},
+    {"adapters", KEY_ADAPTERS, "N", 0,
+     "different adapters among the sequences; 1 = one that all share, 0 = the base alone (0)", 0},
     {"rank", KEY_RANK, "R", 0, "of the adapters (32)", 0},
     {0},
 };
 static const struct argp_option prefill_options[] = {
     OPTIONS_OF_ALL,
-    {"prompt", KEY_PROMPT, "N,…", 0, "tokens of the prompt (512)", 0},
+    {"batch", KEY_BATCH, "N", 0, "prompts sent together (1)", 0},
+    {"prompt", KEY_PROMPT, "N,…", 0, "tokens of each prompt (512)", 0},
+    {"chunk", KEY_CHUNK, "N", 0, "most prompt tokens of one pass; 0 = the device's choice (0)", 0},
     {0},
 };
 static const struct argp_option cycle_options[] = {
@@ -149,6 +154,9 @@ static error_t parse_option(int key, char *arg, struct argp_state *state)
     case KEY_TOKENS:
         args->tokens = parse_int(state, arg, 2, 1 << 20);
         return 0;
+    case KEY_CHUNK:
+        args->chunk = parse_int(state, arg, 0, 1 << 16);
+        return 0;
     case KEY_ADAPTERS:
         args->adapters = parse_int(state, arg, 0, 1024);
         return 0;
@@ -198,6 +206,7 @@ static const struct benchmark {
       .response = 128,
       .hint = 64,
       .rank = 32,
+      .adapters = 1,
       .alpha = 0.5,
       .iterations = 7},
      "Measures training steps: student and teacher forward, loss over the whole vocabulary, "
@@ -216,8 +225,8 @@ static const struct benchmark {
     {"prefill",
      prefill_options,
      bench_prefill,
-     {.prompt = {512}, .prompt_count = 1, .iterations = 5},
-     "Measures how fast a prompt is read."},
+     {.batch = {1}, .batch_count = 1, .prompt = {512}, .prompt_count = 1, .iterations = 5},
+     "Measures how fast prompts are read."},
     {"cycle",
      cycle_options,
      bench_cycle,
@@ -247,7 +256,7 @@ static int run(const struct benchmark *benchmark, int argc, char **argv)
     argv[0] = name;
     argp_parse(&argp, argc, argv, 0, NULL, &args);
     if ((benchmark->run != bench_prefill && args.prompt_count > 1) ||
-        (benchmark->run == bench_step && args.batch_count > 1)) {
+        (benchmark->run != bench_decode && args.batch_count > 1)) {
         fprintf(stderr, "%s: one value is enough for --%s\n", name,
                 args.prompt_count > 1 ? "prompt" : "batch");
         return EXIT_CODE_USAGE;

@@ -17,7 +17,7 @@ struct bench_args {
     int threads;
     int batch[BENCH_LIST_MAX], batch_count;
     int prompt[BENCH_LIST_MAX], prompt_count;
-    int response, hint, rank, tokens, adapters, rows, steps, iterations;
+    int response, hint, rank, tokens, chunk, adapters, rows, steps, iterations;
     double alpha;
     bool json;
 };
@@ -42,25 +42,29 @@ void bench_close(struct bench_rig *rig);
 int bench_wait(struct bench_rig *rig, struct claas_device_event *ret);
 /* `count` tokens that no other (stream, position) shares. NULL when out of memory. */
 int32_t *bench_tokens(const struct bench_rig *rig, uint64_t stream, size_t count);
-/* A new adapter, r = rank, all modules. */
-int bench_adapter(struct bench_rig *rig, int rank, claas_adapter_t **ret);
+/* Adapters of their own for measuring with many: r = rank, all modules, each with another seed.
+ * Fails whole or not at all; free with bench_adapters_free, which takes NULL. */
+int bench_adapters(struct bench_rig *rig, int count, int rank, enum claas_adapter_use use,
+                   claas_adapter_t ***ret);
+void bench_adapters_free(claas_adapter_t ***adapters, int count);
 double bench_median(double *values, int count); /* sorts */
-uint64_t bench_peak_bytes(void);                /* of the process */
 
-/* The device's name, the peak memory and the fields every line has. */
+/* The fields that every line has: what, model, device. */
 cJSON *bench_line(struct bench_rig *rig, const char *what);
+/* Peak memory and the memory map. The peak is the card's, by the back-end's count; on the CPU it is
+ * the process's. */
+void bench_add_memory(cJSON *line, struct bench_rig *rig);
 /* One line of JSON, or a row of a table: the heads are printed before the first row. */
 int bench_print(const struct bench_args *args, cJSON *line);
 
-/* --- bench_floor.c
- * --------------------------------------------------------------------------------------------------
- */
-
-/* FLOP per second of the best matrix product that the operation table makes here, of sizes that
- * training has. */
-int bench_gemm_peak(const struct bench_args *args, double *ret);
-/* Bytes per second of reading memory with all threads. */
-int bench_read_peak(const struct bench_args *args, double *ret);
+/* What the device of --device could do at best. It needs memory of its own: call it while no rig is
+ * open. */
+int bench_floor(const struct bench_args *args, struct claas_device_floor *ret);
+/* FLOP of causal attention over so many tokens, forward: scores and weighted sums over all earlier
+ * positions, 4 d per head, query and key. */
+double bench_attention_flop(const struct claas_model_config *config, double tokens);
+/* FLOP that took `ms`, as a rate and as a share of the peak; and the bandwidth. */
+void bench_add_rates(cJSON *line, double flop, double ms, const struct claas_device_floor *floor);
 
 /* --- the benchmarks
  * ---------------------------------------------------------------------------------------------------

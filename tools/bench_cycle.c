@@ -340,7 +340,7 @@ static int compare(const void *a, const void *b)
 
 /* The parts are those of one cycle, the one in the middle, so that they add up to its time. */
 static int report(struct bench_server *server, const struct bench_args *args,
-                  struct cycle_figures *cycles)
+                  struct cycle_figures *cycles, const struct claas_device_floor *floor)
 {
     struct bench_rig rig = {.device = server->process.device};
     const struct cycle_figures *middle = &cycles[args->iterations / 2];
@@ -370,7 +370,9 @@ static int report(struct bench_server *server, const struct bench_args *args,
     claas_json_set_int(line, "tokens", middle->tokens);
     claas_json_set_int(line, "prefilled_tokens", (int64_t)middle->prefilled);
     claas_json_set_int(line, "decoded_tokens", (int64_t)middle->decoded);
-    claas_json_set_int(line, "peak_bytes", (int64_t)bench_peak_bytes());
+    claas_json_set_number(line, "gemm_peak_gflop_s", floor->gemm_flop_s * 1e-9);
+    claas_json_set_number(line, "memory_gb_s", floor->memory_bytes_s * 1e-9);
+    bench_add_memory(line, &rig);
     return bench_print(args, line);
 }
 
@@ -379,17 +381,20 @@ int bench_cycle(const struct bench_args *args)
     CLAAS_AUTO(close_server) struct bench_server server = {0};
     CLAAS_AUTO_FREE struct cycle_figures *cycles =
         CLAAS_NEW_ARRAY(struct cycle_figures, (size_t)args->iterations);
+    struct claas_device_floor floor;
     struct cycle_figures warm_up;
     int rc;
 
     if (cycles == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = open_server(&server, args);
+    rc = bench_floor(args, &floor);
+    if (rc == 0)
+        rc = open_server(&server, args);
     /* The base's own figures, which every later cycle of a process finds measured, and the memory
      * of a step. */
     if (rc == 0)
         rc = run_cycle(&server, 0, WARM_UP_STEPS, &warm_up);
     for (int i = 0; rc == 0 && i < args->iterations; i++)
         rc = run_cycle(&server, i + 1, 0, &cycles[i]);
-    return rc < 0 ? rc : report(&server, args, cycles);
+    return rc < 0 ? rc : report(&server, args, cycles, &floor);
 }

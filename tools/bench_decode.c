@@ -88,13 +88,32 @@ static int measure(struct bench_rig *rig, struct decode_run *run, double *ret)
     return 0;
 }
 
+static cJSON *describe(struct bench_rig *rig, const struct bench_args *args, int batch, double rate,
+                       const struct claas_device_floor *floor)
+{
+    double lora = args->adapters > 0 ? rig->lora_per_rank * args->rank : 0;
+    double read = rig->weight_bytes * rate / batch;
+    cJSON *line = bench_line(rig, "decode");
+
+    claas_json_set_int(line, "batch", batch);
+    claas_json_set_int(line, "prompt", args->prompt[0]);
+    claas_json_set_int(line, "tokens", args->tokens);
+    claas_json_set_int(line, "adapters", args->adapters);
+    claas_json_set_int(line, "rank", args->adapters > 0 ? args->rank : 0);
+    claas_json_set_number(line, "tok_s", rate);
+    claas_json_set_number(line, "ms_per_token", batch / rate * 1e3);
+    claas_json_set_number(line, "read_gb_s", read * 1e-9);
+    claas_json_set_number(line, "share_of_bandwidth", read / floor->memory_bytes_s);
+    bench_add_rates(line, 2 * (rig->body + rig->head + lora) * rate, 1e3, floor);
+    bench_add_memory(line, rig);
+    return line;
+}
+
 static int run_batch(struct bench_rig *rig, const struct bench_args *args, int batch,
-                     claas_adapter_t **adapters, double read_peak)
+                     claas_adapter_t **adapters, const struct claas_device_floor *floor)
 {
     CLAAS_AUTO(free_run) struct decode_run run = {.batch = batch};
     CLAAS_AUTO_FREE double *rates = CLAAS_NEW_ARRAY(double, (size_t)args->iterations);
-    double rate;
-    cJSON *line;
 
     run.ids = CLAAS_NEW_ARRAY(uint64_t, (size_t)batch);
     run.counts = CLAAS_NEW_ARRAY(int, (size_t)batch);
@@ -108,43 +127,28 @@ static int run_batch(struct bench_rig *rig, const struct bench_args *args, int b
         if (rc < 0)
             return rc;
     }
-    rate = bench_median(rates, args->iterations);
-    line = bench_line(rig, "decode");
-    claas_json_set_int(line, "batch", batch);
-    claas_json_set_int(line, "prompt", args->prompt[0]);
-    claas_json_set_int(line, "tokens", args->tokens);
-    claas_json_set_int(line, "adapters", args->adapters);
-    claas_json_set_number(line, "tok_s", rate);
-    claas_json_set_number(line, "ms_per_token", batch / rate * 1e3);
-    claas_json_set_number(line, "read_gb_s", rig->weight_bytes * rate / batch * 1e-9);
-    claas_json_set_number(line, "read_peak_gb_s", read_peak * 1e-9);
-    claas_json_set_number(line, "share_of_bandwidth", rig->weight_bytes * rate / batch / read_peak);
-    claas_json_set_int(line, "peak_bytes", (int64_t)bench_peak_bytes());
-    return bench_print(args, line);
+    return bench_print(args,
+                       describe(rig, args, batch, bench_median(rates, args->iterations), floor));
 }
 
+/* The adapters are as trained ones are laid out for serving; B is zero, which costs the same. */
 int bench_decode(const struct bench_args *args)
 {
     CLAAS_AUTO(bench_close) struct bench_rig rig = {0};
-    claas_adapter_t **adapters = CLAAS_NEW_ARRAY(claas_adapter_t *, (size_t)args->adapters + 1);
+    claas_adapter_t **adapters = NULL;
     size_t longest = (size_t)(args->prompt[0] + args->tokens + 16);
-    double read_peak = 0;
+    struct claas_device_floor floor;
     int most = 1, rc;
 
     for (int i = 0; i < args->batch_count; i++)
         most = args->batch[i] > most ? args->batch[i] : most;
-    rc = bench_read_peak(
-        args, &read_peak); /* first: its buffer is gone before the device's memory counts */
+    rc = bench_floor(args, &floor);
     if (rc == 0)
         rc = bench_open(&rig, args, (size_t)most * longest);
-    if (rc == 0 && adapters == NULL)
-        rc = claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    for (int i = 0; rc == 0 && i < args->adapters; i++)
-        rc = bench_adapter(&rig, args->rank, &adapters[i]);
+    if (rc == 0)
+        rc = bench_adapters(&rig, args->adapters, args->rank, CLAAS_ADAPTER_SERVE, &adapters);
     for (int i = 0; rc == 0 && i < args->batch_count; i++)
-        rc = run_batch(&rig, args, args->batch[i], adapters, read_peak);
-    for (int i = 0; adapters != NULL && i < args->adapters; i++)
-        claas_adapter_unref(&adapters[i]);
-    free(adapters);
+        rc = run_batch(&rig, args, args->batch[i], adapters, &floor);
+    bench_adapters_free(&adapters, args->adapters);
     return rc;
 }

@@ -1,4 +1,8 @@
-/* `claas bench prefill`: from sending a prompt that nothing is cached of to its first token. */
+/* `claas bench prefill`: from sending prompts that nothing is cached of to the first token of the
+ * last of them.
+ *
+ * Counted work, in FLOP, N weights of the layers, H of the head, for each prompt of n tokens: 2 N n
+ * + 2 H + attention(n): the head is computed for the last token alone. */
 #include "bench.h"
 
 #include <stdlib.h>
@@ -9,73 +13,107 @@
 
 #define WARM_UP 1
 
-static int measure(struct bench_rig *rig, int count, uint64_t stream, double *ret_ms)
+struct prompts {
+    int count, length;
+    int32_t **tokens; /* [count] */
+};
+
+static void free_prompts(struct prompts *prompts)
 {
-    CLAAS_AUTO_FREE int32_t *prompt = bench_tokens(rig, stream, (size_t)count);
+    for (int i = 0; prompts->tokens != NULL && i < prompts->count; i++)
+        free(prompts->tokens[i]);
+    free(prompts->tokens);
+}
+
+static int make_prompts(struct bench_rig *rig, uint64_t stream, struct prompts *ret)
+{
+    ret->tokens = CLAAS_NEW_ARRAY(int32_t *, (size_t)ret->count);
+    if (ret->tokens == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    for (int i = 0; i < ret->count; i++) {
+        ret->tokens[i] = bench_tokens(rig, stream + (uint64_t)i, (size_t)ret->length);
+        if (ret->tokens[i] == NULL)
+            return CLAAS_ERR_NO_MEMORY;
+    }
+    return 0;
+}
+
+static int measure(struct bench_rig *rig, const struct prompts *prompts, double *ret_ms)
+{
     struct claas_generate_request request = {
-        .prompt = prompt,
-        .prompt_count = (size_t)count,
+        .prompt_count = (size_t)prompts->length,
         .max_tokens = 1,
         .top_p = 1,
         .priority = CLAAS_PRIORITY_CHAT,
     };
-    struct claas_device_event event = {0};
     int64_t start = claas_clock_ns();
     uint64_t id;
-    int rc;
+    int rc = 0;
 
-    if (prompt == NULL)
-        return CLAAS_ERR_NO_MEMORY;
-    rc = claas_device_generate(rig->client, &request, &id);
-    while (rc == 0 && event.kind != CLAAS_EVENT_FINISHED) {
+    for (int i = 0; rc == 0 && i < prompts->count; i++) {
+        request.prompt = prompts->tokens[i];
+        rc = claas_device_generate(rig->client, &request, &id);
+    }
+    for (int ended = 0; rc == 0 && ended < prompts->count;) {
+        struct claas_device_event event;
+
         rc = bench_wait(rig, &event);
-        if (rc == 0 && event.kind == CLAAS_EVENT_TOKEN)
+        if (rc < 0)
+            break;
+        if (event.kind == CLAAS_EVENT_TOKEN)
             *ret_ms = (double)(claas_clock_ns() - start) * 1e-6;
+        ended += event.kind == CLAAS_EVENT_FINISHED;
     }
     return rc;
 }
 
-static int run_prompt(struct bench_rig *rig, const struct bench_args *args, int count, double peak)
+static int run_length(struct bench_rig *rig, const struct bench_args *args, int length,
+                      const struct claas_device_floor *floor)
 {
     CLAAS_AUTO_FREE double *times = CLAAS_NEW_ARRAY(double, (size_t)args->iterations);
-    double median, ignored, flop;
+    double median, ignored, count = args->batch[0];
     cJSON *line;
 
     if (times == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (int i = -WARM_UP; i < args->iterations; i++) {
-        int rc = measure(rig, count, (uint64_t)(count * 1000 + i + WARM_UP),
-                         i < 0 ? &ignored : &times[i]);
+        CLAAS_AUTO(free_prompts)
+        struct prompts prompts = {.count = args->batch[0], .length = length};
+        uint64_t stream = (uint64_t)length << 32 | (uint64_t)((i + WARM_UP) * args->batch[0]);
+        int rc = make_prompts(rig, stream, &prompts);
 
+        if (rc == 0)
+            rc = measure(rig, &prompts, i < 0 ? &ignored : &times[i]);
         if (rc < 0)
             return rc;
     }
     median = bench_median(times, args->iterations);
-    flop = 2 * rig->body * count + 2 * rig->head;
     line = bench_line(rig, "prefill");
-    claas_json_set_int(line, "prompt", count);
+    claas_json_set_int(line, "batch", args->batch[0]);
+    claas_json_set_int(line, "prompt", length);
     claas_json_set_number(line, "median_ms", median);
     claas_json_set_number(line, "min_ms", times[0]);
-    claas_json_set_number(line, "tok_s", count / median * 1e3);
-    claas_json_set_number(line, "gflop_s", flop / median * 1e-6);
-    claas_json_set_number(line, "gemm_peak_gflop_s", peak * 1e-9);
-    claas_json_set_number(line, "share_of_peak", flop / median * 1e3 / peak);
-    claas_json_set_int(line, "peak_bytes", (int64_t)bench_peak_bytes());
+    claas_json_set_number(line, "tok_s", count * length / median * 1e3);
+    bench_add_rates(line,
+                    count * (2 * rig->body * length + 2 * rig->head +
+                             bench_attention_flop(rig->config, length)),
+                    median, floor);
+    bench_add_memory(line, rig);
     return bench_print(args, line);
 }
 
 int bench_prefill(const struct bench_args *args)
 {
     CLAAS_AUTO(bench_close) struct bench_rig rig = {0};
-    double peak = 0;
+    struct claas_device_floor floor;
     int longest = 0, rc;
 
     for (int i = 0; i < args->prompt_count; i++)
         longest = args->prompt[i] > longest ? args->prompt[i] : longest;
-    rc = bench_gemm_peak(args, &peak);
+    rc = bench_floor(args, &floor);
     if (rc == 0)
-        rc = bench_open(&rig, args, (size_t)longest + 16);
+        rc = bench_open(&rig, args, (size_t)args->batch[0] * ((size_t)longest + 16));
     for (int i = 0; rc == 0 && i < args->prompt_count; i++)
-        rc = run_prompt(&rig, args, args->prompt[i], peak);
+        rc = run_length(&rig, args, args->prompt[i], &floor);
     return rc;
 }

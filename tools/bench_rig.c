@@ -62,16 +62,29 @@ static void measure_model(struct bench_rig *rig)
     }
 }
 
-int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens)
+static struct claas_device_options options_of(const struct bench_args *args)
 {
-    struct claas_device_options options = {
+    return (struct claas_device_options){
         .device = args->device != NULL ? args->device : "auto",
         .precision = args->precision != NULL ? args->precision : "bf16",
         .threads = args->threads,
-        .kv_tokens = kv_tokens,
     };
+}
+
+int bench_floor(const struct bench_args *args, struct claas_device_floor *ret)
+{
+    struct claas_device_options options = options_of(args);
+
+    return claas_device_floor(&options, ret);
+}
+
+int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens)
+{
+    struct claas_device_options options = options_of(args);
     int rc;
 
+    options.kv_tokens = kv_tokens;
+    options.prefill_chunk = args->chunk;
     memset(rig, 0, sizeof(*rig));
     for (int i = 0; i < args->batch_count; i++)
         if (args->batch[i] > options.max_batch)
@@ -124,18 +137,41 @@ int32_t *bench_tokens(const struct bench_rig *rig, uint64_t stream, size_t count
     return tokens;
 }
 
-int bench_adapter(struct bench_rig *rig, int rank, claas_adapter_t **ret)
+void bench_adapters_free(claas_adapter_t ***adapters, int count)
+{
+    for (int i = 0; *adapters != NULL && i < count; i++)
+        claas_adapter_unref(&(*adapters)[i]);
+    free(*adapters);
+    *adapters = NULL;
+}
+
+static int make_adapter(struct bench_rig *rig, int rank, uint64_t seed, enum claas_adapter_use use,
+                        claas_adapter_t **ret)
 {
     struct claas_lora_config lora = {
         .rank = rank, .alpha = 2.0f * (float)rank, .modules = CLAAS_MODULE_ALL};
     struct claas_device_event event;
     uint64_t id;
-    int rc = claas_device_adapter_init(rig->client, &lora, 1, CLAAS_ADAPTER_TRAIN, &id);
+    int rc = claas_device_adapter_init(rig->client, &lora, seed, use, &id);
 
     if (rc == 0)
         rc = bench_wait(rig, &event);
     if (rc == 0)
         *ret = event.adapter;
+    return rc;
+}
+
+int bench_adapters(struct bench_rig *rig, int count, int rank, enum claas_adapter_use use,
+                   claas_adapter_t ***ret)
+{
+    claas_adapter_t **adapters = CLAAS_NEW_ARRAY(claas_adapter_t *, (size_t)count + 1);
+    int rc = adapters != NULL ? 0 : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+
+    for (int i = 0; rc == 0 && i < count; i++)
+        rc = make_adapter(rig, rank, (uint64_t)i + 1, use, &adapters[i]);
+    if (rc < 0)
+        bench_adapters_free(&adapters, count);
+    *ret = adapters;
     return rc;
 }
 
@@ -152,12 +188,33 @@ double bench_median(double *values, int count)
     return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
 }
 
-uint64_t bench_peak_bytes(void)
+void bench_add_memory(cJSON *line, struct bench_rig *rig)
 {
+    struct claas_device_stats stats;
     struct rusage usage;
 
+    claas_device_stats(rig->device, &stats);
     getrusage(RUSAGE_SELF, &usage);
-    return (uint64_t)usage.ru_maxrss * 1024;
+    claas_json_set_int(line, "peak_bytes",
+                       strncmp(stats.name, "cpu", 3) == 0 ? usage.ru_maxrss * 1024
+                                                          : (int64_t)stats.bytes_peak);
+    claas_json_set_int(line, "weights_bytes", (int64_t)stats.bytes_weights);
+    claas_json_set_int(line, "kv_bytes", (int64_t)stats.bytes_kv);
+    claas_json_set_int(line, "adapters_bytes", (int64_t)stats.bytes_adapters);
+    claas_json_set_int(line, "workspace_bytes", (int64_t)stats.bytes_workspace);
+}
+
+double bench_attention_flop(const struct claas_model_config *config, double tokens)
+{
+    return 4.0 * config->layers * config->heads * config->head_dim * tokens * (tokens + 1) / 2;
+}
+
+void bench_add_rates(cJSON *line, double flop, double ms, const struct claas_device_floor *floor)
+{
+    claas_json_set_number(line, "gflop_s", flop / ms * 1e-6);
+    claas_json_set_number(line, "gemm_peak_gflop_s", floor->gemm_flop_s * 1e-9);
+    claas_json_set_number(line, "share_of_peak", flop / ms * 1e3 / floor->gemm_flop_s);
+    claas_json_set_number(line, "memory_gb_s", floor->memory_bytes_s * 1e-9);
 }
 
 /* --- printing

@@ -31,8 +31,9 @@ static void free_rows(struct step_rows *rows)
     free(rows->rows);
 }
 
+/* The rows take turns with the adapters. */
 static int make_rows(const struct bench_rig *rig, const struct bench_args *args,
-                     claas_adapter_t *adapter, struct step_rows *ret)
+                     claas_adapter_t **adapters, struct step_rows *ret)
 {
     ret->count = args->batch[0];
     ret->rows = CLAAS_NEW_ARRAY(struct claas_train_row, (size_t)ret->count);
@@ -56,16 +57,10 @@ static int make_rows(const struct bench_rig *rig, const struct bench_args *args,
             .teacher_count = counts[1],
             .response = tokens[2],
             .response_count = counts[2],
-            .student = adapter,
+            .student = adapters[i % args->adapters],
         };
     }
     return 0;
-}
-
-/* Scores and weighted sums over all earlier positions: 4 d per head, query and key. */
-static double attention_flop(const struct claas_model_config *c, double tokens)
-{
-    return 4.0 * c->layers * c->heads * c->head_dim * tokens * (tokens + 1) / 2;
 }
 
 static double count_flop(const struct bench_rig *rig, const struct bench_args *args)
@@ -73,10 +68,10 @@ static double count_flop(const struct bench_rig *rig, const struct bench_args *a
     double rows = args->batch[0], response = args->response;
     double student = args->prompt[0] + response, teacher = student + args->hint;
 
-    return rows *
-           (4 * rig->body * student + 2 * rig->body * teacher + 6 * rig->head * response +
-            6 * rig->lora_per_rank * args->rank * student +
-            3.5 * attention_flop(rig->config, student) + attention_flop(rig->config, teacher));
+    return rows * (4 * rig->body * student + 2 * rig->body * teacher + 6 * rig->head * response +
+                   6 * rig->lora_per_rank * args->rank * student +
+                   3.5 * bench_attention_flop(rig->config, student) +
+                   bench_attention_flop(rig->config, teacher));
 }
 
 static int run_steps(struct bench_rig *rig, const struct bench_args *args,
@@ -108,51 +103,70 @@ static int run_steps(struct bench_rig *rig, const struct bench_args *args,
     return 0;
 }
 
-static int report(struct bench_rig *rig, const struct bench_args *args, double *times, float loss)
+static cJSON *describe(struct bench_rig *rig, const struct bench_args *args, double *times,
+                       double median, float loss)
 {
-    double median = bench_median(times, args->iterations), peak = 0;
-    double flop = count_flop(rig, args);
-    uint64_t bytes = bench_peak_bytes(); /* before the matrices of the peak */
-    int rc = bench_gemm_peak(args, &peak);
-    cJSON *line;
+    cJSON *line = bench_line(rig, "step");
 
-    if (rc < 0)
-        return rc;
-    line = bench_line(rig, "step");
     claas_json_set_int(line, "batch", args->batch[0]);
     claas_json_set_int(line, "prompt", args->prompt[0]);
     claas_json_set_int(line, "response", args->response);
     claas_json_set_int(line, "hint", args->hint);
     claas_json_set_int(line, "rank", args->rank);
+    claas_json_set_int(line, "adapters", args->adapters);
     claas_json_set_number(line, "median_ms", median);
     claas_json_set_number(line, "min_ms", times[0]);
-    claas_json_set_int(line, "peak_bytes", (int64_t)bytes);
+    bench_add_memory(line, rig);
     claas_json_set_number(line, "student_tok_s",
                           args->batch[0] * (args->prompt[0] + args->response) / median * 1e3);
-    claas_json_set_number(line, "gflop", flop * 1e-9);
-    claas_json_set_number(line, "gflop_s", flop / median * 1e-6);
-    claas_json_set_number(line, "gemm_peak_gflop_s", peak * 1e-9);
-    claas_json_set_number(line, "share_of_peak", flop / median * 1e3 / peak);
+    claas_json_set_number(line, "gflop", count_flop(rig, args) * 1e-9);
     claas_json_set_number(line, "loss", (double)loss);
-    return bench_print(args, line);
+    return line;
 }
 
-int bench_step(const struct bench_args *args)
+/* The line but for what the machine could do, which is measured when the rig has given its memory
+ * back. */
+static int measure(const struct bench_args *args, double *ret_flop, double *ret_ms, cJSON **ret)
 {
     CLAAS_AUTO(bench_close) struct bench_rig rig = {0};
-    CLAAS_AUTO(claas_adapter_unref) claas_adapter_t *adapter = NULL;
     CLAAS_AUTO(free_rows) struct step_rows rows = {0};
     CLAAS_AUTO_FREE double *times = CLAAS_NEW_ARRAY(double, (size_t)args->iterations);
+    claas_adapter_t **adapters = NULL;
     float loss = 0;
     int rc = bench_open(&rig, args, 16);
 
     if (rc == 0 && times == NULL)
         rc = claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     if (rc == 0)
-        rc = bench_adapter(&rig, args->rank, &adapter);
+        rc = bench_adapters(&rig, args->adapters, args->rank, CLAAS_ADAPTER_TRAIN, &adapters);
     if (rc == 0)
-        rc = make_rows(&rig, args, adapter, &rows);
+        rc = make_rows(&rig, args, adapters, &rows);
     if (rc == 0)
         rc = run_steps(&rig, args, &rows, times, &loss);
-    return rc < 0 ? rc : report(&rig, args, times, loss);
+    if (rc == 0) {
+        *ret_flop = count_flop(&rig, args);
+        *ret_ms = bench_median(times, args->iterations);
+        *ret = describe(&rig, args, times, *ret_ms, loss);
+    }
+    bench_adapters_free(&adapters, args->adapters);
+    return rc;
+}
+
+int bench_step(const struct bench_args *args)
+{
+    CLAAS_AUTO(claas_json_free) cJSON *line = NULL;
+    struct claas_device_floor floor;
+    double flop = 0, ms = 0;
+    int rc;
+
+    if (args->adapters < 1 || args->adapters > args->batch[0])
+        return claas_fail(CLAAS_ERR_INVALID, "%d adapters for %d rows: each needs one",
+                          args->adapters, args->batch[0]);
+    rc = measure(args, &flop, &ms, &line);
+    if (rc == 0)
+        rc = bench_floor(args, &floor);
+    if (rc < 0)
+        return rc;
+    bench_add_rates(line, flop, ms, &floor);
+    return bench_print(args, CLAAS_TAKE(line));
 }

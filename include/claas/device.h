@@ -55,6 +55,15 @@ struct claas_device_stats {
 };
 void claas_device_stats(const claas_device_t *device, struct claas_device_stats *ret);
 
+/* What the device of these options could do at best, measured by this call (about a second), so
+ * that a time can be read as a share of what is possible. Needs no open device; one that is open
+ * must be idle. */
+struct claas_device_floor {
+    double gemm_flop_s;    /* of large matrix products in the precision asked for */
+    double memory_bytes_s; /* the CPU's: reading with all threads; a card's: copying, both ways */
+};
+int claas_device_floor(const struct claas_device_options *options, struct claas_device_floor *ret);
+
 int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret);
 /* Cancels the client's requests and drops its events. */
 void claas_device_client_free(claas_device_client_t **client);

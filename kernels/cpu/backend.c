@@ -127,4 +127,5 @@ const struct claas_backend_ops claas_backend_cpu = {
     .adapter_download = claas_cpu_adapter_download,
     .forward = claas_cpu_forward,
     .train = claas_cpu_train,
+    .floor = claas_cpu_floor,
 };

@@ -252,5 +252,6 @@ int claas_cpu_forward(claas_backend_t *backend, const struct claas_segment *segm
                       struct claas_sample *samples);
 int claas_cpu_train(claas_backend_t *backend, const struct claas_backend_train *request,
                     struct claas_train_result *ret);
+int claas_cpu_floor(const struct claas_backend_options *options, struct claas_device_floor *ret);
 
 #endif

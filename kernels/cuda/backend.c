@@ -1,6 +1,7 @@
 /* The CUDA back-end of the engine: opens the device and the model on it, and names the functions.
  */
 #include "cuda/cuda_backend.h"
+#include "cuda/cuda_floor.h"
 #include "cuda/pass.h"
 
 #include "claas/mem.h"
@@ -184,4 +185,5 @@ const struct claas_backend_ops claas_backend_cuda = {
     .adapter_download = adapter_download,
     .forward = cuda_forward,
     .train = cuda_train,
+    .floor = cuda_floor,
 };

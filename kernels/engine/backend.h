@@ -98,6 +98,9 @@ struct claas_backend_ops {
      * gradient is success with ret->finite false and nothing changed. */
     int (*train)(claas_backend_t *backend, const struct claas_backend_train *request,
                  struct claas_train_result *ret);
+    /* What the device could do at best, measured now; needs no open back-end. Of the options it
+     * reads precision and threads. */
+    int (*floor)(const struct claas_backend_options *options, struct claas_device_floor *ret);
 };
 
 extern const struct claas_backend_ops claas_backend_cpu;

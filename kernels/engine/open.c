@@ -12,11 +12,16 @@ static const struct claas_backend_ops *const cuda_backend = &claas_backend_cuda;
 static const struct claas_backend_ops *const cuda_backend = NULL;
 #endif
 
+static int fail_without_cuda(void)
+{
+    return claas_fail(CLAAS_ERR_UNSUPPORTED, "this program was built without CUDA");
+}
+
 static int open_cuda(const struct claas_device_options *options, claas_model_t *model,
                      claas_device_t **ret)
 {
     if (cuda_backend == NULL)
-        return claas_fail(CLAAS_ERR_UNSUPPORTED, "this program was built without CUDA");
+        return fail_without_cuda();
     return claas_device_open_with(cuda_backend, NULL, options, model, ret);
 }
 
@@ -39,6 +44,12 @@ static int open_any(const struct claas_device_options *options, claas_model_t *m
     return open_cpu(options, model, ret);
 }
 
+static int fail_unknown(const char *name)
+{
+    return claas_fail(CLAAS_ERR_UNSUPPORTED, "unknown device '%s' (there are: auto, cpu, cuda)",
+                      claas_quote(name).text);
+}
+
 int claas_device_open(const struct claas_device_options *options, claas_model_t *model,
                       claas_device_t **ret)
 {
@@ -50,6 +61,30 @@ int claas_device_open(const struct claas_device_options *options, claas_model_t 
         return open_cuda(options, model, ret);
     if (strcmp(name, "cpu") == 0)
         return open_cpu(options, model, ret);
-    return claas_fail(CLAAS_ERR_UNSUPPORTED, "unknown device '%s' (there are: auto, cpu, cuda)",
-                      claas_quote(name).text);
+    return fail_unknown(name);
+}
+
+static int floor_of_cuda(const struct claas_backend_options *options,
+                         struct claas_device_floor *ret)
+{
+    if (cuda_backend == NULL)
+        return fail_without_cuda();
+    return cuda_backend->floor(options, ret);
+}
+
+int claas_device_floor(const struct claas_device_options *options, struct claas_device_floor *ret)
+{
+    const struct claas_backend_options backend = {.precision = options->precision,
+                                                  .threads = options->threads};
+    const char *name = options->device != NULL ? options->device : "auto";
+    int rc = CLAAS_ERR_UNSUPPORTED;
+
+    *ret = (struct claas_device_floor){0};
+    if (strcmp(name, "auto") != 0 && strcmp(name, "cuda") != 0 && strcmp(name, "cpu") != 0)
+        return fail_unknown(name);
+    if (strcmp(name, "cpu") != 0)
+        rc = floor_of_cuda(&backend, ret);
+    if (rc == CLAAS_ERR_UNSUPPORTED && strcmp(name, "cuda") != 0)
+        rc = claas_backend_cpu.floor(&backend, ret);
+    return rc;
 }

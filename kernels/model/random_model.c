@@ -24,6 +24,13 @@ struct shape_row {
     .head_dim = head_dim_, .vocab = 512, .context = 2048, .tied = tied_, .norm_eps = 1e-6f,        \
     .rope_theta = 10000.0f
 
+/* 30 to 40 million parameters, for checks: deep and wide enough that errors grow as in a real one.
+ */
+#define SMALL(family_, heads_, kv_heads_, head_dim_, tied_)                                        \
+    .family = family_, .hidden = 512, .intermediate = 1536, .layers = 6, .heads = heads_,          \
+    .kv_heads = kv_heads_, .head_dim = head_dim_, .vocab = 16384, .context = 16384, .tied = tied_, \
+    .norm_eps = 1e-6f, .rope_theta = 1000000.0f
+
 /* Hugging Face's configs of these models; fields not given are zero or follow from the family. */
 static const struct shape_row shape_rows[] = {
     {"tiny-llama", {TINY(CLAAS_FAMILY_LLAMA, 16, true)}},
@@ -32,6 +39,23 @@ static const struct shape_row shape_rows[] = {
     {"tiny-qwen2-untied", {TINY(CLAAS_FAMILY_QWEN2, 16, false)}},
     {"tiny-qwen3", {TINY(CLAAS_FAMILY_QWEN3, 32, true)}},
     {"tiny-qwen3-untied", {TINY(CLAAS_FAMILY_QWEN3, 32, false)}},
+    /* For sequences that are long and cheap. */
+    {"tiny-long",
+     {.family = CLAAS_FAMILY_QWEN3,
+      .hidden = 128,
+      .intermediate = 320,
+      .layers = 2,
+      .heads = 2,
+      .kv_heads = 1,
+      .head_dim = 128,
+      .vocab = 512,
+      .context = 16384,
+      .tied = true,
+      .norm_eps = 1e-6f,
+      .rope_theta = 1000000.0f}},
+    {"small-llama", {SMALL(CLAAS_FAMILY_LLAMA, 8, 8, 64, true), LLAMA3_ROPE}},
+    {"small-qwen2-untied", {SMALL(CLAAS_FAMILY_QWEN2, 12, 4, 64, false)}},
+    {"small-qwen3", {SMALL(CLAAS_FAMILY_QWEN3, 8, 2, 128, true)}},
     {"smollm2-135m",
      {.family = CLAAS_FAMILY_LLAMA,
       .hidden = 576,

@@ -1,15 +1,13 @@
-/* What the machine could do at best, measured in the same run as the benchmark: matrix products of
- * training's shapes, and reading memory. */
-#include "bench.h"
+/* What the machine could do at best: matrix products of training's shapes, and reading memory with
+ * all threads. */
+#include "cpu/step.h"
 
-#include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "../kernels/cpu/ops.h"
 #include "claas/clock.h"
 #include "claas/err.h"
 #include "claas/mem.h"
+
+#include <stdlib.h>
+#include <string.h>
 
 #define GEMM_ROUNDS 5
 #define READ_BYTES  ((size_t)256 << 20)
@@ -77,13 +75,11 @@ static int measure_gemm(const struct claas_ops *ops, claas_pool_t *pool, int m, 
     return 0;
 }
 
-int bench_gemm_peak(const struct bench_args *args, double *ret)
+/* The best matrix product that the operation table makes here, of sizes that training has. */
+static int measure_gemms(const struct claas_ops *ops, claas_pool_t *pool, double *ret)
 {
     static const int shapes[][3] = {{1024, 1536, 576}, {1024, 2048, 2048}, {2048, 3072, 1024}};
-    bool f32 = args->precision != NULL && strcmp(args->precision, "f32") == 0;
-    const struct claas_ops *ops = claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16);
-    CLAAS_AUTO(claas_pool_free) claas_pool_t *pool = NULL;
-    int rc = claas_pool_new(args->threads, &pool);
+    int rc = 0;
 
     *ret = 0;
     for (size_t i = 0; rc == 0 && i < CLAAS_COUNT(shapes); i++)
@@ -116,18 +112,14 @@ static void read_part(void *arg, int part)
         reading->sums[part] += sums[j];
 }
 
-int bench_read_peak(const struct bench_args *args, double *ret)
+static int measure_reading(claas_pool_t *pool, double *ret)
 {
-    CLAAS_AUTO(claas_pool_free) claas_pool_t *pool = NULL;
     CLAAS_AUTO_FREE uint64_t *data = claas_alloc_aligned(READ_BYTES);
     struct reading reading = {.data = data, .parts = 64};
-    int rc = claas_pool_new(args->threads, &pool);
 
     *ret = 0;
     if (data == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (rc < 0)
-        return rc;
     memset(data, 1, READ_BYTES);
     for (int i = 0; i < READ_ROUNDS; i++) {
         int64_t start = claas_clock_ns();
@@ -139,4 +131,18 @@ int bench_read_peak(const struct bench_args *args, double *ret)
             *ret = rate;
     }
     return 0;
+}
+
+int claas_cpu_floor(const struct claas_backend_options *options, struct claas_device_floor *ret)
+{
+    bool f32 = options->precision != NULL && strcmp(options->precision, "f32") == 0;
+    const struct claas_ops *ops = claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16);
+    CLAAS_AUTO(claas_pool_free) claas_pool_t *pool = NULL;
+    int rc = claas_pool_new(options->threads, &pool);
+
+    if (rc == 0)
+        rc = measure_gemms(ops, pool, &ret->gemm_flop_s);
+    if (rc == 0)
+        rc = measure_reading(pool, &ret->memory_bytes_s);
+    return rc;
 }

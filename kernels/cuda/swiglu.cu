@@ -1,0 +1,130 @@
+/* SwiGLU (Shazeer 2020) of rows [m][F], and its gradient: one chunk per thread, rows end to end.
+ * Formulas: cpu/ops.h. */
+#include "cuda/cuda_rows.h"
+#include "cuda/row_chunks.cuh"
+
+#include <limits.h>
+
+__device__ static float sigmoid(float x)
+{
+    return 1.0f / (1.0f + expf(-x));
+}
+/* Products alone: the forward and the backward pass get the same bits. s = sigmoid(gate). */
+__device__ static float gated(float gate, float s, float up)
+{
+    return gate * s * up;
+}
+
+template <typename T, bool VECTOR>
+__global__ static void __launch_bounds__(THREADS)
+    swiglu_chunks(uint32_t count, int f, const T *gate_up, T *h)
+{
+    const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x, per_row = (f + CHUNK - 1) / CHUNK;
+    const uint32_t row = index / per_row;
+    const int at = index % per_row * CHUNK, valid = f - at;
+    const T *gate = gate_up + (size_t)row * 2 * f + at;
+    float g[CHUNK], u[CHUNK];
+
+    if (index >= count)
+        return;
+    load8<VECTOR>(gate, valid, g);
+    load8<VECTOR>(gate + f, valid, u);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+        g[j] = gated(g[j], sigmoid(g[j]), u[j]);
+    store8<VECTOR>(h + (size_t)row * f + at, valid, g);
+}
+
+/* d silu / d gate = s (1 + gate (1 - s)) */
+template <typename T, bool VECTOR>
+__global__ static void __launch_bounds__(THREADS)
+    swiglu_bwd_chunks(uint32_t count, int f, const T *gate_up, const T *dh, T *dgu, T *h)
+{
+    const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x, per_row = (f + CHUNK - 1) / CHUNK;
+    const uint32_t row = index / per_row;
+    const int at = index % per_row * CHUNK, valid = f - at;
+    const size_t wide = (size_t)row * 2 * f + at, narrow = (size_t)row * f + at;
+    float g[CHUNK], u[CHUNK], d[CHUNK];
+
+    if (index >= count)
+        return;
+    load8<VECTOR>(gate_up + wide, valid, g);
+    load8<VECTOR>(gate_up + wide + f, valid, u);
+    load8<VECTOR>(dh + narrow, valid, d);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+        const float gate = g[j], up = u[j], dout = d[j], s = sigmoid(gate);
+
+        g[j] = dout * up * (s * (1.0f + gate * (1.0f - s)));
+        u[j] = dout * (gate * s);
+        d[j] = gated(gate, s, up);
+    }
+    store8<VECTOR>(dgu + wide, valid, g);
+    store8<VECTOR>(dgu + wide + f, valid, u);
+    store8<VECTOR>(h + narrow, valid, d);
+}
+
+/* Chunks of m rows of f in *count; an error if they are too many for 32 bits. */
+static int count_chunks(int m, int f, uint32_t *count)
+{
+    const size_t chunks = m > 0 && f > 0 ? (size_t)m * (size_t)divide_up(f, CHUNK) : 0;
+
+    if (chunks > INT_MAX - THREADS)
+        return claas_fail(CLAAS_ERR_LIMIT, "swiglu: %d rows of %d in one call", m, f);
+    *count = (uint32_t)chunks;
+    return 0;
+}
+
+template <typename T>
+static void launch_swiglu(cudaStream_t stream, uint32_t count, int f, const T *gate_up, T *h)
+{
+    const int blocks = divide_up((int)count, THREADS);
+
+    if (f % CHUNK == 0 && aligned16(gate_up) && aligned16(h))
+        swiglu_chunks<T, true><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, h);
+    else
+        swiglu_chunks<T, false><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, h);
+}
+template <typename T>
+static void launch_swiglu_bwd(cudaStream_t stream, uint32_t count, int f, const T *gate_up,
+                              const T *dh, T *dgu, T *h)
+{
+    const int blocks = divide_up((int)count, THREADS);
+
+    if (f % CHUNK == 0 && aligned16(gate_up) && aligned16(dh) && aligned16(dgu) && aligned16(h))
+        swiglu_bwd_chunks<T, true><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, dh, dgu, h);
+    else
+        swiglu_bwd_chunks<T, false><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, dh, dgu, h);
+}
+
+int cuda_swiglu(struct cuda_context *context, int m, int f, const void *gate_up, void *h)
+{
+    uint32_t count = 0;
+    int rc = count_chunks(m, f, &count);
+
+    if (rc < 0 || count == 0)
+        return rc;
+    if (context->act == CUDA_TYPE_BF16)
+        launch_swiglu(context->stream, count, f, (const __nv_bfloat16 *)gate_up,
+                      (__nv_bfloat16 *)h);
+    else
+        launch_swiglu(context->stream, count, f, (const float *)gate_up, (float *)h);
+    return cuda_check_launch(context, "swiglu");
+}
+
+int cuda_swiglu_bwd(struct cuda_context *context, int m, int f, const void *gate_up, const void *dh,
+                    void *dgu, void *h)
+{
+    uint32_t count = 0;
+    int rc = count_chunks(m, f, &count);
+
+    if (rc < 0 || count == 0)
+        return rc;
+    if (context->act == CUDA_TYPE_BF16)
+        launch_swiglu_bwd(context->stream, count, f, (const __nv_bfloat16 *)gate_up,
+                          (const __nv_bfloat16 *)dh, (__nv_bfloat16 *)dgu, (__nv_bfloat16 *)h);
+    else
+        launch_swiglu_bwd(context->stream, count, f, (const float *)gate_up, (const float *)dh,
+                          (float *)dgu, (float *)h);
+    return cuda_check_launch(context, "swiglu_bwd");
+}
