@@ -225,6 +225,8 @@ static int compute_decoding(claas_backend_t *backend)
     int reach = cuda_attention_reach(pack->furthest), context = backend->model.config.context;
     struct cuda_graph_key key = {.rows = pack->m, .adapters = has_adapters(&space->pack)};
 
+    if (key.adapters) /* their addresses are arguments of the launches */
+        return compute(backend);
     key.furthest = pack->furthest = reach < context ? reach : context;
     return cuda_graphs_run(&backend->context, &space->graphs, &key, compute, backend);
 }
