@@ -18,7 +18,7 @@
 #define SAMPLE_STREAM 1
 
 struct candidate {
-    float p;
+    float p, logit;
     int32_t id;
 };
 
@@ -37,10 +37,11 @@ static int32_t greedy(const float *logits, int vocab)
     return best;
 }
 
-/* a before b: likelier, or as likely with a lower id. */
+/* a before b: likelier, or as likely with a lower id. By the logit: neighbours may have the same p
+ * for one exponential function and not for another. */
 static bool before(struct candidate a, struct candidate b)
 {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
+    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
 /* Restores the heap (the first candidate on top) below `root`. */
@@ -77,8 +78,8 @@ static int32_t draw(const float *p, int vocab, double sum, float u)
 
 /* Pops the likeliest candidates off a heap to the array's end until top-k or top-p is satisfied;
  * then draws among them. */
-static int32_t draw_filtered(const struct claas_sample *sample, const float *p, int vocab,
-                             double sum, float u, struct candidate *heap)
+static int32_t draw_filtered(const struct claas_sample *sample, const float *logits, const float *p,
+                             int vocab, double sum, float u, struct candidate *heap)
 {
     /* Tokens below this floor weigh less than 1 - top_p all together: the nucleus lies above it. */
     float floor = (float)((1.0 - sample->top_p) * sum / vocab);
@@ -89,7 +90,7 @@ static int32_t draw_filtered(const struct claas_sample *sample, const float *p, 
 
     for (int i = 0; i < vocab; i++)
         if (p[i] > 0 && p[i] >= floor)
-            heap[count++] = (struct candidate){p[i], i};
+            heap[count++] = (struct candidate){p[i], logits[i], i};
     for (int i = count / 2 - 1; i >= 0; i--)
         sink(heap, count, i);
     end = count;
@@ -129,7 +130,7 @@ static int32_t choose(const struct claas_sample *sample, const float *logits, in
         sum += p[i];
     if (sample->top_p >= 1 && (sample->top_k <= 0 || sample->top_k >= vocab))
         return draw(p, vocab, sum, u);
-    return draw_filtered(sample, p, vocab, sum, u, heap);
+    return draw_filtered(sample, logits, p, vocab, sum, u, heap);
 }
 
 /* The likeliest tokens, best first, by insertion: the list is short and most logits miss its end.

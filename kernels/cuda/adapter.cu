@@ -410,8 +410,13 @@ static int download_array(struct cuda_context *context, const struct cuda_model 
 static int follow(struct cuda_context *context, struct shuttle *shuttle)
 {
     cudaEvent_t now = shuttle->done[0];
-    int rc = cuda_check(context, cudaEventRecord(now, context->stream), "reading an adapter back");
+    cudaError_t code;
+    int rc;
 
+    (void)pthread_mutex_lock(&context->capture);
+    code = cudaEventRecord(now, context->stream);
+    (void)pthread_mutex_unlock(&context->capture);
+    rc = cuda_check(context, code, "reading an adapter back");
     return rc < 0 ? rc
                   : cuda_check(context, cudaStreamWaitEvent(shuttle->stream, now, 0),
                                "reading an adapter back");

@@ -51,6 +51,10 @@ struct cuda_attention {
 size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head_dim, int runs, int longest,
                                     int furthest);
 int cuda_attention(struct cuda_context *context, const struct cuda_attention *args);
+/* The largest `furthest` (INT32_MAX: any) for which decoding launches the same kernels with the
+ * same sizes as for this one: the grid has room for more parts than there are, and results do not
+ * depend on that. */
+int cuda_attention_reach(int furthest);
 
 /* dqkv act [m][ldqkv] from dout act [m][Nq]; delta: scratch float [m][H]. The gradient of a shared
  * prompt's keys and values sums over the run's own queries, then its children's in order. */

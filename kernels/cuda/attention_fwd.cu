@@ -419,6 +419,16 @@ extern "C" size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head
     return slots * ((size_t)head_dim * sizeof(float) + sizeof(float2));
 }
 
+/* Parts to the next power of two: six sizes of grids. */
+extern "C" int cuda_attention_reach(int furthest)
+{
+    int parts = 1;
+
+    while (parts < PARTS_MAX && parts * PART_KEYS < furthest)
+        parts *= 2;
+    return parts < PARTS_MAX ? parts * PART_KEYS : INT32_MAX;
+}
+
 template <int D, int MT>
 static int launch_windows(struct cuda_context *context, const struct attend_args &args)
 {

@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define KV_SHARE      0.35 /* of the card's memory */
+#define KV_TOKENS_MAX ((size_t)4 << 20)
+
 void cuda_memory_changed(claas_backend_t *backend)
 {
     uint64_t now = backend->context.bytes, peak = atomic_load(&backend->bytes_peak);
@@ -51,14 +54,35 @@ static int read_precision(const char *name, enum cuda_type *ret)
     return 0;
 }
 
-static int open_kv(claas_backend_t *backend)
+/* A pool as large as leaves room for a training step: a share of the card, but no more than half of
+ * what the weights left; never less than what is needed anyway. */
+static int widen_kv(claas_backend_t *backend, size_t block)
+{
+    size_t available = 0, share = (size_t)(KV_SHARE * (double)backend->context.memory), blocks;
+    int code = cuda_memory_free(&backend->context, &available);
+
+    if (code < 0)
+        return code;
+    blocks = (share < available / 2 ? share : available / 2) / block;
+    if (blocks > KV_TOKENS_MAX / CUDA_KV_BLOCK)
+        blocks = KV_TOKENS_MAX / CUDA_KV_BLOCK;
+    if (blocks > (size_t)backend->kv_blocks)
+        backend->kv_blocks = (int)blocks;
+    return 0;
+}
+
+static int open_kv(claas_backend_t *backend, bool more)
 {
     const struct claas_model_config *c = &backend->model.config;
-    size_t block =
-        2 * (size_t)c->kv_heads * CUDA_KV_BLOCK * (size_t)c->head_dim * backend->context.act_bytes;
+    size_t block = 2 * (size_t)c->kv_heads * CUDA_KV_BLOCK * (size_t)c->head_dim *
+                   backend->context.act_bytes * (size_t)c->layers;
+    int code = more ? widen_kv(backend, block) : 0;
     size_t bytes;
 
-    if (__builtin_mul_overflow(block * (size_t)c->layers, (size_t)backend->kv_blocks, &bytes))
+    if (code < 0)
+        return code;
+    /* and the spare block */
+    if (__builtin_mul_overflow(block, (size_t)backend->kv_blocks + 1, &bytes))
         return claas_fail(CLAAS_ERR_LIMIT, "%d key/value blocks are too many", backend->kv_blocks);
     return cuda_region_new(&backend->context, &backend->kv, bytes, "keys and values");
 }
@@ -94,7 +118,7 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     if (code >= 0)
         code = cuda_model_load(&backend->context, model, &backend->model);
     if (code >= 0)
-        code = open_kv(backend);
+        code = open_kv(backend, options->kv_more);
     if (code >= 0)
         code = open_turns(backend);
     if (code >= 0)
@@ -124,6 +148,11 @@ static void report_memory(const claas_backend_t *backend, struct claas_backend_m
         .workspace = backend->step.bytes + backend->forward.region.bytes,
         .peak = atomic_load(&backend->bytes_peak),
     };
+}
+
+static int count_kv_blocks(const claas_backend_t *backend)
+{
+    return backend->kv_blocks;
 }
 
 /* --- adapters --- */
@@ -179,6 +208,7 @@ const struct claas_backend_ops claas_backend_cuda = {
     .free = close_backend,
     .describe = describe,
     .memory = report_memory,
+    .kv_blocks = count_kv_blocks,
     .adapter_new = adapter_new,
     .adapter_free = adapter_free,
     .adapter_upload = adapter_upload,

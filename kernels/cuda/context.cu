@@ -7,6 +7,7 @@
 #include "cuda/gemm.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define ALIGNMENT      ((size_t)256)
@@ -16,14 +17,18 @@
 /* --- errors --- */
 
 /* A sticky error (a kernel that faulted, a device that fell off the bus) is answered to every later
- * call, also to one as harmless as asking whether the stream is done. */
-static bool is_lost(const struct cuda_context *context)
+ * call, also to one as harmless as asking whether the stream is done. While it is captured the
+ * stream cannot be asked; what comes after the capture will meet the error again. */
+static bool is_lost(struct cuda_context *context)
 {
-    cudaError_t now = cudaStreamQuery(context->stream);
+    cudaError_t now;
 
+    if (pthread_mutex_trylock(&context->capture) != 0)
+        return false;
+    now = cudaStreamQuery(context->stream);
+    (void)pthread_mutex_unlock(&context->capture);
     (void)cudaGetLastError();
-    return now != cudaSuccess && now != cudaErrorNotReady &&
-           now != cudaErrorStreamCaptureUnsupported && now != cudaErrorStreamCaptureInvalidated;
+    return now != cudaSuccess && now != cudaErrorNotReady;
 }
 
 int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
@@ -35,8 +40,9 @@ int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "%s: the device's memory is full", what);
     if (context->stream && is_lost(context))
         __atomic_store_n(&context->lost, true, __ATOMIC_RELAXED);
-    return claas_fail(CLAAS_ERR_DEVICE, "%s: %s (%s)", what, cudaGetErrorString(code),
-                      cudaGetErrorName(code));
+    return claas_fail(__atomic_load_n(&context->lost, __ATOMIC_RELAXED) ? CLAAS_ERR_DEVICE_LOST
+                                                                        : CLAAS_ERR_DEVICE,
+                      "%s: %s (%s)", what, cudaGetErrorString(code), cudaGetErrorName(code));
 }
 
 int cuda_check_launch(struct cuda_context *context, const char *what)
@@ -51,29 +57,92 @@ int cuda_wait(struct cuda_context *context)
 
 /* --- memory --- */
 
+/* The line of that name, the last one when there are too many names. Threads may meet here. */
+static int find_use(struct cuda_context *context, const char *what)
+{
+    for (int i = 0; i < CUDA_USES; i++) {
+        const char *there = NULL;
+
+        if (__atomic_compare_exchange_n(&context->uses[i].what, &there, what, false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ||
+            strcmp(there, what) == 0)
+            return i;
+    }
+    return CUDA_USES - 1;
+}
+
+/* "the model's weights 15623 MiB, keys and values 28000 MiB" */
+static void write_map(const struct cuda_context *context, char *out, size_t size)
+{
+    size_t used = 0;
+
+    out[0] = '\0';
+    for (int i = 0; i < CUDA_USES && used < size; i++) {
+        const char *what = __atomic_load_n(&context->uses[i].what, __ATOMIC_ACQUIRE);
+        size_t bytes = __atomic_load_n(&context->uses[i].bytes, __ATOMIC_RELAXED);
+
+        if (what && bytes > 0)
+            used += (size_t)snprintf(out + used, size - used, "%s%s %zu MiB", used ? ", " : "",
+                                     what, bytes >> 20);
+    }
+}
+
+int cuda_memory_free(struct cuda_context *context, size_t *ret)
+{
+    size_t available = 0, total = 0, held = __atomic_load_n(&context->bytes, __ATOMIC_RELAXED);
+    int rc = cuda_check(context, cudaMemGetInfo(&available, &total), "asking for free memory");
+
+    if (rc < 0)
+        return rc;
+    if (context->limit && held >= context->limit)
+        available = 0;
+    else if (context->limit && context->limit - held < available)
+        available = context->limit - held;
+    *ret = available;
+    return 0;
+}
+
+static int refuse(struct cuda_context *context, const char *what, size_t bytes)
+{
+    size_t available = 0;
+    char map[640];
+
+    write_map(context, map, sizeof(map));
+    if (cuda_memory_free(context, &available) == CLAAS_ERR_DEVICE_LOST)
+        return CLAAS_ERR_DEVICE_LOST;
+    return claas_fail(CLAAS_ERR_NO_MEMORY,
+                      "no memory on the device for %s: %zu bytes (%zu MiB), %zu of %zu MiB are "
+                      "free; held: %s",
+                      what, bytes, bytes >> 20, available >> 20, context->memory >> 20, map);
+}
+
+/* Counts the bytes as held, unless that is more than the limit. */
+static bool hold(struct cuda_context *context, size_t bytes)
+{
+    size_t now = __atomic_add_fetch(&context->bytes, bytes, __ATOMIC_RELAXED);
+
+    if (!context->limit || now <= context->limit)
+        return true;
+    (void)__atomic_fetch_sub(&context->bytes, bytes, __ATOMIC_RELAXED);
+    return false;
+}
+
 int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
                     const char *what)
 {
     size_t rounded = (bytes + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
-    size_t available = 0, total = 0;
-    cudaError_t code;
+    cudaError_t code = cudaErrorMemoryAllocation;
     void *base = NULL;
 
     region->base = NULL;
     region->bytes = 0;
-    if (rounded < bytes) /* so near to SIZE_MAX that it wrapped around */
-        return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory on the device for %s: %zu bytes", what,
-                          bytes);
+    if (rounded < bytes || rounded > SIZE_MAX / 2) /* wraps around, here or in the sum of all */
+        return refuse(context, what, bytes);
     if (rounded == 0)
         rounded = ALIGNMENT;
+    if (!hold(context, rounded))
+        return refuse(context, what, rounded);
     code = cudaMalloc(&base, rounded);
-    if (code == cudaErrorMemoryAllocation) {
-        (void)cudaGetLastError();
-        (void)cudaMemGetInfo(&available, &total);
-        return claas_fail(CLAAS_ERR_NO_MEMORY,
-                          "no memory on the device for %s: %zu MiB, %zu of %zu MiB are free", what,
-                          rounded >> 20, available >> 20, total >> 20);
-    }
     if (code == cudaSuccess) {
         code = cudaMemsetAsync(base, 0, rounded, cudaStreamPerThread);
         if (code == cudaSuccess)
@@ -81,11 +150,16 @@ int cuda_region_new(struct cuda_context *context, struct cuda_region *region, si
         if (code != cudaSuccess)
             (void)cudaFree(base);
     }
-    if (code != cudaSuccess)
-        return cuda_check(context, code, what);
+    if (code != cudaSuccess) {
+        (void)cudaGetLastError();
+        (void)__atomic_fetch_sub(&context->bytes, rounded, __ATOMIC_RELAXED);
+        return code == cudaErrorMemoryAllocation ? refuse(context, what, rounded)
+                                                 : cuda_check(context, code, what);
+    }
     region->base = base;
     region->bytes = rounded;
-    (void)__atomic_fetch_add(&context->bytes, rounded, __ATOMIC_RELAXED);
+    region->use = find_use(context, what);
+    (void)__atomic_fetch_add(&context->uses[region->use].bytes, rounded, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -96,6 +170,7 @@ void cuda_region_done(struct cuda_context *context, struct cuda_region *region)
     (void)cudaFree(region->base); /* waits for the device's work */
     (void)cudaGetLastError();
     (void)__atomic_fetch_sub(&context->bytes, region->bytes, __ATOMIC_RELAXED);
+    (void)__atomic_fetch_sub(&context->uses[region->use].bytes, region->bytes, __ATOMIC_RELAXED);
     region->base = NULL;
     region->bytes = 0;
 }
@@ -167,7 +242,6 @@ static int check_device(struct cuda_context *context)
 
 static int open_library(struct cuda_context *context)
 {
-    struct cuda_region space;
     cublasStatus_t status;
     int rc = cuda_check(context, cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking),
                         "making a stream");
@@ -178,11 +252,25 @@ static int open_library(struct cuda_context *context)
     if (status != CUBLAS_STATUS_SUCCESS)
         return claas_fail(CLAAS_ERR_DEVICE, "opening cuBLASLt: %s",
                           cublasLtGetStatusString(status));
-    rc = cuda_region_new(context, &space, LT_SPACE_BYTES, "matrix products");
-    if (rc < 0)
-        return rc;
-    context->lt_space = space.base;
-    context->lt_space_bytes = space.bytes;
+    rc = cuda_region_new(context, &context->lt_region, LT_SPACE_BYTES, "matrix products");
+    context->lt_space = context->lt_region.base;
+    context->lt_space_bytes = context->lt_region.bytes;
+    return rc;
+}
+
+static int read_limit(struct cuda_context *context)
+{
+    const char *text = getenv("CLAAS_CUDA_MEMORY_LIMIT");
+    char *end = NULL;
+
+    if (!text || !*text)
+        return 0;
+    context->limit = (size_t)strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || context->limit == 0)
+        return claas_fail(CLAAS_ERR_INVALID, "CLAAS_CUDA_MEMORY_LIMIT='%s' is no number of bytes",
+                          claas_quote(text).text);
+    if (context->limit < context->memory)
+        context->memory = context->limit;
     return 0;
 }
 
@@ -192,34 +280,36 @@ int cuda_context_open(enum cuda_type act, struct cuda_context *ret)
     int rc = find_device();
 
     memset(&context, 0, sizeof(context));
+    (void)pthread_mutex_init(&context.capture, NULL);
     context.act = act;
     context.act_bytes = act == CUDA_TYPE_F32 ? 4 : 2;
     if (rc == 0)
         rc = check_device(&context);
+    if (rc == 0)
+        rc = read_limit(&context);
     if (rc == 0)
         rc = open_library(&context);
     if (rc < 0) {
         cuda_context_close(&context);
         return rc;
     }
+    (void)pthread_mutex_destroy(&context.capture); /* a mutex in use must not be copied */
     *ret = context;
+    (void)pthread_mutex_init(&ret->capture, NULL);
     return 0;
 }
 
 void cuda_context_close(struct cuda_context *context)
 {
-    struct cuda_region space;
-
-    space.base = context->lt_space;
-    space.bytes = context->lt_space_bytes;
     if (context->stream)
         (void)cudaStreamSynchronize(context->stream);
     cuda_gemm_plans_free(context);
-    cuda_region_done(context, &space);
+    cuda_region_done(context, &context->lt_region);
     if (context->lt)
         (void)cublasLtDestroy(context->lt);
     if (context->stream)
         (void)cudaStreamDestroy(context->stream);
     (void)cudaGetLastError();
+    (void)pthread_mutex_destroy(&context->capture);
     memset(context, 0, sizeof(*context));
 }

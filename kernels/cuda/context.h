@@ -15,6 +15,7 @@
 
 #include <cublasLt.h>
 #include <cuda_runtime.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -27,45 +28,65 @@ enum cuda_type { CUDA_TYPE_F32, CUDA_TYPE_BF16 };
 
 struct cuda_gemm_plans; /* gemm.cu: algorithms chosen so far */
 
+/* Device memory, and the line of context->uses that counts it. */
+struct cuda_region {
+    void *base;
+    size_t bytes;
+    int use;
+};
+/* Bytes held under one name: the memory map of messages. */
+struct cuda_use {
+    const char *what; /* NULL: not used yet */
+    size_t bytes;
+};
+#define CUDA_USES 16
+
 struct cuda_context {
     int ordinal;
     int arch; /* 80, 86, 90, … */
     int multiprocessors;
-    size_t memory; /* bytes of the card */
+    size_t memory; /* bytes of the card, or the limit where that is lower */
     char name[64]; /* "NVIDIA H100 80GB HBM3" */
     enum cuda_type act;
     size_t act_bytes;
     cudaStream_t stream;
     cublasLtHandle_t lt;
-    void *lt_space; /* workspace of every product on the stream */
+    struct cuda_region lt_region;
+    void *lt_space; /* workspace of every product on the stream: lt_region's */
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
     size_t bytes; /* device memory taken through cuda_region_new */
-    bool lost;    /* a sticky error was seen: nothing works any more */
+    size_t limit; /* of `bytes`; 0: none */
+    struct cuda_use uses[CUDA_USES];
+    bool lost; /* a sticky error was seen: nothing works any more */
+    /* Held while work of the stream is captured into a graph. Whoever records or asks about the
+     * stream on another thread than the computing one holds it too: it would else be captured, or
+     * spoil the capture. */
+    pthread_mutex_t capture;
 };
 
 /* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, a
- * driver or a card too old (below sm_80). */
+ * driver or a card too old (below sm_80). CLAAS_CUDA_MEMORY_LIMIT=BYTES makes the card as small as
+ * that for cuda_region_new: to see on a large card what happens on a full one. */
 int cuda_context_open(enum cuda_type act, struct cuda_context *ret);
 void cuda_context_close(struct cuda_context *context);
 
 /* 0 for success. NO_MEMORY for an allocation, else DEVICE, with `what` and CUDA's words in the
- * error's text; a sticky error sets context->lost. */
+ * error's text. A sticky error (a kernel that faulted, a card that fell off the bus) sets
+ * context->lost and is DEVICE_LOST, as is every error from then on: only a new process helps. */
 int cuda_check(struct cuda_context *context, cudaError_t code, const char *what);
 /* After launches: the first error that CUDA has noted since the last call. Does not wait. */
 int cuda_check_launch(struct cuda_context *context, const char *what);
 /* Waits for the stream. */
 int cuda_wait(struct cuda_context *context);
 
-/* Device memory, zeroed. NO_MEMORY says which allocation, of how many bytes, and how much is free.
- */
-struct cuda_region {
-    void *base;
-    size_t bytes;
-};
+/* Device memory, zeroed. `what` names its use; a literal, since it is kept. NO_MEMORY says which
+ * allocation, of how many bytes, how much is free and who holds the rest. */
 int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
                     const char *what);
 void cuda_region_done(struct cuda_context *context, struct cuda_region *region);
+/* Bytes that could still be taken, by the card's word and by the limit. */
+int cuda_memory_free(struct cuda_context *context, size_t *ret);
 
 /* A bump allocator over a region, 256-byte aligned. With base NULL it only counts, so one layout
  * function both measures and places. */

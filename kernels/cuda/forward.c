@@ -1,7 +1,12 @@
 /* One forward pass of the engine: segments become rows of a pack, the layers run once, and the
  * wanted rows' logits are turned into tokens or scores on the device, in chunks. The only waiting
  * is for the samples. Its workspace is its own: the pass may run between two layers of a training
- * step. */
+ * step.
+ *
+ * Decoding, one row of each sequence, is the same few hundred launches again and again: its rows
+ * are filled up to one of a few numbers, and what is launched then follows from that number and
+ * from the longest sequence's size class alone (graph.h). A row that fills up is the first token of
+ * a sequence of its own, whose keys and values go into a block behind the pool. */
 #include "cuda/pass.h"
 #include "cuda/sample.h"
 #include "pack/segments.h"
@@ -11,10 +16,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Bytes of the logits buffer: 256 rows of a small vocabulary, 85 of a large one. */
-#define LOGITS_FLOATS   ((size_t)13 << 20)
+/* Floats of the logits buffer: 256 rows of a small vocabulary, 138 of a large one. */
+#define LOGITS_FLOATS   ((size_t)20 << 20)
 #define LOGITS_ROWS     256
 #define LOGITS_ROWS_MIN 8
+#define DECODE_ROWS_MAX 256 /* more are not filled up: products dominate by far */
 
 static void place(claas_backend_t *backend, struct cuda_arena *arena)
 {
@@ -52,6 +58,7 @@ static int open_host(claas_backend_t *backend)
                                      2 * sizeof(struct claas_pack_group));
     if (!space->host)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    space->spare = backend->kv_blocks;
     at = space->host; /* pointers first, so that all are aligned */
     space->pack.runs = (struct claas_pack_run *)(void *)at;
     at += m * sizeof(struct claas_pack_run);
@@ -88,6 +95,7 @@ int cuda_forward_open(claas_backend_t *backend)
     space->pass.backend = backend;
     space->pass.kv = backend->kv.base;
     space->pass.kv_layer_bytes = backend->kv.bytes / (size_t)c->layers;
+    cuda_graphs_open(&space->graphs);
     if (tables > (size_t)4 << 20) /* many short runs or few long ones, not many long ones */
         tables = (size_t)4 << 20;
     code = cuda_upload_new(&backend->context, &space->upload,
@@ -101,6 +109,7 @@ void cuda_forward_close(claas_backend_t *backend)
 {
     struct cuda_forward_space *space = &backend->forward;
 
+    cuda_graphs_done(&space->graphs);
     cuda_upload_done(&backend->context, &space->upload);
     cuda_region_done(&backend->context, &space->region);
     if (space->staging)
@@ -122,6 +131,8 @@ static int take_segments(claas_backend_t *backend, const struct claas_segment *s
                                &space->infer.tail_count);
 }
 
+/* The wanted rows come first in the upload: for one number of rows, all wanted, every array then
+ * has its fixed place, since the pack's last one is the only one of varying length. */
 static int send_rows(claas_backend_t *backend)
 {
     struct cuda_forward_space *space = &backend->forward;
@@ -130,8 +141,6 @@ static int send_rows(claas_backend_t *backend)
     void *tail;
     int code = cuda_upload_begin(&backend->context, &space->upload);
 
-    if (code >= 0)
-        code = cuda_pack_fill(&space->upload, &space->pack, true, &space->pass.pack);
     if (code < 0)
         return code;
     tail = cuda_upload_take(&space->upload, bytes, &device);
@@ -140,7 +149,86 @@ static int send_rows(claas_backend_t *backend)
     memcpy(tail, space->tail, bytes);
     space->infer.tail = device;
     space->infer.tail_host = space->tail;
-    return cuda_upload_send(&backend->context, &space->upload);
+    code = cuda_pack_fill(&space->upload, &space->pack, true, &space->pass.pack);
+    return code >= 0 ? cuda_upload_send(&backend->context, &space->upload) : code;
+}
+
+/* --- decoding --- */
+
+static bool is_decoding(const struct claas_segment *segments, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (segments[i].count != 1 || segments[i].wanted != 1)
+            return false;
+    return count <= DECODE_ROWS_MAX;
+}
+
+/* The number of rows that `m` are filled up to; `most` fit into a pass. */
+static int find_bucket(int m, int most)
+{
+    static const int buckets[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, DECODE_ROWS_MAX};
+    size_t i = 0;
+
+    while (buckets[i] < m)
+        i++;
+    return buckets[i] < most ? buckets[i] : most;
+}
+
+static void fill_up(struct cuda_forward_space *space, int rows)
+{
+    struct claas_pack *pack = &space->pack;
+    struct claas_pack_group *last = &pack->groups[pack->group_count - 1];
+
+    if (rows == pack->m)
+        return;
+    if (last->adapter) {
+        last = &pack->groups[pack->group_count++];
+        *last = (struct claas_pack_group){.first = pack->m};
+    }
+    last->count += rows - pack->m;
+    for (int row = pack->m; row < rows; row++) {
+        pack->runs[pack->run_count++] = (struct claas_pack_run){
+            .first = row, .count = 1, .blocks = &space->spare, .parent = -1};
+        pack->tokens[row] = pack->pos[row] = 0;
+        pack->blocks[row] = space->spare;
+        space->tail[row] = row;
+    }
+    pack->m = space->infer.tail_count = rows;
+}
+
+static bool has_adapters(const struct claas_pack *pack)
+{
+    for (int i = 0; i < pack->group_count; i++)
+        if (pack->groups[i].adapter)
+            return true;
+    return false;
+}
+
+/* From the rows on the device to the wanted ones' hidden state, and to their logits if all of them
+ * fit at once. */
+static int compute(void *arg)
+{
+    claas_backend_t *backend = arg;
+    struct cuda_forward_space *space = &backend->forward;
+    int rows = space->infer.tail_count;
+    int code = cuda_infer(&space->pass, &space->infer, space->hidden);
+
+    if (code < 0 || rows > space->logits_rows)
+        return code;
+    return cuda_logits(backend, rows, space->hidden, space->logits);
+}
+
+static int compute_decoding(claas_backend_t *backend)
+{
+    struct cuda_forward_space *space = &backend->forward;
+    struct cuda_pack *pack = &space->pass.pack;
+    int reach = cuda_attention_reach(pack->furthest), context = backend->model.config.context;
+    struct cuda_graph_key key = {.rows = pack->m, .adapters = has_adapters(&space->pack)};
+
+    if (key.adapters) /* their addresses are arguments of the launches */
+        return compute(backend);
+    key.furthest = pack->furthest = reach < context ? reach : context;
+    return cuda_graphs_run(&backend->context, &space->graphs, &key, compute, backend);
 }
 
 int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
@@ -149,21 +237,24 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
     struct cuda_forward_space *space = &backend->forward;
     struct cuda_context *context = &backend->context;
     const struct claas_model_config *c = &backend->model.config;
-    int code = take_segments(backend, segments, count);
+    int code = take_segments(backend, segments, count), wanted = space->infer.tail_count;
+    bool decodes = is_decoding(segments, count);
 
     if (code < 0 || space->pack.m == 0)
         return code;
+    if (decodes)
+        fill_up(space, find_bucket(space->pack.m, backend->max_tokens));
     code = send_rows(backend);
     if (code >= 0)
-        code = cuda_infer(&space->pass, &space->infer, space->hidden);
-    for (int row = 0; row < space->infer.tail_count && code >= 0; row += space->logits_rows) {
+        code = decodes ? compute_decoding(backend) : compute(backend);
+    for (int row = 0; row < wanted && code >= 0; row += space->logits_rows) {
         int rows = space->infer.tail_count - row;
 
-        if (rows > space->logits_rows)
-            rows = space->logits_rows;
-        code = cuda_logits(backend, rows,
-                           cuda_at(context, space->hidden, (size_t)row * (size_t)c->hidden),
-                           space->logits);
+        if (space->infer.tail_count > space->logits_rows)
+            code = cuda_logits(backend, rows < space->logits_rows ? rows : space->logits_rows,
+                               cuda_at(context, space->hidden, (size_t)row * (size_t)c->hidden),
+                               space->logits);
+        rows = wanted - row < space->logits_rows ? wanted - row : space->logits_rows;
         if (code >= 0)
             code = cuda_sample(context, c->vocab, rows, space->logits, samples + row,
                                space->staging, space->device_samples, space->sampling);

@@ -7,6 +7,7 @@
 #define CLAAS_CUDA_PASS_H
 
 #include "cuda/attention.h"
+#include "cuda/graph.h"
 #include "cuda/gemm.h"
 #include "cuda/cuda_model.h"
 #include "cuda/cuda_rows.h"
@@ -129,6 +130,8 @@ struct cuda_forward_space {
     struct claas_pack pack;
     struct cuda_pass pass;
     struct cuda_infer infer;
+    struct cuda_graphs graphs;
+    int32_t spare; /* the block behind the pool: of rows that fill up a pass */
     int32_t *tail; /* host [max_tokens] */
     void *host;    /* memory of the host's arrays */
     void *hidden;
@@ -141,7 +144,7 @@ struct claas_backend {
     struct cuda_context context;
     struct cuda_model model;
     int kv_blocks, max_tokens;
-    struct cuda_region kv; /* [L][kv_blocks][2][G][16][d] */
+    struct cuda_region kv; /* [L][kv_blocks + 1][2][G][16][d] */
     struct cuda_forward_space forward;
     struct cuda_region step;         /* of training; grown when a step needs more */
     struct cuda_upload step_upload;  /* the rows of all its batches */

@@ -14,7 +14,9 @@
  * radix select by counts or masses.
  *
  * Masses are integers, so that the order of sums does not matter; the CPU adds doubles one by one.
- * A token differs from the CPU's only where u falls within 1e-8 or so of the border between two. */
+ * Likelier is who has the larger logit, there as here: exponentials may be equal on one side only,
+ * and two tokens would change places. So a token differs from the CPU's only where u falls within
+ * 1e-7 or so of the border between two, or top_p within as little of the end of its list. */
 #include "cuda/sample.h"
 #include "cuda/wide_rows.cuh"
 
@@ -164,10 +166,8 @@ static __device__ mass_t mass_from(struct row_block *block, const struct row_val
     struct row_sums sums = row_nothing();
 
     for (int i = (int)threadIdx.x; i < p->count; i += (int)blockDim.x) {
-        float value = row_value(p, i);
-
-        if (row_key(value, p->begin + i) >= bound)
-            sums.mass[0] += to_mass(value, scale);
+        if (row_value_key(p, i) >= bound)
+            sums.mass[0] += to_mass(row_value(p, i), scale);
     }
     return row_fold(block, sums, FOLD_MASS).mass[0];
 }
@@ -197,7 +197,8 @@ static __device__ int choose(struct row_block *block, struct digit_bins<mass_t> 
                              const struct claas_sample *sample, const struct row_slice *z,
                              float *space, float max, float scale, int vocab)
 {
-    struct row_values p = {z->values, z->begin, z->count, true, max, sample->temperature};
+    struct row_values p = {z->values, z->values, z->begin, z->count,
+                           true,      max,       sample->temperature};
     struct row_sums sums = row_nothing();
     float u = uniform(sample->seed, SAMPLE_STREAM, sample->index);
 

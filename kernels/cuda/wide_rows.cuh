@@ -276,10 +276,11 @@ static __device__ __forceinline__ int row_key_id(row_key_t key)
     return ((1 << KEY_ID_BITS) - 1) - (int)(key & ((1 << KEY_ID_BITS) - 1));
 }
 
-/* The values that a selection orders: those of a slice or, with `scaled`, exp((value - max) / T).
- */
+/* What a selection orders and weighs. Weights: the values of a slice or, with `scaled`, exp((value -
+ * max) / T). The order is that of `keys` if there are any: logits order their exponentials, and
+ * without the rounding that makes some of these equal here and not on the host. */
 struct row_values {
-    const float *values;
+    const float *keys, *values;
     int begin, count;
     bool scaled;
     float max, temperature;
@@ -290,6 +291,11 @@ static __device__ __forceinline__ float row_value(const struct row_values *v, in
     float x = v->values[i];
 
     return v->scaled ? expf((x - v->max) / v->temperature) : x;
+}
+
+static __device__ __forceinline__ row_key_t row_value_key(const struct row_values *v, int i)
+{
+    return row_key(v->keys ? v->keys[i] : row_value(v, i), v->begin + i);
 }
 
 /* Histograms of a digit: of counts alone (unsigned, whose atomics are one instruction), or of
@@ -317,13 +323,12 @@ static __device__ void fill_bins(const struct row_values *v, W *bins, row_key_t 
         bins[i] = 0;
     __syncthreads();
     for (int i = (int)threadIdx.x; i < v->count; i += (int)blockDim.x) {
-        float value = row_value(v, i);
-        row_key_t key = row_key(value, v->begin + i);
+        row_key_t key = row_value_key(v, i);
         W weight;
 
         if (key >> (shift + DIGIT_BITS) != prefix)
             continue;
-        weigh(value, scale, &weight);
+        weigh(row_value(v, i), scale, &weight);
         if (weight > 0)
             atomicAdd(&bins[(key >> shift) & (DIGIT_BINS - 1)], weight);
     }

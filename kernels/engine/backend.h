@@ -45,6 +45,7 @@ struct claas_backend_options {
     const char *precision; /* "bf16" or "f32" */
     int threads;
     int kv_blocks;  /* blocks of 16 positions in the shared pool */
+    bool kv_more;   /* nobody asked for that number: it may be more, as memory allows */
     int max_tokens; /* most tokens of one forward pack */
 };
 
@@ -80,6 +81,8 @@ struct claas_backend_ops {
     /* "cpu bf16-avx512bf16 x2" */
     const char *(*describe)(const claas_backend_t *backend);
     void (*memory)(const claas_backend_t *backend, struct claas_backend_memory *ret);
+    /* Blocks of the pool. NULL: as many as were asked for. */
+    int (*kv_blocks)(const claas_backend_t *backend);
 
     int (*adapter_new)(claas_backend_t *backend, const struct claas_lora_config *lora,
                        enum claas_adapter_use use, claas_backend_adapter_t **ret);

@@ -11,7 +11,7 @@
 #include "claas/clock.h"
 #include "claas/log.h"
 
-#define DEFAULT_KV_TOKENS     8192
+#define DEFAULT_KV_TOKENS     8192 /* at least; a back-end may take more */
 #define DEFAULT_PREFILL_CHUNK 256
 #define DEFAULT_MAX_BATCH     64
 #define DEFAULT_SLICE_MS      50
@@ -128,7 +128,6 @@ static void *compute_main(void *arg)
 static int take_options(claas_device_t *device, const struct claas_device_options *given)
 {
     struct claas_device_options *o = &device->options;
-    size_t context = (size_t)device->config.context;
 
     *o = *given;
     if (o->precision == NULL)
@@ -138,8 +137,6 @@ static int take_options(claas_device_t *device, const struct claas_device_option
         return claas_fail(CLAAS_ERR_INVALID,
                           "device options: threads %d, prefill_chunk %d, max_batch %d, slice_ms %d",
                           o->threads, o->prefill_chunk, o->max_batch, o->slice_ms);
-    if (o->kv_tokens == 0)
-        o->kv_tokens = context > DEFAULT_KV_TOKENS ? context : DEFAULT_KV_TOKENS;
     if (o->kv_tokens > (size_t)INT32_MAX - CLAAS_KV_BLOCK_TOKENS)
         return claas_fail(CLAAS_ERR_INVALID, "kv_tokens %zu", o->kv_tokens);
     if (o->prefill_chunk == 0)
@@ -155,25 +152,30 @@ static int take_options(claas_device_t *device, const struct claas_device_option
 
 static int open_backend(claas_device_t *device)
 {
-    int blocks =
-        (int)((device->options.kv_tokens + CLAAS_KV_BLOCK_TOKENS - 1) / CLAAS_KV_BLOCK_TOKENS);
+    int context = device->config.context;
+    size_t tokens = device->options.kv_tokens;
     struct claas_backend_options options = {
         .precision = device->options.precision,
         .threads = device->options.threads,
-        .kv_blocks = blocks,
+        .kv_more = tokens == 0,
         .max_tokens = device->options.max_batch + device->options.prefill_chunk,
     };
     size_t batch = (size_t)device->options.max_batch;
-    int rc = claas_kv_new(blocks, &device->kv);
+    int rc;
 
-    if (rc < 0)
-        return rc;
+    if (tokens == 0)
+        tokens = (size_t)(context > DEFAULT_KV_TOKENS ? context : DEFAULT_KV_TOKENS);
+    options.kv_blocks = (int)((tokens + CLAAS_KV_BLOCK_TOKENS - 1) / CLAAS_KV_BLOCK_TOKENS);
     device->segments = CLAAS_NEW_ARRAY(struct claas_segment, batch);
     device->samples = CLAAS_NEW_ARRAY(struct claas_sample, batch);
     device->planned = CLAAS_NEW_ARRAY(struct claas_sequence *, batch);
     if (device->segments == NULL || device->samples == NULL || device->planned == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = device->ops->open(&options, device->model, &device->backend);
+    if (rc >= 0)
+        rc = claas_kv_new(device->ops->kv_blocks ? device->ops->kv_blocks(device->backend)
+                                                 : options.kv_blocks,
+                          &device->kv);
     if (rc < 0)
         return rc;
     claas_copy_text(device->stats.name, sizeof(device->stats.name),

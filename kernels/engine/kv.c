@@ -238,7 +238,7 @@ uint64_t claas_kv_register(claas_kv_t *kv, int32_t number, uint64_t root, uint64
 
 void claas_kv_forget(claas_kv_t *kv, uint64_t root)
 {
-    for (int32_t i = 0; i < kv->total; i++) {
+    for (int32_t i = 0; i < kv->touched; i++) {
         struct block *block = &kv->blocks[i];
 
         if (block->chain == 0 || block->root != root)

@@ -3,8 +3,9 @@
  * tokens, alternatives, log-probs; rows that are not finite.
  *
  * Where the CPU's sum of doubles and the device's of integers fall on either side of a border,
- * tokens may differ. A difference is counted, and forgiven once in a thousand draws if the device's
- * token is one that the CPU draws for a number next to u. */
+ * tokens may differ. A difference is counted, and forgiven once in a thousand draws if the draw is
+ * shown to lie on a border: in doubles, and in the order of the logits, the device's token is drawn
+ * for a number within 1e-6 of u and a top-p within 1e-6 of what was asked for. */
 #include "cuda_check.h"
 
 #include "cuda/cuda_loss.h"
@@ -87,7 +88,7 @@ static struct {
 } tally;
 
 struct candidate {
-    float p;
+    float p, logit;
     int id;
 };
 
@@ -95,13 +96,24 @@ static int compare_candidates(const void *a, const void *b)
 {
     const struct candidate *x = (const struct candidate *)a, *y = (const struct candidate *)b;
 
-    if (x->p != y->p)
-        return x->p > y->p ? -1 : 1;
+    if (x->logit != y->logit)
+        return x->logit > y->logit ? -1 : 1;
     return x->id - y->id;
 }
 
-/* Whether the device's token is drawn for a number within 1e-6 of u, with the mass wanted of the
- * nucleus within 1e-6 too: the interval of the token, in doubles, touches that of the numbers. */
+/* The mass of the shortest list of `most` candidates at most that holds `share` of the sum. */
+static double kept_mass(const struct candidate *list, int most, double share, double sum)
+{
+    double kept = 0;
+
+    for (int v = 0; v < most && kept < share * sum; v++)
+        kept += (double)list[v].p;
+    return kept;
+}
+
+/* Whether the device's token is drawn for a number within 1e-6 of u from the list as asked for, or
+ * from one for a top-p 1e-6 lower or higher: the token's interval, in doubles, touches that of the
+ * numbers. */
 static bool is_near(const struct batch *b, int row)
 {
     const struct claas_sample *s = &b->want[row];
@@ -109,24 +121,29 @@ static bool is_near(const struct batch *b, int row)
     struct candidate *list = (struct candidate *)check_alloc((size_t)b->vocab, sizeof(*list));
     bool filtered = s->top_p < 1 || (s->top_k > 0 && s->top_k < b->vocab), near = false;
     int most = s->top_k > 0 && s->top_k < b->vocab ? s->top_k : b->vocab;
-    double u = (double)claas_random_uniform(s->seed, 1, s->index), sum = 0, kept = 0, below = 0;
+    double u = (double)claas_random_uniform(s->seed, 1, s->index), sum = 0, below = 0;
     float max = -INFINITY;
 
     for (int v = 0; v < b->vocab; v++)
         max = z[v] > max ? z[v] : max;
     for (int v = 0; v < b->vocab; v++) {
         list[v].p = expf((z[v] - max) / s->temperature);
+        list[v].logit = z[v];
         list[v].id = v;
         sum += (double)list[v].p;
     }
     if (filtered)
         qsort(list, (size_t)b->vocab, sizeof(*list), compare_candidates);
-    for (int v = 0; v < most && (s->top_p >= 1 || kept < (double)s->top_p * sum); v++)
-        kept += (double)list[v].p;
     for (int v = 0; v < b->vocab; v++) {
-        if (list[v].id == b->got[row].token)
-            near = below <= (u + 1e-6) * kept && below + (double)list[v].p >= (u - 1e-6) * kept;
-        below += (double)list[v].p;
+        const double above = below + (double)list[v].p;
+
+        for (int edge = -1; edge <= 1 && list[v].id == b->got[row].token; edge++) {
+            const double share = s->top_p >= 1 ? 2 : (double)s->top_p * (1 + 1e-6 * edge);
+            const double kept = kept_mass(list, most, share, sum);
+
+            near = near || (below <= (u + 1e-6) * kept && above >= (u - 1e-6) * kept);
+        }
+        below = above;
     }
     free(list);
     return near;
