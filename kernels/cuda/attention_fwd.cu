@@ -24,6 +24,7 @@
  *
  * Sources: Dao, FlashAttention-2 (2023); flash-decoding (2023) for parts. */
 #include "cuda/attention_tiles.cuh"
+#include "cuda/launch.cuh"
 
 #define PART_ROWS 16  /* a run of no more rows is done in parts */
 #define PART_KEYS 256 /* at least */
@@ -221,6 +222,8 @@ static __global__ __launch_bounds__(ATTN_THREADS, 2) void attend(const struct at
     const int begin = (int)(gridDim.x - 1 - blockIdx.x) * queries;
     const int end = min(begin + queries, args.a.m);
 
+    launch_next();
+    launch_wait();
     for (int row = begin; row < end;) {
         const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
         const int stop = min(end, run.first + run.count);
@@ -339,6 +342,8 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
 {
     extern __shared__ __align__(128) bf16 shared[];
 
+    launch_next();
+    launch_wait();
     for (int item = (int)blockIdx.x; item < args.items; item += (int)gridDim.x) {
         const int g = item % args.a.kv_heads, rest = item / args.a.kv_heads;
         const int run_index = rest % args.a.run_count, part = rest / args.a.run_count;
@@ -362,8 +367,10 @@ static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct a
     struct cuda_attn_run run;
     int parts = 0;
 
+    launch_next();
     if (run_index >= args.a.run_count)
         return;
+    launch_wait();
     run = args.a.runs[run_index];
     parts = parts_of(args, run);
     if (parts <= 1 || r >= run.count * args.group)
@@ -440,8 +447,7 @@ static int launch_windows(struct cuda_context *context, const struct attend_args
 
     if (err < 0)
         return err;
-    attend<D, MT><<<grid, ATTN_THREADS, bytes, context->stream>>>(args);
-    return cuda_check_launch(context, "attention");
+    return launch(context, "attention", attend<D, MT>, grid, dim3(ATTN_THREADS), bytes, args);
 }
 
 template <int D>
@@ -456,19 +462,18 @@ static int launch_parts(struct cuda_context *context, const struct attend_args &
 
     if (err < 0)
         return err;
-    attend_part<D><<<(unsigned)grid, ATTN_THREADS, bytes, context->stream>>>(args);
-    err = cuda_check_launch(context, "attention in parts");
+    err = launch(context, "attention in parts", attend_part<D>, dim3((unsigned)grid),
+                 dim3(ATTN_THREADS), bytes, args);
     if (err < 0 || args.parts_max == 1)
         return err;
-    join_parts<D>
-        <<<(unsigned)((rows + ATTN_WARPS - 1) / ATTN_WARPS), ATTN_THREADS, 0, context->stream>>>(
-            args);
-    return cuda_check_launch(context, "attention in parts");
+    return launch(context, "attention in parts", join_parts<D>,
+                  dim3((unsigned)((rows + ATTN_WARPS - 1) / ATTN_WARPS)), dim3(ATTN_THREADS), 0,
+                  args);
 }
 
 /* Tiles of 128 rows halve the traffic of keys through shared memory; 64 where those would leave
  * multiprocessors idle. The numbers are the same. */
-template <int D> static int launch(struct cuda_context *context, const struct attend_args &args)
+template <int D> static int pick(struct cuda_context *context, const struct attend_args &args)
 {
     const int queries = 128 / args.group;
     const int64_t blocks = (int64_t)((args.a.m + queries - 1) / queries) * args.a.kv_heads;
@@ -528,5 +533,5 @@ extern "C" int cuda_attention(struct cuda_context *context, const struct cuda_at
     err = place_parts(&args);
     if (err < 0)
         return err;
-    return a->head_dim == 64 ? launch<64>(context, args) : launch<128>(context, args);
+    return a->head_dim == 64 ? pick<64>(context, args) : pick<128>(context, args);
 }

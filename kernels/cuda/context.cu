@@ -214,6 +214,7 @@ static __global__ void probe_kernel(void)
 
 static int check_device(struct cuda_context *context)
 {
+    const char *early = getenv("CLAAS_CUDA_EARLY");
     struct cudaFuncAttributes attributes;
     cudaDeviceProp properties;
     cudaError_t code = cudaSetDevice(0);
@@ -224,6 +225,7 @@ static int check_device(struct cuda_context *context)
         return cuda_check(context, code, "opening the CUDA device");
     context->arch = 10 * properties.major + properties.minor;
     context->multiprocessors = properties.multiProcessorCount;
+    context->early = context->arch >= 90 && !(early && strcmp(early, "0") == 0);
     context->memory = properties.totalGlobalMem;
     (void)snprintf(context->name, sizeof(context->name), "%.63s", properties.name);
     if (context->arch < OLDEST_ARCH)

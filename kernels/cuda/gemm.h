@@ -30,6 +30,7 @@ struct cuda_gemm {
     float alpha;
     float beta;      /* 0: `add` is not read */
     const void *add; /* [m][n] of out_type, row length ldo; NULL = out itself */
+    bool frozen;     /* b never changes: it may be read before the work queued so far is done */
 };
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);
 void cuda_gemm_plans_free(struct cuda_context *context);

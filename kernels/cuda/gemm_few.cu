@@ -22,6 +22,7 @@
  * see its neighbours, so m and the row's place never show. Fragments: PTX ISA, "Matrix fragments
  * for mma.m16n8k16". */
 #include "cuda/gemm_few.h"
+#include "cuda/launch.cuh"
 
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -36,6 +37,7 @@
 #define BLOCKS_GOAL  128          /* nearly one for each multiprocessor of an H100 */
 #define STAGES_LEAST 2            /* of a part of k */
 #define SIZE_LEAST   256
+#define LAST_STAGES  8 /* of a block, when the next kernel may begin: some microseconds before the end */
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
 
@@ -51,6 +53,7 @@ struct few_args {
     float alpha, beta;
     bool wide;  /* out and add are float32 */
     bool quads; /* four columns of out and add are aligned and exist together */
+    bool frozen; /* b may be fetched before the kernel before this one is done */
 };
 
 /* The ring fits twice into a multiprocessor of sm_90, and once into 99 KB (sm_86, sm_89). */
@@ -100,10 +103,9 @@ static __device__ __forceinline__ int place(int row, int piece)
     return row * PIECES + (piece ^ (row & 1) << 2);
 }
 
-/* Stage number `index` of k: eight threads to a row, 32 rows at a time. */
-template <int TILES>
-static __device__ __forceinline__ void load_stage(const struct few_args *args, int first_row,
-                                                  int index, uint4 *stage)
+/* b's part of stage number `index` of k: eight threads to a row, 32 rows at a time. */
+static __device__ __forceinline__ void load_weights(const struct few_args *args, int first_row,
+                                                    int index, uint4 *stage)
 {
     int piece = (int)threadIdx.x % PIECES, row = (int)threadIdx.x / PIECES;
     int column = index * DEPTH + 8 * piece;
@@ -117,6 +119,17 @@ static __device__ __forceinline__ void load_stage(const struct few_args *args, i
         copy_16(stage + place(i + row, piece),
                 args->b + (valid ? (size_t)r * (size_t)args->ldb + (size_t)column : 0), valid);
     }
+}
+
+/* a's part of it. */
+template <int TILES>
+static __device__ __forceinline__ void load_rows(const struct few_args *args, int index,
+                                                 uint4 *stage)
+{
+    int piece = (int)threadIdx.x % PIECES, row = (int)threadIdx.x / PIECES;
+    int column = index * DEPTH + 8 * piece;
+    bool inside = column < args->k;
+
     stage += B_ROWS * PIECES;
 #pragma unroll
     for (int i = 0; i < 8 * TILES; i += THREADS / PIECES) {
@@ -158,16 +171,26 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
     const int stages = few_shape<TILES>::stages, pieces = few_shape<TILES>::stage_pieces;
     int slot = 0, ahead = stages - 1; /* of the ring */
 
+    if (!args->frozen)
+        launch_wait();
+    for (int i = 0; i < stages - 1 && first + i < end; i++)
+        load_weights(args, first_row, first + i, ring + i * pieces);
+    if (args->frozen)
+        launch_wait();
     for (int i = 0; i < stages - 1; i++) {
         if (first + i < end)
-            load_stage<TILES>(args, first_row, first + i, ring + i * pieces);
-        close_group();
+            load_rows<TILES>(args, first + i, ring + i * pieces);
+        close_group(); /* the first one's also holds all of the weights above */
     }
     for (int index = first; index < end; index++) {
+        if (index == max(first, end - LAST_STAGES))
+            launch_next();
         wait_groups<stages - 2>(); /* this thread's part of stage `index` is there */
         __syncthreads();           /* everybody's is, and nobody reads the one before any more */
-        if (index + stages - 1 < end)
-            load_stage<TILES>(args, first_row, index + stages - 1, ring + ahead * pieces);
+        if (index + stages - 1 < end) {
+            load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
+            load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
+        }
         close_group();
         multiply_stage<TILES>(ring + slot * pieces, sums);
         ahead = slot;
@@ -379,6 +402,8 @@ int cuda_gemm_few_open(struct cuda_context *context)
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              kernels[i].bytes),
                         "products of few rows");
+    for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]) && rc == 0; i++)
+        rc = launch_share_memory(context, (const void *)kernels[i].kernel);
     return rc;
 }
 
@@ -422,13 +447,14 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
     args->alpha = gemm->alpha;
     args->beta = gemm->beta;
     args->wide = gemm->out_type == CUDA_TYPE_F32;
+    args->frozen = gemm->frozen;
     args->quads = gemm->n % 4 == 0 && gemm->ldo % 4 == 0 &&
                   ((uintptr_t)gemm->out | (uintptr_t)add) % quad == 0;
 }
 
 int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
-    cudaLaunchAttribute cluster = {};
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     struct few_args args = {};
     size_t which = 0;
@@ -436,15 +462,16 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     fill_args(context, gemm, &args);
     while (8 * kernels[which].tiles < gemm->m)
         which++;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = (unsigned)args.splits;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = (unsigned)args.splits;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
     config.gridDim = dim3((unsigned)((gemm->n + B_ROWS - 1) / B_ROWS) * (unsigned)args.splits);
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = (size_t)kernels[which].bytes;
     config.stream = context->stream;
-    config.attrs = &cluster;
+    config.attrs = attributes;
     config.numAttrs = args.splits > 1 ? 1 : 0;
+    launch_early(context, &config, attributes);
     return cuda_check(context, cudaLaunchKernelEx(&config, kernels[which].kernel, args),
                       "a product of few rows");
 }

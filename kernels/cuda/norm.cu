@@ -4,6 +4,7 @@
  * thread (4 above 8192). Sums: a thread's chunks in order, lanes by a butterfly, then warps by a
  * butterfly: by n alone, never by m. */
 #include "cuda/cuda_rows.h"
+#include "cuda/launch.cuh"
 #include "cuda/row_chunks.cuh"
 
 #define NORM_THREADS   512 /* of a block at most: leaves 128 registers each */
@@ -49,6 +50,8 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
     T *y = (T *)a.y + (size_t)row * a.n;
     float v[ITEMS][CHUNK], w[ITEMS][CHUNK], sum = 0, rstd;
 
+    launch_next();
+    launch_wait();
     if (row >= a.m) /* a whole warp that has a row of its own */
         return;
 #pragma unroll
@@ -92,6 +95,8 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct n
     float *dx = a.dx + start;
     float v[ITEMS][CHUNK], g[ITEMS][CHUNK], d[ITEMS][CHUNK], sum = 0, rstd, shift;
 
+    launch_next();
+    launch_wait();
     if (row >= a.m)
         return;
     rstd = a.rstd[row];
@@ -190,8 +195,8 @@ static int run_norm(struct cuda_context *context, const struct norm_args *args, 
         return 0;
     kernel = context->act == CUDA_TYPE_BF16 ? pick_kernel<__nv_bfloat16>(args, split.items)
                                             : pick_kernel<float>(args, split.items);
-    kernel<<<divide_up(args->m, split.block.y), split.block, 0, context->stream>>>(*args);
-    return cuda_check_launch(context, what);
+    return launch(context, what, kernel, dim3(divide_up(args->m, split.block.y)), split.block, 0,
+                  *args);
 }
 
 int cuda_rmsnorm(struct cuda_context *context, int m, int n, const void *x, const float *weight,

@@ -313,6 +313,7 @@ int cuda_linear(const struct cuda_pass *pass, int m, const struct claas_pack_gro
                                                 .alpha = 1,
                                                 .beta = residual ? 1 : 0,
                                                 .add = residual,
+                                                .frozen = true,
                                             });
 
     for (int i = 0; i < group_count && code >= 0; i++)
@@ -504,5 +505,6 @@ int cuda_logits(claas_backend_t *backend, int m, const void *x, float *logits)
                                             .ldo = c->vocab,
                                             .out_type = CUDA_TYPE_F32,
                                             .alpha = 1,
+                                            .frozen = true,
                                         });
 }

@@ -6,6 +6,7 @@
  * 8 they are rotated with. */
 #include "cuda/attention.h"
 #include "cuda/cuda_rows.h"
+#include "cuda/launch.cuh"
 #include "cuda/row_chunks.cuh"
 
 #include <limits.h>
@@ -136,6 +137,8 @@ __global__ static void __launch_bounds__(THREADS)
     float low[CHUNK] = {}, high[CHUNK] = {}, rstd;
     T *x = (T *)a.qkv + ((size_t)place.row * (rotated + a.kv_heads) + place.head) * d + at;
 
+    launch_next();
+    launch_wait();
     if (place.here) {
         load8<true>(x, CHUNK, low);
         load8<true>(x + half, CHUNK, high);
@@ -177,6 +180,8 @@ __global__ static void __launch_bounds__(THREADS)
     float low[CHUNK] = {}, high[CHUNK] = {}, x[CHUNK] = {}, y[CHUNK] = {}, sum = 0, shift, rstd;
     T *dx = dqkv + ((size_t)place.row * (heads_done + a.kv_heads) + place.head) * d + at;
 
+    launch_next();
+    launch_wait();
     if (place.here) {
         load8<true>(dx, CHUNK, low);
         load8<true>(dx + half, CHUNK, high);
@@ -242,12 +247,10 @@ int cuda_qkv_finish(struct cuda_context *context, const struct cuda_qkv *args)
         return claas_fail(CLAAS_ERR_INTERNAL, "qkv_finish: a pointer is not 16-byte aligned");
     if (args->m <= 0)
         return 0;
-    if (context->act == CUDA_TYPE_BF16)
-        qkv_finish_heads<__nv_bfloat16>
-            <<<blocks, THREADS, 0, context->stream>>>(*args, lanes, heads);
-    else
-        qkv_finish_heads<float><<<blocks, THREADS, 0, context->stream>>>(*args, lanes, heads);
-    return cuda_check_launch(context, "qkv_finish");
+    return launch(context, "qkv_finish",
+                  context->act == CUDA_TYPE_BF16 ? qkv_finish_heads<__nv_bfloat16>
+                                                 : qkv_finish_heads<float>,
+                  dim3(blocks), dim3(THREADS), 0, *args, lanes, heads);
 }
 
 int cuda_qkv_finish_bwd(struct cuda_context *context, const struct cuda_qkv *args, void *dqkv)
@@ -266,10 +269,8 @@ int cuda_qkv_finish_bwd(struct cuda_context *context, const struct cuda_qkv *arg
     if (args->m <= 0)
         return 0;
     if (context->act == CUDA_TYPE_BF16)
-        qkv_finish_bwd_heads<<<blocks, THREADS, 0, context->stream>>>(*args, (__nv_bfloat16 *)dqkv,
-                                                                      lanes, heads);
-    else
-        qkv_finish_bwd_heads<<<blocks, THREADS, 0, context->stream>>>(*args, (float *)dqkv, lanes,
-                                                                      heads);
-    return cuda_check_launch(context, "qkv_finish_bwd");
+        return launch(context, "qkv_finish_bwd", qkv_finish_bwd_heads<__nv_bfloat16>, dim3(blocks),
+                      dim3(THREADS), 0, *args, (__nv_bfloat16 *)dqkv, lanes, heads);
+    return launch(context, "qkv_finish_bwd", qkv_finish_bwd_heads<float>, dim3(blocks),
+                  dim3(THREADS), 0, *args, (float *)dqkv, lanes, heads);
 }

@@ -2,6 +2,7 @@
  * eight rows per block of 256 threads; an output row of spread finds its input, so that everything
  * is written once. */
 #include "cuda/cuda_rows.h"
+#include "cuda/launch.cuh"
 #include "cuda/row_chunks.cuh"
 
 #include <limits.h>
@@ -17,8 +18,10 @@ __global__ static void __launch_bounds__(THREADS)
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     const U *from = NULL;
 
+    launch_next();
     if (row >= m)
         return;
+    launch_wait();
     from = in + (size_t)rows[row] * units;
 #pragma unroll 4
     for (int i = threadIdx.x; i < units; i += blockDim.x)
@@ -70,13 +73,13 @@ static dim3 copy_block(int units)
 }
 
 template <typename U>
-static void launch_gather(struct cuda_context *context, int m, int units, const void *in,
-                          const int32_t *rows, void *out)
+static int run_gather(struct cuda_context *context, int m, int units, const void *in,
+                      const int32_t *rows, void *out)
 {
     const dim3 block = copy_block(units);
 
-    gather_rows<<<divide_up(m, block.y), block, 0, context->stream>>>(m, units, (const U *)in, rows,
-                                                                      (U *)out);
+    return launch(context, "gather", gather_rows<U>, dim3(divide_up(m, block.y)), block, 0, m,
+                  units, (const U *)in, rows, (U *)out);
 }
 template <typename U>
 static void launch_spread(struct cuda_context *context, int m, int count, int units, const void *in,
@@ -104,12 +107,10 @@ int cuda_gather(struct cuda_context *context, int count, int n, const void *in, 
     if (count <= 0 || n <= 0)
         return 0;
     if (units > 0)
-        launch_gather<uint4>(context, count, units, in, rows, out);
-    else if (context->act == CUDA_TYPE_BF16)
-        launch_gather<uint16_t>(context, count, n, in, rows, out);
-    else
-        launch_gather<uint32_t>(context, count, n, in, rows, out);
-    return cuda_check_launch(context, "gather");
+        return run_gather<uint4>(context, count, units, in, rows, out);
+    if (context->act == CUDA_TYPE_BF16)
+        return run_gather<uint16_t>(context, count, n, in, rows, out);
+    return run_gather<uint32_t>(context, count, n, in, rows, out);
 }
 
 int cuda_embed(struct cuda_context *context, int m, int d, const void *table, const int32_t *tokens,

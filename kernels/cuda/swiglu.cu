@@ -1,6 +1,7 @@
 /* SwiGLU (Shazeer 2020) of rows [m][F], and its gradient: one chunk per thread, rows end to end.
  * Formulas: cpu/ops.h. */
 #include "cuda/cuda_rows.h"
+#include "cuda/launch.cuh"
 #include "cuda/row_chunks.cuh"
 
 #include <limits.h>
@@ -25,8 +26,10 @@ __global__ static void __launch_bounds__(THREADS)
     const T *gate = gate_up + (size_t)row * 2 * f + at;
     float g[CHUNK], u[CHUNK];
 
+    launch_next();
     if (index >= count)
         return;
+    launch_wait();
     load8<VECTOR>(gate, valid, g);
     load8<VECTOR>(gate + f, valid, u);
 #pragma unroll
@@ -46,8 +49,10 @@ __global__ static void __launch_bounds__(THREADS)
     const size_t wide = (size_t)row * 2 * f + at, narrow = (size_t)row * f + at;
     float g[CHUNK], u[CHUNK], d[CHUNK];
 
+    launch_next();
     if (index >= count)
         return;
+    launch_wait();
     load8<VECTOR>(gate_up + wide, valid, g);
     load8<VECTOR>(gate_up + wide + f, valid, u);
     load8<VECTOR>(dh + narrow, valid, d);
@@ -76,25 +81,24 @@ static int count_chunks(int m, int f, uint32_t *count)
 }
 
 template <typename T>
-static void launch_swiglu(cudaStream_t stream, uint32_t count, int f, const T *gate_up, T *h)
+static int run_swiglu(struct cuda_context *context, uint32_t count, int f, const T *gate_up, T *h)
 {
-    const int blocks = divide_up((int)count, THREADS);
+    const bool vector = f % CHUNK == 0 && aligned16(gate_up) && aligned16(h);
 
-    if (f % CHUNK == 0 && aligned16(gate_up) && aligned16(h))
-        swiglu_chunks<T, true><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, h);
-    else
-        swiglu_chunks<T, false><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, h);
+    return launch(context, "swiglu", vector ? swiglu_chunks<T, true> : swiglu_chunks<T, false>,
+                  dim3(divide_up((int)count, THREADS)), dim3(THREADS), 0, count, f, gate_up, h);
 }
 template <typename T>
-static void launch_swiglu_bwd(cudaStream_t stream, uint32_t count, int f, const T *gate_up,
-                              const T *dh, T *dgu, T *h)
+static int run_swiglu_bwd(struct cuda_context *context, uint32_t count, int f, const T *gate_up,
+                          const T *dh, T *dgu, T *h)
 {
-    const int blocks = divide_up((int)count, THREADS);
+    const bool vector =
+        f % CHUNK == 0 && aligned16(gate_up) && aligned16(dh) && aligned16(dgu) && aligned16(h);
 
-    if (f % CHUNK == 0 && aligned16(gate_up) && aligned16(dh) && aligned16(dgu) && aligned16(h))
-        swiglu_bwd_chunks<T, true><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, dh, dgu, h);
-    else
-        swiglu_bwd_chunks<T, false><<<blocks, THREADS, 0, stream>>>(count, f, gate_up, dh, dgu, h);
+    return launch(context, "swiglu_bwd",
+                  vector ? swiglu_bwd_chunks<T, true> : swiglu_bwd_chunks<T, false>,
+                  dim3(divide_up((int)count, THREADS)), dim3(THREADS), 0, count, f, gate_up, dh,
+                  dgu, h);
 }
 
 int cuda_swiglu(struct cuda_context *context, int m, int f, const void *gate_up, void *h)
@@ -105,11 +109,8 @@ int cuda_swiglu(struct cuda_context *context, int m, int f, const void *gate_up,
     if (rc < 0 || count == 0)
         return rc;
     if (context->act == CUDA_TYPE_BF16)
-        launch_swiglu(context->stream, count, f, (const __nv_bfloat16 *)gate_up,
-                      (__nv_bfloat16 *)h);
-    else
-        launch_swiglu(context->stream, count, f, (const float *)gate_up, (float *)h);
-    return cuda_check_launch(context, "swiglu");
+        return run_swiglu(context, count, f, (const __nv_bfloat16 *)gate_up, (__nv_bfloat16 *)h);
+    return run_swiglu(context, count, f, (const float *)gate_up, (float *)h);
 }
 
 int cuda_swiglu_bwd(struct cuda_context *context, int m, int f, const void *gate_up, const void *dh,
@@ -121,10 +122,8 @@ int cuda_swiglu_bwd(struct cuda_context *context, int m, int f, const void *gate
     if (rc < 0 || count == 0)
         return rc;
     if (context->act == CUDA_TYPE_BF16)
-        launch_swiglu_bwd(context->stream, count, f, (const __nv_bfloat16 *)gate_up,
-                          (const __nv_bfloat16 *)dh, (__nv_bfloat16 *)dgu, (__nv_bfloat16 *)h);
-    else
-        launch_swiglu_bwd(context->stream, count, f, (const float *)gate_up, (const float *)dh,
+        return run_swiglu_bwd(context, count, f, (const __nv_bfloat16 *)gate_up,
+                              (const __nv_bfloat16 *)dh, (__nv_bfloat16 *)dgu, (__nv_bfloat16 *)h);
+    return run_swiglu_bwd(context, count, f, (const float *)gate_up, (const float *)dh,
                           (float *)dgu, (float *)h);
-    return cuda_check_launch(context, "swiglu_bwd");
 }

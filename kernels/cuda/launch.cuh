@@ -1,0 +1,92 @@
+/* Launches that begin while the kernel before them on the stream still ends (programmatic dependent
+ * launch, CUDA C++ Programming Guide): a chain of kernels of a few microseconds then loses no time
+ * between them, and a kernel can fetch what never changes before it waits.
+ *
+ * A kernel launched here calls launch_next, then does what needs nothing of the work queued before
+ * it, then calls launch_wait, and only then touches memory that such work writes, or writes memory
+ * that it reads. launch_wait returns when all of that work is done and seen, since each kernel of
+ * the chain waits itself. Below sm_90 both are nothing and launches are the ordinary ones. */
+#ifndef CLAAS_CUDA_LAUNCH_CUH
+#define CLAAS_CUDA_LAUNCH_CUH
+
+#include "cuda/context.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* The next kernel of the stream may begin as soon as it finds room. */
+static __device__ __forceinline__ void launch_next(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void launch_wait(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* A multiprocessor divides its memory into cache and shared memory anew only when it is empty: two
+ * kernels are on it together only if both are content with the same division. All of a chain take
+ * the most shared memory. */
+static inline int launch_share_memory(struct cuda_context *context, const void *kernel)
+{
+    return cuda_check(context,
+                      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared),
+                      "dividing a multiprocessor's memory");
+}
+
+#define LAUNCH_KERNELS 32 /* of a file */
+
+/* The same, once for each kernel of the file. */
+static inline int launch_prepare(struct cuda_context *context, const void *kernel)
+{
+    static const void *known[LAUNCH_KERNELS];
+    int i = 0;
+
+    while (i < LAUNCH_KERNELS && known[i] && known[i] != kernel)
+        i++;
+    if (i == LAUNCH_KERNELS || known[i])
+        return 0;
+    known[i] = kernel;
+    return launch_share_memory(context, kernel);
+}
+
+/* Adds the attribute to a launch's; `attributes` has room for it. */
+static inline void launch_early(const struct cuda_context *context, cudaLaunchConfig_t *config,
+                                cudaLaunchAttribute *attributes)
+{
+    if (!context->early)
+        return;
+    attributes[config->numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config->numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    config->attrs = attributes;
+    config->numAttrs++;
+}
+
+/* kernel<<<grid, block, shared, the context's stream>>>(args...), early. */
+template <typename... P, typename... A>
+static int launch(struct cuda_context *context, const char *what, void (*kernel)(P...), dim3 grid,
+                  dim3 block, size_t shared, A... args)
+{
+    cudaLaunchAttribute attribute[1] = {};
+    cudaLaunchConfig_t config = {};
+    int code = 0;
+
+    if (context->early)
+        code = launch_prepare(context, (const void *)kernel);
+    if (code < 0)
+        return code;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = context->stream;
+    launch_early(context, &config, attribute);
+    return cuda_check(context, cudaLaunchKernelEx(&config, kernel, P(args)...), what);
+}
+
+#endif
