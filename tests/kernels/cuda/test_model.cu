@@ -474,6 +474,17 @@ static void test_context(void)
     if (cuda_region_new(&context, &region, (size_t)1 << 50, "too much") != CLAAS_ERR_NO_MEMORY)
         check_fail("a petabyte was not refused with NO_MEMORY");
     printf("as it should be: %s\n", claas_error_text());
+    for (const char *part : {"too much", "1125899906842624 bytes", "matrix products 64 MiB"})
+        if (!strstr(claas_error_text(), part))
+            check_fail("a refusal without '%s': %s", part, claas_error_text());
+    context.limit = context.bytes + 4096;
+    if (cuda_region_new(&context, &region, 4097, "the limit") != CLAAS_ERR_NO_MEMORY)
+        check_fail("4097 of 4096 bytes were not refused");
+    check_rc(cuda_region_new(&context, &region, 4096, "the limit"), "up to the limit");
+    cuda_region_done(&context, &region);
+    context.limit = 0;
+    if (context.bytes != before)
+        check_fail("bytes: %zu, after refusals %zu", before, context.bytes);
     if (cuda_check(&context, cudaErrorInvalidValue, "a test") != CLAAS_ERR_DEVICE || context.lost)
         check_fail("an invalid value made the device lost");
     check_rc(cuda_check_launch(&context, "after refusals"), "cuda_check_launch");
