@@ -49,15 +49,13 @@ static int open_host(claas_backend_t *backend)
     uint8_t *at;
 
     space->host = claas_alloc(m, 4 * sizeof(int32_t) + sizeof(struct claas_pack_run) +
-                                     2 * sizeof(struct claas_pack_group));
+                                     sizeof(struct claas_pack_group));
     if (!space->host)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     at = space->host; /* pointers first, so that all are aligned */
     space->pack.runs = (struct claas_pack_run *)(void *)at;
     at += m * sizeof(struct claas_pack_run);
     space->pack.groups = (struct claas_pack_group *)(void *)at;
-    at += m * sizeof(struct claas_pack_group);
-    space->infer.tail_groups = (struct claas_pack_group *)(void *)at;
     at += m * sizeof(struct claas_pack_group);
     space->pack.tokens = (int32_t *)(void *)at;
     space->pack.pos = space->pack.tokens + m;
@@ -139,7 +137,6 @@ static int send_rows(claas_backend_t *backend)
         return claas_fail(CLAAS_ERR_LIMIT, "too many rows wanted");
     memcpy(tail, space->tail, bytes);
     space->infer.tail = device;
-    space->infer.tail_host = space->tail;
     return cuda_upload_send(&backend->context, &space->upload);
 }
 
