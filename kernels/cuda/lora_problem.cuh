@@ -103,6 +103,58 @@ static __device__ __forceinline__ int lora_part_of(const struct lora_args &args,
     return part;
 }
 
+/* Operands and result of a form over rows from `first` on; `part` of the weight, the place-th of
+ * the adapter's (S and DX: all of them at once). */
+template <typename T>
+static __device__ __forceinline__ void
+lora_set_rows(const struct lora_args &args, const struct cuda_lora_group *group, size_t first,
+              int part, int place, struct lora_problem<T> *p)
+{
+    const T *view = (const T *)group->view + (size_t)args.layer * group->layer;
+    const T *a = view + group->a[args.kind], *b = view + group->b[args.module[part]];
+    const size_t at = (size_t)place * (size_t)group->rank, row = (size_t)args.row[part];
+    const size_t n = (size_t)args.n, k = (size_t)args.k, ld = (size_t)args.ld;
+    const int width = group->parts[args.kind] * group->rank;
+    const bool of_a = p->form == CUDA_LORA_S || p->form == CUDA_LORA_DX;
+
+    p->right = of_a ? a : b;
+    p->ld_right = of_a ? k : (size_t)group->rank;
+    switch (p->form) {
+    case CUDA_LORA_S:
+        p->left = (const T *)args.x + first * k;
+        p->ld_left = k;
+        p->n = width;
+        p->k_end = args.k;
+        p->out = (T *)args.s + first * ld;
+        p->out_i = ld;
+        break;
+    case CUDA_LORA_Y:
+        p->left = (const T *)args.s + first * ld + at;
+        p->ld_left = ld;
+        p->n = args.part_n[part];
+        p->k_end = group->rank;
+        p->out = (T *)args.y + first * n + row;
+        p->out_i = n;
+        break;
+    case CUDA_LORA_DS:
+        p->left = (const T *)args.dy + first * n + row;
+        p->ld_left = n;
+        p->n = group->rank;
+        p->k_end = args.part_n[part];
+        p->out = (T *)args.ds + first * ld + at;
+        p->out_i = ld;
+        break;
+    default: /* CUDA_LORA_DX */
+        p->left = (const T *)args.ds + first * ld;
+        p->ld_left = ld;
+        p->n = args.k;
+        p->k_end = width;
+        p->out = (T *)args.dx + first * k;
+        p->out_i = k;
+        break;
+    }
+}
+
 /* Forms over a tile of rows. false: nothing to do. */
 template <typename T>
 static __device__ bool lora_row_problem(const struct lora_args &args,
@@ -110,89 +162,42 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
                                         struct lora_problem<T> *p)
 {
     const struct cuda_lora_tile tile = args.tiles[y];
-    const enum cuda_lora_form form = section.form;
+    const bool of_part = section.form == CUDA_LORA_Y || section.form == CUDA_LORA_DS;
     const size_t first = (size_t)tile.first;
-    const struct cuda_lora_group *group;
-    const T *view;
     int part = 0, place = 0, chunk = 0;
 
     if (tile.count == 0)
         return false;
-    group = &args.groups[tile.group];
-    view = (const T *)group->view + (size_t)args.layer * group->layer;
-    if (form == CUDA_LORA_Y) {
+    const struct cuda_lora_group *group = &args.groups[tile.group];
+
+    if (section.form == CUDA_LORA_Y) {
         part = lora_part_of(args, 1, &x);
-    } else if (form == CUDA_LORA_DS) {
+    } else if (section.form == CUDA_LORA_DS) {
         const int per = lora_tiles_of(args.rank) * section.splits;
 
         part = x / per;
         x %= per;
     }
-    if (form == CUDA_LORA_Y || form == CUDA_LORA_DS) {
+    if (of_part)
         place = group->index[args.module[part]];
-        if (place < 0)
-            return false;
-    }
+    if (place < 0)
+        return false;
     if (section.splits > 1) {
         chunk = x % section.splits;
         x /= section.splits;
     }
-    p->form = form;
+    p->form = section.form;
     p->m = tile.count;
     p->i = 0;
     p->j = x * LORA_TILE;
+    p->k_first = 0;
     p->out_j = 1;
     p->scale = 1.0f;
     p->partial = NULL;
-    const int width = group->parts[args.kind] * group->rank;
-    const T *a = view + group->a[args.kind], *b = view + group->b[args.module[part]];
-    const size_t at = (size_t)place * (size_t)group->rank;
-
-    switch (form) {
-    case CUDA_LORA_S:
-        p->left = (const T *)args.x + first * (size_t)args.k;
-        p->ld_left = (size_t)args.k;
-        p->right = a;
-        p->ld_right = (size_t)args.k;
-        p->n = width;
-        p->k_end = args.k;
-        p->out = (T *)args.s + first * (size_t)args.ld;
-        p->out_i = (size_t)args.ld;
-        break;
-    case CUDA_LORA_Y:
-        p->left = (const T *)args.s + first * (size_t)args.ld + at;
-        p->ld_left = (size_t)args.ld;
-        p->right = b;
-        p->ld_right = (size_t)group->rank;
-        p->n = args.part_n[part];
-        p->k_end = group->rank;
-        p->out = (T *)args.y + first * (size_t)args.n + (size_t)args.row[part];
-        p->out_i = (size_t)args.n;
-        break;
-    case CUDA_LORA_DS:
-        p->left = (const T *)args.dy + first * (size_t)args.n + (size_t)args.row[part];
-        p->ld_left = (size_t)args.n;
-        p->right = b;
-        p->ld_right = (size_t)group->rank;
-        p->n = group->rank;
-        p->k_end = args.part_n[part];
-        p->out = (T *)args.ds + first * (size_t)args.ld + at;
-        p->out_i = (size_t)args.ld;
-        break;
-    default: /* CUDA_LORA_DX */
-        p->left = (const T *)args.ds + first * (size_t)args.ld;
-        p->ld_left = (size_t)args.ld;
-        p->right = a;
-        p->ld_right = (size_t)args.k;
-        p->n = args.k;
-        p->k_end = width;
-        p->out = (T *)args.dx + first * (size_t)args.k;
-        p->out_i = (size_t)args.k;
-        break;
-    }
-    p->k_first = 0;
+    lora_set_rows(args, group, first, part, place, p);
     if (section.splits > 1) {
-        p->partial = args.partial + ((size_t)chunk * (size_t)args.m + first) * (size_t)args.ld + at;
+        p->partial = args.partial + ((size_t)chunk * (size_t)args.m + first) * (size_t)args.ld +
+                     (size_t)place * (size_t)group->rank;
         p->k_first = chunk * LORA_CHUNK;
         /* a shorter part of the weight has no terms in its last chunks: sums of zero */
         p->k_end = p->k_end < p->k_first + LORA_CHUNK ? p->k_end : p->k_first + LORA_CHUNK;
