@@ -34,14 +34,13 @@ struct cuda_step_space {
     struct cuda_acts *saved; /* host [L]; student in training */
     bool recompute;          /* all layers but for x_in and x_out share one set of buffers */
     void *tail_x, *tail_attn;
-    struct claas_pack_group tail_group;
     float *dx;                  /* [m][D]: gradient of the residual stream */
     float *dx_spread;           /* [m][D]: where the tail's rows are spread to */
     void *dy;                   /* act [m][max(D, Nqkv)]: dx rounded, then of q|k|v */
     void *dxn;                  /* act [m][D]: gradient of a norm's output */
     void *dh, *dgu;             /* act [m][F], [m][2F] */
     void *dattn, *dattn_spread; /* act [m][Nq] */
-    void *ds;                   /* act [m][parts*R] */
+    void *ds;                   /* act [m][lds] */
     float *delta;               /* [m][H] */
     /* the head, in chunks of rows */
     int chunk;
@@ -58,7 +57,7 @@ struct cuda_step {
     struct claas_plan plan;
     struct cuda_batch *student, *teacher, *base; /* as many as the plan's sides have */
     struct cuda_acts *saved;                     /* [L] */
-    struct claas_pack_group *groups;             /* for the tails of an inference batch */
+    size_t grad_bytes;                           /* of all learners */
     int train_tokens; /* of a batch whose activations are kept; a longer one computes its layers
                          twice */
     struct cuda_step_space space;
@@ -69,12 +68,14 @@ enum cuda_stage { CUDA_STAGE_TEACHER, CUDA_STAGE_BASE, CUDA_STAGE_STUDENT };
  * stays. */
 int cuda_space_reserve(struct cuda_step *step);
 void cuda_space_enter(struct cuda_step *step, enum cuda_stage stage);
-/* Tokens of a training batch whose activations fit the memory that is free. */
-int cuda_train_tokens(const claas_backend_t *backend);
+/* Tokens of a training batch whose activations fit the memory that is free beside the gradients'
+ * bytes. */
+int cuda_train_tokens(const claas_backend_t *backend, size_t gradients);
 
 int cuda_layer_saved(struct cuda_step *step, const struct cuda_batch *batch, int layer);
 int cuda_head(struct cuda_step *step, const struct cuda_batch *batch, bool saved);
 int cuda_head_logprobs(struct cuda_step *step, const struct cuda_batch *batch);
-int cuda_backward(struct cuda_step *step, const struct cuda_batch *batch, float *grad);
+/* Adds to the gradients of the adapters that the pack's groups name. */
+int cuda_backward(struct cuda_step *step, const struct cuda_batch *batch);
 
 #endif

@@ -55,7 +55,7 @@ static int open_host(claas_backend_t *backend)
     uint8_t *at;
 
     space->host = claas_alloc(m, 4 * sizeof(int32_t) + sizeof(struct claas_pack_run) +
-                                     2 * sizeof(struct claas_pack_group));
+                                     sizeof(struct claas_pack_group));
     if (!space->host)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     space->spare = backend->kv_blocks;
@@ -63,8 +63,6 @@ static int open_host(claas_backend_t *backend)
     space->pack.runs = (struct claas_pack_run *)(void *)at;
     at += m * sizeof(struct claas_pack_run);
     space->pack.groups = (struct claas_pack_group *)(void *)at;
-    at += m * sizeof(struct claas_pack_group);
-    space->infer.tail_groups = (struct claas_pack_group *)(void *)at;
     at += m * sizeof(struct claas_pack_group);
     space->pack.tokens = (int32_t *)(void *)at;
     space->pack.pos = space->pack.tokens + m;
@@ -148,7 +146,6 @@ static int send_rows(claas_backend_t *backend)
         return claas_fail(CLAAS_ERR_LIMIT, "too many rows wanted");
     memcpy(tail, space->tail, bytes);
     space->infer.tail = device;
-    space->infer.tail_host = space->tail;
     code = cuda_pack_fill(&space->upload, &space->pack, true, &space->pass.pack);
     return code >= 0 ? cuda_upload_send(&backend->context, &space->upload) : code;
 }
@@ -193,7 +190,7 @@ static void fill_up(struct cuda_forward_space *space, int rows)
         pack->blocks[row] = space->spare;
         space->tail[row] = row;
     }
-    pack->m = space->infer.tail_count = rows;
+    pack->m = pack->tail_count = space->infer.tail_count = rows;
 }
 
 static bool has_adapters(const struct claas_pack *pack)
@@ -225,8 +222,6 @@ static int compute_decoding(claas_backend_t *backend)
     int reach = cuda_attention_reach(pack->furthest), context = backend->model.config.context;
     struct cuda_graph_key key = {.rows = pack->m, .adapters = has_adapters(&space->pack)};
 
-    if (key.adapters) /* their addresses are arguments of the launches */
-        return compute(backend);
     key.furthest = pack->furthest = reach < context ? reach : context;
     return cuda_graphs_run(&backend->context, &space->graphs, &key, compute, backend);
 }

@@ -75,8 +75,11 @@ int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload)
 
 size_t cuda_pack_bytes(int m, int runs, int tables)
 {
+    size_t lora = (size_t)runs * sizeof(struct cuda_lora_group) +
+                  (size_t)m * sizeof(struct cuda_lora_tile) + 32;
+
     return 4 * ((size_t)m * sizeof(int32_t) + 16) + (size_t)runs * sizeof(struct cuda_attn_run) +
-           ((size_t)runs + (size_t)tables) * sizeof(int32_t) + 64;
+           2 * lora + ((size_t)runs + (size_t)tables) * sizeof(int32_t) + 64;
 }
 
 static int blocks_of(const struct claas_pack_run *run)
@@ -129,29 +132,88 @@ static void fill_rows(const struct claas_pack *pack, int32_t *tokens, int32_t *p
             row_run[pack->runs[i].first + j] = i;
 }
 
-int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
-                   struct cuda_pack *ret)
+/* Groups of rows with an adapter, numbered along the pack or along its tail. */
+static int list_groups(const struct claas_pack *pack, bool tail, struct cuda_lora_group *ret)
 {
-    size_t rows = (size_t)pack->m * sizeof(int32_t), table = 0;
-    const void *at[7] = {0};
-    void *host[7];
+    int count = 0, at = 0;
 
-    *ret = (struct cuda_pack){.m = pack->m,
-                              .run_count = pack->run_count,
-                              .groups = pack->groups,
-                              .group_count = pack->group_count};
-    for (int i = 0; i < pack->run_count && paged; i++)
-        table += (size_t)blocks_of(&pack->runs[i]);
+    for (int i = 0; i < pack->group_count; i++) {
+        const struct claas_pack_group *group = &pack->groups[i];
+        int first = tail ? at : group->first;
+
+        while (at < pack->tail_count && pack->tail[at] < group->first + group->count)
+            at++;
+        if (group->adapter && (!tail || at > first))
+            ret[count++] = cuda_lora_group(&group->adapter->cuda, group->adapter->grad, first,
+                                           tail ? at - first : group->count);
+    }
+    return count;
+}
+
+/* As many places as there are runs and rows; few: with all tiles of the list in use, the rest of
+ * them empty. */
+static int fill_lora(struct cuda_upload *upload, const struct claas_pack *pack, bool tail, bool few,
+                     struct cuda_lora_rows *ret)
+{
+    int m = tail ? pack->tail_count : pack->m, count, listed;
+    int tile_rows = few ? CUDA_LORA_FEW_ROWS : CUDA_LORA_TILE_ROWS;
+    const void *at[2] = {0};
+    struct cuda_lora_group *groups =
+        cuda_upload_take(upload, (size_t)pack->run_count * sizeof(struct cuda_lora_group), &at[0]);
+    struct cuda_lora_tile *tiles =
+        cuda_upload_take(upload, (size_t)m * sizeof(struct cuda_lora_tile), &at[1]);
+
+    if (!groups || !tiles)
+        return claas_fail(CLAAS_ERR_LIMIT, "the groups of %d rows are more than their buffer holds",
+                          m);
+    count = list_groups(pack, tail, groups);
+    listed = cuda_lora_tiles(groups, count, tile_rows, tiles);
+    if (few) {
+        memset(tiles + listed, 0, (size_t)(m - listed) * sizeof(struct cuda_lora_tile));
+        listed = m;
+    }
+    *ret = cuda_lora_rows(groups, count, m, tile_rows, listed);
+    ret->groups = at[0];
+    ret->tiles = at[1];
+    return 0;
+}
+
+/* What does not depend on how far the runs go. */
+static int take_arrays(struct cuda_upload *upload, const struct claas_pack *pack, size_t tables,
+                       void *host[7], const void *at[7])
+{
+    size_t rows = (size_t)pack->m * sizeof(int32_t);
+
     for (int i = 0; i < 4; i++)
         host[i] = cuda_upload_take(upload, rows, &at[i]);
     host[4] =
         cuda_upload_take(upload, (size_t)pack->run_count * sizeof(struct cuda_attn_run), &at[4]);
     host[5] = cuda_upload_take(upload, (size_t)pack->run_count * sizeof(int32_t), &at[5]);
-    host[6] = cuda_upload_take(upload, table * sizeof(int32_t), &at[6]);
+    host[6] = cuda_upload_take(upload, tables * sizeof(int32_t), &at[6]);
     for (int i = 0; i < 7; i++)
         if (!host[i])
             return claas_fail(CLAAS_ERR_LIMIT, "a pack of %d rows is larger than its buffer",
                               pack->m);
+    return 0;
+}
+
+int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
+                   struct cuda_pack *ret)
+{
+    size_t table = 0;
+    const void *at[7] = {0};
+    void *host[7];
+    bool few = paged && pack->m <= CUDA_LORA_FEW;
+    int code;
+
+    *ret = (struct cuda_pack){.m = pack->m, .run_count = pack->run_count};
+    for (int i = 0; i < pack->run_count && paged; i++)
+        table += (size_t)blocks_of(&pack->runs[i]);
+    code = fill_lora(upload, pack, false, few, &ret->rows);
+    if (code >= 0)
+        code = take_arrays(upload, pack, table, host, at);
+    if (code < 0)
+        return code;
     fill_rows(pack, host[0], host[1], host[2], host[3]);
     fill_runs(pack, paged, host[4], host[5], host[6], ret);
     ret->tokens = at[0];
@@ -161,6 +223,9 @@ int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bo
     ret->runs = at[4];
     ret->children = at[5];
     ret->tables = at[6];
+    if (pack->tail_count < pack->m)
+        return fill_lora(upload, pack, true, few, &ret->tail);
+    ret->tail = ret->rows;
     return 0;
 }
 
@@ -170,10 +235,14 @@ void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, i
                      struct cuda_pass *pass)
 {
     const struct claas_model_config *c = &backend->model.config;
-    size_t act = (size_t)m * backend->context.act_bytes;
+    size_t act = (size_t)m * backend->context.act_bytes, few = (size_t)m, widest = 0;
 
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
+        widest = widest > (size_t)pass->lds[kind] ? widest : (size_t)pass->lds[kind];
+    few = few < CUDA_LORA_FEW ? few : CUDA_LORA_FEW;
     pass->xn = cuda_take(arena, act * (size_t)c->hidden);
     pass->h = cuda_take(arena, act * (size_t)c->intermediate);
+    pass->lora_sums = cuda_take(arena, CUDA_LORA_PARTS * few * widest * sizeof(float));
 }
 
 struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,
@@ -236,90 +305,106 @@ int cuda_yield(const struct cuda_pass *pass)
     return 0;
 }
 
-/* Rows of one adapter: S = x A^T, and of each part out += S (sB)^T. */
-static int linear_lora(const struct cuda_pass *pass, const struct claas_pack_group *group,
-                       int layer, enum cuda_weight_kind kind, const void *x, void *s, void *out)
+int cuda_aside_open(struct cuda_context *context, struct cuda_aside *aside)
+{
+    int code = cuda_check(context, cudaStreamCreateWithFlags(&aside->stream, cudaStreamNonBlocking),
+                          "a second stream");
+
+    if (code >= 0)
+        code = cuda_check(context, cudaEventCreateWithFlags(&aside->fork, cudaEventDisableTiming),
+                          "an event");
+    if (code >= 0)
+        code = cuda_check(context, cudaEventCreateWithFlags(&aside->joined, cudaEventDisableTiming),
+                          "an event");
+    return code;
+}
+
+void cuda_aside_close(struct cuda_aside *aside)
+{
+    if (aside->fork)
+        (void)cudaEventDestroy(aside->fork);
+    if (aside->joined)
+        (void)cudaEventDestroy(aside->joined);
+    if (aside->stream)
+        (void)cudaStreamDestroy(aside->stream);
+    *aside = (struct cuda_aside){0};
+}
+
+/* `second` waits for what `first` has been given so far. */
+static int follow(struct cuda_context *context, cudaStream_t first, cudaEvent_t event,
+                  cudaStream_t second)
+{
+    int code = cuda_check(context, cudaEventRecord(event, first), "a second stream");
+
+    if (code >= 0)
+        code = cuda_check(context, cudaStreamWaitEvent(second, event, 0), "a second stream");
+    return code;
+}
+
+static bool is_captured(const struct cuda_context *context)
+{
+    enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+
+    return cudaStreamIsCapturing(context->stream, &status) == cudaSuccess &&
+           status == cudaStreamCaptureStatusActive;
+}
+
+/* S = x A^T, in a captured graph beside what comes next on the stream. */
+static int shrink(claas_backend_t *backend, const struct cuda_lora *lora, bool aside)
+{
+    struct cuda_context *context = &backend->context;
+    int code;
+
+    if (!aside)
+        return cuda_lora_shrink(context, lora, context->stream, false);
+    code = follow(context, context->stream, backend->aside.fork, backend->aside.stream);
+    if (code >= 0)
+        code = cuda_lora_shrink(context, lora, backend->aside.stream, true);
+    return code;
+}
+
+int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
+                enum cuda_weight_kind kind, const void *x, void *s, const void *residual, void *out)
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
     const struct cuda_weight *weight = &backend->model.layers[layer].weights[kind];
-    const struct cuda_adapter *adapter = &group->adapter->cuda;
-    const struct cuda_lora_layout *layout = &adapter->layout;
-    size_t base = (size_t)layer * layout->layer, first = (size_t)group->first;
-    int width = layout->parts[kind] * layout->rank, code;
-    void *s_rows = cuda_at(context, s, first * (size_t)pass->lds[kind]);
+    const struct cuda_lora lora = {
+        .rows = rows,
+        .weight = weight,
+        .kind = kind,
+        .layer = layer,
+        .ld = pass->lds[kind],
+        .x = x,
+        .s = s,
+        .y = out,
+        .sums = pass->lora_sums,
+    };
+    bool any = rows->group_count > 0;
+    bool aside = any && cuda_lora_is_few(context, &lora) && is_captured(context);
+    int code = any ? shrink(backend, &lora, aside) : 0;
 
-    if (width == 0)
-        return 0;
-    code = cuda_gemm(context, &(struct cuda_gemm){
-                                  .form = CUDA_GEMM_NT,
-                                  .m = group->count,
-                                  .n = width,
-                                  .k = weight->k,
-                                  .a = cuda_at(context, x, first * (size_t)weight->k),
-                                  .lda = weight->k,
-                                  .b = cuda_at(context, adapter->view.base, base + layout->a[kind]),
-                                  .ldb = weight->k,
-                                  .out = s_rows,
-                                  .ldo = pass->lds[kind],
-                                  .out_type = context->act,
-                                  .alpha = 1,
-                              });
-    for (int i = 0; i < weight->part_count && code >= 0; i++) {
-        const struct cuda_part *part = &weight->parts[i];
-        int place = layout->index[part->module];
-
-        if (place < 0)
-            continue;
-        code = cuda_gemm(
-            context,
-            &(struct cuda_gemm){
-                .form = CUDA_GEMM_NT,
-                .m = group->count,
-                .n = part->n,
-                .k = layout->rank,
-                .a = cuda_at(context, s_rows, (size_t)place * (size_t)layout->rank),
-                .lda = pass->lds[kind],
-                .b = cuda_at(context, adapter->view.base, base + layout->b[part->module]),
-                .ldb = layout->rank,
-                .out = cuda_at(context, out, first * (size_t)weight->n + (size_t)part->row),
-                .ldo = weight->n,
-                .out_type = context->act,
-                .alpha = 1,
-                .beta = 1,
-            });
-    }
-    return code;
-}
-
-int cuda_linear(const struct cuda_pass *pass, int m, const struct claas_pack_group *groups,
-                int group_count, int layer, enum cuda_weight_kind kind, const void *x, void *s,
-                const void *residual, void *out)
-{
-    claas_backend_t *backend = pass->backend;
-    const struct cuda_weight *weight = &backend->model.layers[layer].weights[kind];
-    int code = cuda_gemm(&backend->context, &(struct cuda_gemm){
-                                                .form = CUDA_GEMM_NT,
-                                                .m = m,
-                                                .n = weight->n,
-                                                .k = weight->k,
-                                                .a = x,
-                                                .lda = weight->k,
-                                                .b = weight->w,
-                                                .ldb = weight->k,
-                                                .out = out,
-                                                .ldo = weight->n,
-                                                .out_type = backend->context.act,
-                                                .alpha = 1,
-                                                .beta = residual ? 1 : 0,
-                                                .add = residual,
-                                                .frozen = true,
-                                            });
-
-    for (int i = 0; i < group_count && code >= 0; i++)
-        if (groups[i].adapter)
-            code = linear_lora(pass, &groups[i], layer, kind, x, s, out);
-    return code;
+    if (code >= 0)
+        code = cuda_gemm(context, &(struct cuda_gemm){
+                                      .form = CUDA_GEMM_NT,
+                                      .m = rows->m,
+                                      .n = weight->n,
+                                      .k = weight->k,
+                                      .a = x,
+                                      .lda = weight->k,
+                                      .b = weight->w,
+                                      .ldb = weight->k,
+                                      .out = out,
+                                      .ldo = weight->n,
+                                      .out_type = context->act,
+                                      .alpha = 1,
+                                      .beta = residual ? 1 : 0,
+                                      .add = residual,
+                                      .frozen = true,
+                                  });
+    if (code >= 0 && aside)
+        code = follow(context, backend->aside.stream, backend->aside.joined, context->stream);
+    return code >= 0 && any ? cuda_lora_expand(context, &lora) : code;
 }
 
 /* This layer's blocks when serving. */
@@ -396,64 +481,53 @@ int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cu
                      c->norm_eps, pass->xn, acts->rstd_in);
 
     if (code >= 0)
-        code = cuda_linear(pass, pack->m, pack->groups, pack->group_count, layer, CUDA_QKV,
-                           pass->xn, acts->s[CUDA_QKV], NULL, acts->qkv);
+        code = cuda_linear(pass, &pack->rows, layer, CUDA_QKV, pass->xn, acts->s[CUDA_QKV], NULL,
+                           acts->qkv);
     if (code >= 0)
         code = cuda_qkv_finish(context, &qkv);
     return code >= 0 ? cuda_attention(context, &attention) : code;
 }
 
-int cuda_mlp_half(const struct cuda_pass *pass, int m, const struct claas_pack_group *groups,
-                  int group_count, int layer, const struct cuda_acts *acts)
+int cuda_mlp_half(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
+                  const struct cuda_acts *acts)
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
     const struct claas_model_config *c = &backend->model.config;
-    int code = cuda_linear(pass, m, groups, group_count, layer, CUDA_O, acts->attn, acts->s[CUDA_O],
-                           acts->x_in, acts->x_mid);
+    int m = rows->m, code = cuda_linear(pass, rows, layer, CUDA_O, acts->attn, acts->s[CUDA_O],
+                                        acts->x_in, acts->x_mid);
 
     if (code >= 0)
         code =
             cuda_rmsnorm(context, m, c->hidden, acts->x_mid, backend->model.layers[layer].norm_mid,
                          c->norm_eps, pass->xn, acts->rstd_mid);
     if (code >= 0)
-        code = cuda_linear(pass, m, groups, group_count, layer, CUDA_GATE_UP, pass->xn,
-                           acts->s[CUDA_GATE_UP], NULL, acts->gate_up);
+        code = cuda_linear(pass, rows, layer, CUDA_GATE_UP, pass->xn, acts->s[CUDA_GATE_UP], NULL,
+                           acts->gate_up);
     if (code >= 0)
         code = cuda_swiglu(context, m, c->intermediate, acts->gate_up, pass->h);
     if (code >= 0)
-        code = cuda_linear(pass, m, groups, group_count, layer, CUDA_DOWN, pass->h,
-                           acts->s[CUDA_DOWN], acts->x_mid, acts->x_out);
+        code = cuda_linear(pass, rows, layer, CUDA_DOWN, pass->h, acts->s[CUDA_DOWN], acts->x_mid,
+                           acts->x_out);
     return code >= 0 ? cuda_yield(pass) : code;
 }
 
 /* --- all layers --- */
-
-/* The groups of the tail's rows, numbered along the tail. */
-static int tail_groups(const struct cuda_pass *pass, struct cuda_infer *infer)
-{
-    int at = 0, groups = 0;
-
-    for (int i = 0; i < pass->pack.group_count; i++) {
-        const struct claas_pack_group *group = &pass->pack.groups[i];
-        int first = at;
-
-        while (at < infer->tail_count && infer->tail_host[at] < group->first + group->count)
-            at++;
-        if (at > first)
-            infer->tail_groups[groups++] = (struct claas_pack_group){
-                .first = first, .count = at - first, .adapter = group->adapter};
-    }
-    return groups;
-}
 
 static int infer_tail(const struct cuda_pass *pass, struct cuda_infer *infer, void *out)
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
     const struct claas_model_config *c = &backend->model.config;
+    const struct cuda_lora_rows *rows =
+        infer->tail_count == pass->pack.m ? &pass->pack.rows : &pass->pack.tail;
     struct cuda_acts acts = infer->acts;
-    int code =
+    int code;
+
+    if (rows->m != infer->tail_count)
+        return claas_fail(CLAAS_ERR_INTERNAL, "a tail of %d rows, %d of them described",
+                          infer->tail_count, rows->m);
+    code =
         cuda_gather(context, infer->tail_count, c->hidden, acts.x_in, infer->tail, infer->tail_x);
 
     if (code >= 0)
@@ -462,8 +536,7 @@ static int infer_tail(const struct cuda_pass *pass, struct cuda_infer *infer, vo
     acts.x_in = infer->tail_x;
     acts.attn = infer->tail_attn;
     if (code >= 0)
-        code = cuda_mlp_half(pass, infer->tail_count, infer->tail_groups, tail_groups(pass, infer),
-                             c->layers - 1, &acts);
+        code = cuda_mlp_half(pass, rows, c->layers - 1, &acts);
     if (code >= 0)
         code = cuda_rmsnorm(context, infer->tail_count, c->hidden, acts.x_out,
                             backend->model.norm_out, c->norm_eps, out, NULL);
@@ -481,7 +554,7 @@ int cuda_infer(const struct cuda_pass *pass, struct cuda_infer *infer, void *out
     for (int l = 0; l < c->layers && code >= 0; l++) {
         code = cuda_attention_half(pass, l, &infer->acts);
         if (code >= 0 && l < c->layers - 1)
-            code = cuda_mlp_half(pass, pack->m, pack->groups, pack->group_count, l, &infer->acts);
+            code = cuda_mlp_half(pass, &pack->rows, l, &infer->acts);
     }
     if (code < 0 || infer->tail_count == 0)
         return code;

@@ -11,6 +11,7 @@
 #include "cuda/gemm.h"
 #include "cuda/cuda_model.h"
 #include "cuda/cuda_rows.h"
+#include "cuda/cuda_lora.h"
 #include "engine/backend.h"
 #include "pack/step_plan.h"
 
@@ -18,6 +19,7 @@
 
 struct claas_backend_adapter {
     struct cuda_adapter cuda;
+    float *grad; /* during a step that it learns in: its gradient on the device */
 };
 
 /* A buffer that the host fills and the device reads: pinned pages and as many bytes of device
@@ -38,18 +40,22 @@ int cuda_upload_begin(struct cuda_context *context, struct cuda_upload *upload);
 void *cuda_upload_take(struct cuda_upload *upload, size_t bytes, const void **device);
 int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload);
 
-/* A pack as the device sees it (device pointers), and how its rows go to adapters (host). */
+/* A pack as the device sees it (device pointers). */
 struct cuda_pack {
     int m, run_count, longest, furthest;
     const int32_t *tokens, *pos, *blocks, *row_run, *tables, *children;
     const struct cuda_attn_run *runs;
-    const struct claas_pack_group *groups; /* host */
-    int group_count;
+    struct cuda_lora_rows rows; /* whose the rows are */
+    struct cuda_lora_rows tail; /* likewise of the pack's tail, numbered along it */
 };
 /* Bytes that cuda_pack_fill takes of an upload at most. */
 size_t cuda_pack_bytes(int m, int runs, int tables);
 /* Runs with a parent find it in the same pack (paged = false), or all earlier positions in their
- * blocks (paged = true). LIMIT if the upload is full. */
+ * blocks (paged = true). LIMIT if the upload is full.
+ *
+ * Serving (paged) at most CUDA_LORA_FEW rows, all arrays but the block tables, and what describes a
+ * tail shorter than the pack, have places that follow from the numbers of rows and runs alone, and
+ * so have the launches of cuda_linear: only whether there is any adapter makes a difference. */
 int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
                    struct cuda_pack *ret);
 
@@ -72,6 +78,7 @@ struct cuda_pass {
     struct cuda_pack pack;
     int lds[CUDA_WEIGHTS]; /* row length of acts->s: parts * R of the widest adapter */
     void *xn, *h;          /* act [m][D], [m][F] */
+    float *lora_sums;      /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
     void *splits;          /* scratch of attention: serving only */
     size_t split_bytes;
     uint8_t *kv; /* serving: block 0 of layer 0 */
@@ -84,10 +91,12 @@ struct cuda_pass {
  * the device, so that its clock means something. CANCELLED when the engine gives up. */
 int cuda_yield(const struct cuda_pass *pass);
 
-/* One weight of one layer over rows, with LoRA per group: out = x W^T (+ residual) + S (sB)^T. */
-int cuda_linear(const struct cuda_pass *pass, int m, const struct claas_pack_group *groups,
-                int group_count, int layer, enum cuda_weight_kind kind, const void *x, void *s,
-                const void *residual, void *out);
+/* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. While
+ * the stream is being captured, S of few rows is made beside the frozen product, on a stream of its
+ * own. */
+int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
+                enum cuda_weight_kind kind, const void *x, void *s, const void *residual,
+                void *out);
 /* What a layer's q|k|v and attention work on: of the pass's pack, in serving with its blocks. */
 struct cuda_qkv cuda_qkv_args(const struct cuda_pass *pass, int layer,
                               const struct cuda_acts *acts);
@@ -95,19 +104,17 @@ struct cuda_attention cuda_attention_args(const struct cuda_pass *pass, int laye
                                           const struct cuda_acts *acts);
 /* x_in -> attn */
 int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cuda_acts *acts);
-/* x_in, attn -> x_out over m rows in the given groups */
-int cuda_mlp_half(const struct cuda_pass *pass, int m, const struct claas_pack_group *groups,
-                  int group_count, int layer, const struct cuda_acts *acts);
+/* x_in, attn -> x_out over the given rows */
+int cuda_mlp_half(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
+                  const struct cuda_acts *acts);
 
 /* All layers without keeping anything; the last one's second half only for the rows named by `tail`
  * (device [tail_count], increasing), whose final norm goes to out, act [tail_count][D]. */
 struct cuda_infer {
     struct cuda_acts acts;
-    void *tail_x, *tail_attn;             /* act [tail_count][D], [tail_count][Nq] */
-    struct claas_pack_group *tail_groups; /* host, [group_count] */
-    const int32_t *tail;                  /* device */
-    const int32_t *tail_host;
-    int tail_count;
+    void *tail_x, *tail_attn; /* act [tail_count][D], [tail_count][Nq] */
+    const int32_t *tail;      /* device */
+    int tail_count;           /* the pack's, or all of its rows */
 };
 int cuda_infer(const struct cuda_pass *pass, struct cuda_infer *infer, void *out);
 
@@ -140,8 +147,17 @@ struct cuda_forward_space {
     struct claas_sample *device_samples, *staging;
     int logits_rows;
 };
+/* A second stream, for what can run beside a product in a captured graph. */
+struct cuda_aside {
+    cudaStream_t stream;
+    cudaEvent_t fork, joined;
+};
+int cuda_aside_open(struct cuda_context *context, struct cuda_aside *aside);
+void cuda_aside_close(struct cuda_aside *aside);
+
 struct claas_backend {
     struct cuda_context context;
+    struct cuda_aside aside;
     struct cuda_model model;
     int kv_blocks, max_tokens;
     struct cuda_region kv; /* [L][kv_blocks + 1][2][G][16][d] */

@@ -60,7 +60,6 @@ static void place_infer_side(const struct cuda_step *step, struct cuda_arena *ar
     set_lds(side, space->pass.lds);
     cuda_place_pass(backend, arena, e.m, &space->pass);
     cuda_place_infer(backend, arena, e.m, e.tail, &space->pass, &space->infer);
-    space->infer.tail_groups = step->groups;
     space->hidden = cuda_take(arena, (size_t)e.tail * (size_t)backend->model.config.hidden *
                                          backend->context.act_bytes);
 }
@@ -186,12 +185,12 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
                          space);
 }
 
-int cuda_train_tokens(const claas_backend_t *backend)
+int cuda_train_tokens(const claas_backend_t *backend, size_t gradients)
 {
     const struct claas_model_config *c = &backend->model.config;
     const int lds[CUDA_WEIGHTS] = {96, 32, 64, 32};
     struct cuda_arena one = {0};
-    size_t held = backend->context.bytes - backend->step.bytes, free_bytes, tokens;
+    size_t held = backend->context.bytes - backend->step.bytes + gradients, free_bytes, tokens;
 
     (void)cuda_place_acts(backend, &one, 256, lds, true);
     one.used += 256 * (size_t)c->hidden * backend->context.act_bytes;

@@ -147,7 +147,6 @@ static int infer_batch(struct cuda_step *step, const struct cuda_batch *batch)
 
     space->pass.pack = batch->pack;
     space->infer.tail = batch->tail;
-    space->infer.tail_host = batch->plan->tail;
     space->infer.tail_count = batch->plan->tail_count;
     return cuda_infer(&space->pass, &space->infer, space->hidden);
 }
@@ -170,6 +169,19 @@ static int keep_teacher(struct cuda_step *step, const struct cuda_batch *batch)
     return code;
 }
 
+/* Each learner's gradient has its stretch of one buffer, whose place is the same in every stage. */
+static void place_gradients(struct cuda_step *step)
+{
+    float *at = step->space.grads;
+
+    for (int i = 0; i < step->plan.learner_count && step->plan.request->update; i++) {
+        struct claas_plan_learner *learner = &step->plan.learners[i];
+
+        learner->grad = learner->adapter->grad = at;
+        at += learner->adapter->cuda.layout.count;
+    }
+}
+
 static int run_teacher(struct cuda_step *step)
 {
     struct cuda_context *context = &step->backend->context;
@@ -178,6 +190,7 @@ static int run_teacher(struct cuda_step *step)
     int code;
 
     cuda_space_enter(step, CUDA_STAGE_TEACHER);
+    place_gradients(step);
     code = send_plan(step);
     if (code >= 0)
         code = cuda_check(context,
@@ -227,10 +240,7 @@ int cuda_layer_saved(struct cuda_step *step, const struct cuda_batch *batch, int
     if (code < 0)
         return code;
     if (layer < c->layers - 1)
-        return cuda_mlp_half(&space->pass, plan->pack.m, plan->pack.groups, plan->pack.group_count,
-                             layer, &acts);
-    space->tail_group = plan->pack.groups[0];
-    space->tail_group.count = plan->tail_count;
+        return cuda_mlp_half(&space->pass, &batch->pack.rows, layer, &acts);
     code = cuda_gather(&backend->context, plan->tail_count, c->hidden, acts.x_in, batch->tail,
                        space->tail_x);
     if (code >= 0)
@@ -239,11 +249,11 @@ int cuda_layer_saved(struct cuda_step *step, const struct cuda_batch *batch, int
     acts.x_in = space->tail_x;
     acts.attn = space->tail_attn;
     if (code >= 0)
-        code = cuda_mlp_half(&space->pass, plan->tail_count, &space->tail_group, 1, layer, &acts);
+        code = cuda_mlp_half(&space->pass, &batch->pack.tail, layer, &acts);
     return code;
 }
 
-static int train_batch(struct cuda_step *step, const struct cuda_batch *batch, float *grad)
+static int train_batch(struct cuda_step *step, const struct cuda_batch *batch)
 {
     claas_backend_t *backend = step->backend;
     struct cuda_context *context = &backend->context;
@@ -262,17 +272,7 @@ static int train_batch(struct cuda_step *step, const struct cuda_batch *batch, f
             cuda_check(context, cudaMemsetAsync(space->dx, 0, bytes, context->stream), "the head");
     if (code >= 0)
         code = cuda_head(step, batch, true);
-    return code >= 0 ? cuda_backward(step, batch, grad) : code;
-}
-
-/* Where a learner's gradient begins. */
-static size_t gradient_at(const struct cuda_step *step, int learner)
-{
-    size_t at = 0;
-
-    for (int i = 0; i < learner; i++)
-        at += step->plan.learners[i].adapter->cuda.layout.count;
-    return at;
+    return code >= 0 ? cuda_backward(step, batch) : code;
 }
 
 static int run_student(struct cuda_step *step)
@@ -285,16 +285,13 @@ static int run_student(struct cuda_step *step)
     cuda_space_enter(step, CUDA_STAGE_STUDENT);
     if (train)
         code = cuda_check(context,
-                          cudaMemsetAsync(step->space.grads, 0,
-                                          gradient_at(step, plan->learner_count) * sizeof(float),
-                                          context->stream),
+                          cudaMemsetAsync(step->space.grads, 0, step->grad_bytes, context->stream),
                           "the gradients");
     for (int i = 0; i < plan->student.batch_count && code >= 0; i++) {
         const struct cuda_batch *batch = &step->student[i];
-        int learner = plan->positions[batch->plan->scored_index[0]].learner;
 
         if (train) {
-            code = train_batch(step, batch, step->space.grads + gradient_at(step, learner));
+            code = train_batch(step, batch);
             continue;
         }
         code = infer_batch(step, batch);
@@ -313,7 +310,7 @@ static int measure_gradients(struct cuda_step *step, struct cuda_learned *learne
     int code = 0;
 
     for (int i = 0; i < plan->learner_count && code >= 0; i++)
-        code = cuda_measure_gradient(context, step->space.grads + gradient_at(step, i),
+        code = cuda_measure_gradient(context, plan->learners[i].grad,
                                      plan->learners[i].adapter->cuda.layout.count, NULL, 0,
                                      step->space.parts, step->space.learned + i);
     if (code < 0)
@@ -377,7 +374,7 @@ static int update(struct cuda_step *step)
                                        .parameters = adapter->parameters,
                                        .exp_avg = adapter->exp_avg,
                                        .exp_avg_sq = adapter->exp_avg_sq,
-                                       .grad = step->space.grads + gradient_at(step, i),
+                                       .grad = plan->learners[i].grad,
                                        .rate = config->rate,
                                        .beta1 = config->beta1,
                                        .beta2 = config->beta2,
@@ -414,31 +411,49 @@ static int run_step(struct cuda_step *step, struct claas_train_result *ret)
 
 static void step_done(struct cuda_step *step)
 {
+    for (int i = 0; i < step->plan.learner_count; i++)
+        if (step->plan.learners[i].adapter)
+            step->plan.learners[i].adapter->grad = NULL;
     claas_plan_done(&step->plan);
     free(step->student);
     free(step->teacher);
     free(step->base);
     free(step->saved);
-    free(step->groups);
+}
+
+/* Bytes of the gradients of the adapters that the rows name. */
+static size_t gradient_bytes(const struct claas_backend_train *request)
+{
+    size_t bytes = 0;
+
+    for (size_t i = 0; i < request->row_count && request->update; i++) {
+        size_t first = 0;
+
+        while (request->rows[first].student != request->rows[i].student)
+            first++;
+        if (first == i)
+            bytes += request->rows[i].student->cuda.layout.count * sizeof(float);
+    }
+    return bytes;
 }
 
 static int prepare(claas_backend_t *backend, const struct claas_backend_train *request,
                    struct cuda_step *step)
 {
-    struct claas_plan_limits limits = {.infer_tokens = INFER_TOKENS};
+    struct claas_plan_limits limits = {.infer_tokens = INFER_TOKENS, .mixed = true};
     int code;
 
     step->backend = backend;
-    step->train_tokens = limits.train_tokens = cuda_train_tokens(backend);
     for (size_t i = 0; i < request->row_count && request->update; i++)
         if (!request->rows[i].student || !request->rows[i].student->cuda.trains)
             return claas_fail(CLAAS_ERR_INVALID, "row %zu: its adapter is not one in training", i);
+    step->grad_bytes = gradient_bytes(request);
+    step->train_tokens = limits.train_tokens = cuda_train_tokens(backend, step->grad_bytes);
     code = claas_plan_new(&backend->model.config, request, &limits, &step->plan);
     if (code < 0)
         return code;
     step->saved = CLAAS_NEW_ARRAY(struct cuda_acts, (size_t)backend->model.config.layers);
-    step->groups = CLAAS_NEW_ARRAY(struct claas_pack_group, request->row_count);
-    if (!step->saved || !step->groups)
+    if (!step->saved)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     return 0;
 }

@@ -51,7 +51,7 @@ int claas_pack_segments(const struct claas_pack_limits *limits,
                         const struct claas_segment *segments, int count, struct claas_pack *pack,
                         int32_t *tail, int *tail_count)
 {
-    pack->m = pack->group_count = pack->run_count = 0;
+    pack->m = pack->group_count = pack->run_count = pack->tail_count = 0;
     *tail_count = 0;
     for (int i = 0; i < count; i++) {
         int code = check_segment(limits, &segments[i]);
@@ -63,5 +63,7 @@ int claas_pack_segments(const struct claas_pack_limits *limits,
                               limits->max_tokens);
         add_segment(&segments[i], pack, tail, tail_count);
     }
+    pack->tail = tail;
+    pack->tail_count = *tail_count;
     return 0;
 }

@@ -1,7 +1,7 @@
 /* Orders the rows of a training step. Rows are sorted by adapter, then by prompt, in the order of
- * their first appearance, so that the plan depends on the request alone. A student's batch never
- * mixes adapters: then an adapter's gradient, whose sums run over the rows of each batch, is the
- * same whoever else is in the step. */
+ * their first appearance, so that the plan depends on the request alone, and an adapter's rows of a
+ * batch are neighbours. Unless the back-end asks for it, a student's batch does not mix adapters.
+ */
 #include "pack/step_plan.h"
 
 #include "claas/err.h"
@@ -322,6 +322,8 @@ static int build_batch(const struct claas_plan_side *side, struct claas_plan_bat
     if (!place)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     list_tail(batch, place);
+    batch->pack.tail = batch->tail;
+    batch->pack.tail_count = batch->tail_count;
     return 0;
 }
 
@@ -437,7 +439,8 @@ int claas_plan_new(const struct claas_model_config *config,
         code = fill_positions(&plan);
     if (code >= 0)
         code = make_batches(&plan.student,
-                            request->update ? limits->train_tokens : limits->infer_tokens, true);
+                            request->update ? limits->train_tokens : limits->infer_tokens,
+                            !limits->mixed);
     if (code >= 0)
         code = make_batches(&plan.teacher, limits->infer_tokens, false);
     if (code >= 0)

@@ -35,6 +35,8 @@ struct claas_pack {
     struct claas_pack_group *groups;
     struct claas_pack_run *runs;
     struct claas_pack_copy *copies;
+    const int32_t *tail; /* [tail_count]: the rows whose results are wanted, increasing */
+    int tail_count;
 };
 
 /* A row of the request as one side (student, teacher, base) sees it. */
@@ -103,9 +105,12 @@ struct claas_plan {
 };
 
 /* The most tokens of a batch (a longer sequence is a batch alone): of one that keeps activations
- * for the way back, and of the others. */
+ * for the way back, and of the others. mixed: a student's batch may hold rows of several adapters,
+ * whose gradients the back-end keeps apart; else an adapter's are the same whoever else is in the
+ * step, because they are summed in batches of its own. */
 struct claas_plan_limits {
     int train_tokens, infer_tokens;
+    bool mixed;
 };
 /* Checks the request and orders it. INVALID, LIMIT (a row longer than the context), NO_MEMORY. */
 int claas_plan_new(const struct claas_model_config *config,

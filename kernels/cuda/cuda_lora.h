@@ -1,0 +1,122 @@
+/* LoRA over the rows of many adapters: one launch per operation, whoever the rows belong to.
+ *
+ * With y = x W^T + S (sB)^T and S = x A^T, per adapter:
+ *
+ *   forward    S = x A^T        y += S (sB)^T
+ *   backward   dS = dY (sB)     dB += s dY^T S     dA += dS^T x     dx += dS A
+ *
+ * A pack says which rows are whose by *groups* (neighbours under one adapter) and *tiles* (at most
+ * so many rows of one group); rows of the base model are in neither. Three ways to do an
+ * operation:
+ *
+ *   few      packs of serving of at most CUDA_LORA_FEW rows: lora_few.cu, bound by reading A and B
+ *   grouped  everything else: lora_grouped.cu, products on tensor cores over the list of tiles
+ *   gemm     one adapter with many rows of a large model: cuBLASLt, a launch per part (unless
+ *            CLAAS_CUDA_LORA=grouped)
+ *
+ * S and dS are rounded to act; y and dx are read, added to in float32 and rounded once per
+ * operation. Element [i][j] of S lies at i*ld + j, the parts of a weight side by side. */
+#ifndef CLAAS_CUDA_CUDA_LORA_H
+#define CLAAS_CUDA_CUDA_LORA_H
+
+#include "cuda/cuda_model.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CUDA_LORA_FEW       256 /* rows */
+#define CUDA_LORA_FEW_ROWS  16  /* of a tile */
+#define CUDA_LORA_TILE_ROWS 64
+#define CUDA_LORA_PARTS     8 /* sums that a row of S is the sum of, when there are few rows */
+
+/* Rows [first, first+count) of a pack under one adapter, as the device knows them; places in
+ * elements, within a layer (see struct cuda_lora_layout). */
+struct cuda_lora_group {
+    const void *view; /* act; of layer 0 */
+    float *grad;      /* likewise; NULL unless it learns */
+    uint64_t layer, a[CUDA_WEIGHTS], b[CLAAS_MODULE_COUNT];
+    int32_t index[CLAAS_MODULE_COUNT], parts[CUDA_WEIGHTS];
+    int32_t rank, first, count;
+    float scale;
+};
+/* count 0: nothing to do. */
+struct cuda_lora_tile {
+    int32_t group, first, count;
+};
+/* The rows of a pack. An adapter has at most one group, but for serving. */
+struct cuda_lora_rows {
+    const struct cuda_lora_group *groups; /* device [group_count] */
+    const struct cuda_lora_tile *tiles;   /* device [tile_count] */
+    int m;                                /* rows of the pack */
+    int group_count;                      /* 0: there is nothing to launch */
+    int tile_count;
+    int tile_rows;               /* CUDA_LORA_FEW_ROWS or CUDA_LORA_TILE_ROWS */
+    int rank;                    /* the largest */
+    struct cuda_lora_group only; /* the group, if there is one */
+    bool by_gemm;                /* it is large enough for cuBLASLt */
+};
+
+/* A group of `adapter`'s rows; grad may be NULL. */
+struct cuda_lora_group cuda_lora_group(const struct cuda_adapter *adapter, float *grad, int first,
+                                       int count);
+/* Lists the tiles of groups in order and returns how many there are: at most one per row. */
+int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_rows,
+                    struct cuda_lora_tile *tiles);
+/* What the host keeps of them: all but the device's two pointers. `tiles`: entries of the list. */
+struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
+                                     int tile_rows, int tiles);
+
+/* One weight of one layer over those rows. What an operation does not name above may be NULL. */
+struct cuda_lora {
+    const struct cuda_lora_rows *rows;
+    const struct cuda_weight *weight;
+    enum cuda_weight_kind kind;
+    int layer;
+    int ld; /* of s and ds: at least the widest adapter's parts*R */
+    const void *x;
+    void *s;
+    void *y;
+    const void *dy;
+    void *ds;
+    void *dx;
+    float *sums; /* few: float32 [CUDA_LORA_PARTS][m][ld], what S is the sum of */
+};
+/* S = x A^T, on `stream`. ahead: other work is running meanwhile, so B is fetched into the cache
+ * too. */
+int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora,
+                     cudaStream_t stream, bool ahead);
+/* y += S (sB)^T */
+int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora);
+/* dS = dY (sB) */
+int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora);
+/* Of dB += s dY^T S, dA += dS^T x (both: gradients) and dx += dS A those wanted, by one launch. */
+int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
+                    bool input);
+/* The few way is the one for these rows: S is in `sums` and depends on neither m nor the groups. */
+bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora *lora);
+
+/* --- for lora.c --- */
+
+/* Whole pieces of 16 bytes everywhere: tensor cores can take it. */
+bool cuda_lora_is_even(const struct cuda_context *context, const struct cuda_lora *lora);
+int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora,
+                         cudaStream_t stream, bool ahead);
+int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora);
+
+enum cuda_lora_form {
+    CUDA_LORA_S,
+    CUDA_LORA_Y,
+    CUDA_LORA_DS,
+    CUDA_LORA_DB,
+    CUDA_LORA_DA,
+    CUDA_LORA_DX
+};
+#define CUDA_LORA_FORMS 3 /* of one launch: they must not depend on each other */
+int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
+                      const enum cuda_lora_form *forms, int count, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,348 @@
+/* Which rows are whose, as the device knows it, and which way an operation of LoRA goes. */
+#include "cuda/cuda_lora.h"
+
+#include "cuda/gemm.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define GEMM_ROWS                                                                                  \
+    1024 /* of one adapter, from which on cuBLASLt's products are worth their launches */
+#define GEMM_SIZE 2048 /* the weight's smaller side, likewise */
+
+/* --- groups and tiles --- */
+
+struct cuda_lora_group cuda_lora_group(const struct cuda_adapter *adapter, float *grad, int first,
+                                       int count)
+{
+    const struct cuda_lora_layout *layout = &adapter->layout;
+    struct cuda_lora_group group = {
+        .view = adapter->view.base,
+        .grad = grad,
+        .layer = layout->layer,
+        .rank = layout->rank,
+        .first = first,
+        .count = count,
+        .scale = adapter->scale,
+    };
+
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        group.a[kind] = layout->a[kind];
+        group.parts[kind] = layout->parts[kind];
+    }
+    for (int module = 0; module < CLAAS_MODULE_COUNT; module++) {
+        group.b[module] = layout->b[module];
+        group.index[module] = layout->index[module];
+    }
+    return group;
+}
+
+int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_rows,
+                    struct cuda_lora_tile *tiles)
+{
+    int listed = 0;
+
+    for (int i = 0; i < count; i++)
+        for (int row = 0; row < groups[i].count; row += tile_rows) {
+            int left = groups[i].count - row;
+
+            tiles[listed++] = (struct cuda_lora_tile){
+                .group = i,
+                .first = groups[i].first + row,
+                .count = left < tile_rows ? left : tile_rows,
+            };
+        }
+    return listed;
+}
+
+/* CLAAS_CUDA_LORA=grouped: not even one large adapter is cuBLASLt's; to measure and to compare. */
+static bool may_use_gemm(void)
+{
+    const char *way = getenv("CLAAS_CUDA_LORA");
+
+    return !way || strcmp(way, "grouped") != 0;
+}
+
+struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
+                                     int tile_rows, int tiles)
+{
+    struct cuda_lora_rows rows = {
+        .m = m,
+        .group_count = count,
+        .tile_count = tiles,
+        .tile_rows = tile_rows,
+    };
+
+    for (int i = 0; i < count; i++)
+        rows.rank = rows.rank > groups[i].rank ? rows.rank : groups[i].rank;
+    if (count == 1)
+        rows.only = groups[0];
+    rows.by_gemm = count == 1 && tile_rows == CUDA_LORA_TILE_ROWS && groups[0].count >= GEMM_ROWS &&
+                   may_use_gemm();
+    return rows;
+}
+
+/* --- cuBLASLt: one adapter with many rows --- */
+
+static bool is_by_gemm(const struct cuda_lora *lora)
+{
+    return lora->rows->by_gemm && lora->weight->n >= GEMM_SIZE && lora->weight->k >= GEMM_SIZE;
+}
+
+static int width_of(const struct cuda_lora *lora)
+{
+    return lora->rows->only.parts[lora->kind] * lora->rows->only.rank;
+}
+
+static const void *view_at(const struct cuda_context *context, const struct cuda_lora *lora,
+                           size_t place)
+{
+    const struct cuda_lora_group *group = &lora->rows->only;
+
+    return cuda_at(context, group->view, (size_t)lora->layer * group->layer + place);
+}
+
+static float *grad_at(const struct cuda_lora *lora, size_t place)
+{
+    const struct cuda_lora_group *group = &lora->rows->only;
+
+    return group->grad + (size_t)lora->layer * group->layer + place;
+}
+
+/* The group's first row of an array of acts, and an element of it. */
+static void *row_at(const struct cuda_context *context, const struct cuda_lora *lora,
+                    const void *base, int ld, size_t element)
+{
+    return cuda_at(context, base, (size_t)lora->rows->only.first * (size_t)ld + element);
+}
+
+static int gemm_shrink(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    int k = lora->weight->k;
+
+    return cuda_gemm(context, &(struct cuda_gemm){
+                                  .form = CUDA_GEMM_NT,
+                                  .m = lora->rows->only.count,
+                                  .n = width_of(lora),
+                                  .k = k,
+                                  .a = row_at(context, lora, lora->x, k, 0),
+                                  .lda = k,
+                                  .b = view_at(context, lora, lora->rows->only.a[lora->kind]),
+                                  .ldb = k,
+                                  .out = row_at(context, lora, lora->s, lora->ld, 0),
+                                  .ldo = lora->ld,
+                                  .out_type = context->act,
+                                  .alpha = 1,
+                              });
+}
+
+static int gemm_expand(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    const struct cuda_weight *weight = lora->weight;
+    const struct cuda_lora_group *group = &lora->rows->only;
+    int code = 0;
+
+    for (int i = 0; i < weight->part_count && code >= 0; i++) {
+        const struct cuda_part *part = &weight->parts[i];
+        int place = group->index[part->module];
+
+        if (place < 0)
+            continue;
+        code = cuda_gemm(
+            context,
+            &(struct cuda_gemm){
+                .form = CUDA_GEMM_NT,
+                .m = group->count,
+                .n = part->n,
+                .k = group->rank,
+                .a = row_at(context, lora, lora->s, lora->ld, (size_t)place * (size_t)group->rank),
+                .lda = lora->ld,
+                .b = view_at(context, lora, group->b[part->module]),
+                .ldb = group->rank,
+                .out = row_at(context, lora, lora->y, weight->n, (size_t)part->row),
+                .ldo = weight->n,
+                .out_type = context->act,
+                .alpha = 1,
+                .beta = 1,
+            });
+    }
+    return code;
+}
+
+static int gemm_outer(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    const struct cuda_weight *weight = lora->weight;
+    const struct cuda_lora_group *group = &lora->rows->only;
+    int code = 0;
+
+    for (int i = 0; i < weight->part_count && code >= 0; i++) {
+        const struct cuda_part *part = &weight->parts[i];
+        int place = group->index[part->module];
+
+        if (place < 0)
+            continue;
+        code = cuda_gemm(context,
+                         &(struct cuda_gemm){
+                             .form = CUDA_GEMM_NN,
+                             .m = group->count,
+                             .n = group->rank,
+                             .k = part->n,
+                             .a = row_at(context, lora, lora->dy, weight->n, (size_t)part->row),
+                             .lda = weight->n,
+                             .b = view_at(context, lora, group->b[part->module]),
+                             .ldb = group->rank,
+                             .out = row_at(context, lora, lora->ds, lora->ld,
+                                           (size_t)place * (size_t)group->rank),
+                             .ldo = lora->ld,
+                             .out_type = context->act,
+                             .alpha = 1,
+                         });
+    }
+    return code;
+}
+
+static int gemm_gradient_b(struct cuda_context *context, const struct cuda_lora *lora,
+                           const struct cuda_part *part)
+{
+    const struct cuda_lora_group *group = &lora->rows->only;
+    size_t place = (size_t)group->index[part->module] * (size_t)group->rank;
+
+    return cuda_gemm(context,
+                     &(struct cuda_gemm){
+                         .form = CUDA_GEMM_TN,
+                         .m = part->n,
+                         .n = group->rank,
+                         .k = group->count,
+                         .a = row_at(context, lora, lora->dy, lora->weight->n, (size_t)part->row),
+                         .lda = lora->weight->n,
+                         .b = row_at(context, lora, lora->s, lora->ld, place),
+                         .ldb = lora->ld,
+                         .out = grad_at(lora, group->b[part->module]),
+                         .ldo = group->rank,
+                         .out_type = CUDA_TYPE_F32,
+                         .alpha = group->scale,
+                         .beta = 1,
+                     });
+}
+
+static int gemm_gradients(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    const struct cuda_weight *weight = lora->weight;
+    const struct cuda_lora_group *group = &lora->rows->only;
+    int code = 0;
+
+    for (int i = 0; i < weight->part_count && code >= 0; i++)
+        if (group->index[weight->parts[i].module] >= 0)
+            code = gemm_gradient_b(context, lora, &weight->parts[i]);
+    if (code < 0)
+        return code;
+    return cuda_gemm(context, &(struct cuda_gemm){
+                                  .form = CUDA_GEMM_TN,
+                                  .m = width_of(lora),
+                                  .n = weight->k,
+                                  .k = group->count,
+                                  .a = row_at(context, lora, lora->ds, lora->ld, 0),
+                                  .lda = lora->ld,
+                                  .b = row_at(context, lora, lora->x, weight->k, 0),
+                                  .ldb = weight->k,
+                                  .out = grad_at(lora, group->a[lora->kind]),
+                                  .ldo = weight->k,
+                                  .out_type = CUDA_TYPE_F32,
+                                  .alpha = 1,
+                                  .beta = 1,
+                              });
+}
+
+static int gemm_input(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    int k = lora->weight->k;
+
+    return cuda_gemm(context, &(struct cuda_gemm){
+                                  .form = CUDA_GEMM_NN,
+                                  .m = lora->rows->only.count,
+                                  .n = k,
+                                  .k = width_of(lora),
+                                  .a = row_at(context, lora, lora->ds, lora->ld, 0),
+                                  .lda = lora->ld,
+                                  .b = view_at(context, lora, lora->rows->only.a[lora->kind]),
+                                  .ldb = k,
+                                  .out = row_at(context, lora, lora->dx, k, 0),
+                                  .ldo = k,
+                                  .out_type = context->act,
+                                  .alpha = 1,
+                                  .beta = 1,
+                              });
+}
+
+/* --- operations --- */
+
+bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora *lora)
+{
+    return lora->rows->tile_rows == CUDA_LORA_FEW_ROWS && cuda_lora_is_even(context, lora);
+}
+
+/* Nothing to do for the only adapter: it has none of the weight's modules. */
+static bool is_absent(const struct cuda_lora *lora)
+{
+    return lora->rows->group_count == 1 && width_of(lora) == 0 &&
+           lora->rows->tile_rows == CUDA_LORA_TILE_ROWS;
+}
+
+int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora,
+                     cudaStream_t stream, bool ahead)
+{
+    const enum cuda_lora_form form = CUDA_LORA_S;
+
+    if (is_absent(lora))
+        return 0;
+    if (cuda_lora_is_few(context, lora))
+        return cuda_lora_few_shrink(context, lora, stream, ahead);
+    if (is_by_gemm(lora))
+        return gemm_shrink(context, lora);
+    return cuda_lora_grouped(context, lora, &form, 1, stream);
+}
+
+int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    const enum cuda_lora_form form = CUDA_LORA_Y;
+
+    if (is_absent(lora))
+        return 0;
+    if (cuda_lora_is_few(context, lora))
+        return cuda_lora_few_expand(context, lora);
+    if (is_by_gemm(lora))
+        return gemm_expand(context, lora);
+    return cuda_lora_grouped(context, lora, &form, 1, context->stream);
+}
+
+int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    const enum cuda_lora_form form = CUDA_LORA_DS;
+
+    if (is_absent(lora))
+        return 0;
+    return is_by_gemm(lora) ? gemm_outer(context, lora)
+                            : cuda_lora_grouped(context, lora, &form, 1, context->stream);
+}
+
+int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
+                    bool input)
+{
+    enum cuda_lora_form forms[CUDA_LORA_FORMS];
+    int count = 0, code = 0;
+
+    if (is_absent(lora))
+        return 0;
+    if (is_by_gemm(lora)) {
+        if (gradients)
+            code = gemm_gradients(context, lora);
+        return input && code >= 0 ? gemm_input(context, lora) : code;
+    }
+    if (gradients) {
+        forms[count++] = CUDA_LORA_DB;
+        forms[count++] = CUDA_LORA_DA;
+    }
+    if (input)
+        forms[count++] = CUDA_LORA_DX;
+    return count > 0 ? cuda_lora_grouped(context, lora, forms, count, context->stream) : 0;
+}

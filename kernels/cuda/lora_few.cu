@@ -1,0 +1,323 @@
+/* LoRA for the few rows of a decoding step: bound by reading A and B once, bf16 on tensor cores.
+ *
+ * A tile is at most 16 rows of one adapter: the 16 rows of an mma.sync.m16n8k16. Rows of A (and of
+ * B) are its columns and come straight from memory into registers, 16 bytes a lane: lane l takes
+ * terms 8 (l % 4) … +7 of row l / 4, and the tile's row l / 4 likewise. Two products then sum the
+ * 32 terms, the first elements 0-3 of every lane, the second 4-7: in another order than they lie
+ * in, but the same one on both sides.
+ *
+ * shrink_kernel: S = x A^T. K is cut into at most CUDA_LORA_PARTS chunks, a chunk among the four
+ *   warps of a block, which takes 16 rows of A at a time. The warps' sums are joined in order
+ *   through shared memory and written as float32: sums [chunk][m][ld].
+ * expand_kernel: y += S (sB)^T. A block takes 128 rows of B; it begins to load them, then adds up
+ *   the chunks of S in order, rounds S to bf16, and multiplies.
+ *
+ * Chunks follow from K alone, a row of a product from that row of the tile alone: the bits of a row
+ * depend on neither the tile nor the pack. Grids follow from the number of tiles alone, which is
+ * the pack's number of rows (the rest of the list is empty): launches can be replayed.
+ *
+ *   Qwen3-8B, rank 32, one adapter: q|k|v 786 + 393 KB, 48 + 48 blocks; 64 adapters: 3072 blocks.
+ */
+#include "cuda/attention_tiles.cuh"
+#include "cuda/lora_problem.cuh"
+
+#define WARPS       4
+#define THREADS     (32 * WARPS)
+#define SLAB        16  /* rows of A at a time */
+#define AHEAD       4   /* times 32 terms in flight in a warp */
+#define COLUMNS     128 /* rows of B of a block */
+#define S_LD        (CLAAS_RANK_MAX + 8)
+#define CACHE_BYTES ((size_t)24 << 20) /* of all tiles' B, to be fetched ahead: half of an L2 */
+#define SECTOR      32
+
+/* Terms of a chunk: each warp's quarter is a multiple of 32. */
+static __host__ __device__ __forceinline__ int chunk_of(int k)
+{
+    const int step = 32 * WARPS, chunk = (k + CUDA_LORA_PARTS - 1) / CUDA_LORA_PARTS;
+
+    return (chunk + step - 1) / step * step;
+}
+static __host__ __device__ __forceinline__ int chunks_of(int k)
+{
+    return (k + chunk_of(k) - 1) / chunk_of(k);
+}
+
+static __device__ __forceinline__ uint4 load_16(const bf16 *from, bool valid)
+{
+    return valid ? __ldg((const uint4 *)from) : make_uint4(0, 0, 0, 0);
+}
+
+/* sum (16 x 8) += 32 terms of the tile's rows l / 4 (low) and l / 4 + 8 (high), and of 8 rows. */
+static __device__ __forceinline__ void multiply_32(float (&sum)[4], const uint4 &low,
+                                                   const uint4 &high, const uint4 &right)
+{
+    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+
+    multiply(sum, first, right.x, right.y);
+    multiply(sum, second, right.z, right.w);
+}
+
+/* --- S = x A^T --- */
+
+/* Terms k … end-1 of this warp, of rows `a` … +15 of A, `rows` of them there; x: the tile's first
+ * row. */
+static __device__ __forceinline__ void sum_slab(float (&sum)[2][4], const bf16 *x, int count,
+                                                const bf16 *a, int rows, size_t ld, int k, int end)
+{
+    const int lane = (int)threadIdx.x % 32, r = lane / 4, term = 8 * (lane % 4);
+
+    for (; k < end; k += 32 * AHEAD) {
+        uint4 right[AHEAD][2], low[AHEAD], high[AHEAD];
+
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const size_t at = (size_t)(k + 32 * i + term);
+            const bool within = k + 32 * i + term < end;
+
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+                right[i][n] =
+                    load_16(a + (size_t)(8 * n + r) * ld + at, within && 8 * n + r < rows);
+            low[i] = load_16(x + (size_t)r * ld + at, within && r < count);
+            high[i] = load_16(x + (size_t)(r + 8) * ld + at, within && r + 8 < count);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+                multiply_32(sum[n], low[i], high[i], right[i][n]);
+    }
+}
+
+/* The B of a weight's modules, which lie together behind their A, on their way into the L2; every
+ * block of a tile its share. */
+static __device__ void fetch_ahead(const struct lora_args &args,
+                                   const struct cuda_lora_group *group, const bf16 *view)
+{
+    const int width = group->parts[args.kind] * group->rank;
+    const uint8_t *from =
+        (const uint8_t *)(view + group->a[args.kind] + (size_t)width * (size_t)args.k);
+    const size_t step = (size_t)gridDim.x * THREADS * SECTOR;
+    size_t bytes = 0;
+
+    for (int i = 0; i < args.part_count; i++)
+        if (group->index[args.module[i]] >= 0)
+            bytes += (size_t)args.part_n[i] * (size_t)group->rank * sizeof(bf16);
+    if (bytes * gridDim.y > CACHE_BYTES)
+        return;
+    for (size_t at = ((size_t)blockIdx.x * THREADS + threadIdx.x) * SECTOR; at < bytes; at += step)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from + at)));
+}
+
+/* blockIdx.y: tile; blockIdx.x: chunk, and the first of the slabs taken, `slabs` apart. */
+static __global__ void __launch_bounds__(THREADS)
+    shrink_kernel(const struct lora_args args, float *sums, int slabs, bool ahead)
+{
+    __shared__ float joined[WARPS][16][SLAB];
+    const struct cuda_lora_tile tile = args.tiles[blockIdx.y];
+    const int chunks = chunks_of(args.k), part = chunk_of(args.k) / WARPS;
+    const int chunk = (int)blockIdx.x % chunks, warp = (int)threadIdx.x / 32;
+    const int lane = (int)threadIdx.x % 32, k = (chunk * WARPS + warp) * part;
+
+    if (tile.count == 0)
+        return;
+    const struct cuda_lora_group *group = &args.groups[tile.group];
+    const bf16 *view = (const bf16 *)group->view + (size_t)args.layer * group->layer;
+    const bf16 *x = (const bf16 *)args.x + (size_t)tile.first * (size_t)args.k;
+    const int width = group->parts[args.kind] * group->rank;
+
+    for (int slab = (int)blockIdx.x / chunks * SLAB; slab < width; slab += slabs * SLAB) {
+        float sum[2][4] = {};
+
+        sum_slab(sum, x, tile.count, view + group->a[args.kind] + (size_t)slab * (size_t)args.k,
+                 width - slab, (size_t)args.k, k, k + part < args.k ? k + part : args.k);
+        for (int n = 0; n < 2; n++)
+            for (int e = 0; e < 4; e++)
+                joined[warp][lane / 4 + e / 2 * 8][8 * n + 2 * (lane % 4) + e % 2] = sum[n][e];
+        __syncthreads();
+        for (int e = (int)threadIdx.x; e < tile.count * SLAB; e += THREADS) {
+            const int row = e / SLAB, column = e % SLAB;
+            float total = joined[0][row][column];
+
+            for (int w = 1; w < WARPS; w++)
+                total += joined[w][row][column];
+            if (slab + column < width)
+                sums[((size_t)chunk * (size_t)args.m + (size_t)(tile.first + row)) *
+                         (size_t)args.ld +
+                     (size_t)(slab + column)] = total;
+        }
+        __syncthreads();
+    }
+    if (ahead && tile.first == group->first)
+        fetch_ahead(args, group, view);
+}
+
+/* --- y += S (sB)^T --- */
+
+/* The tile's S of one part, rounded; zeros beside the rows and the rank, up to 16 x `terms`. */
+static __device__ void gather_s(bf16 (*s)[S_LD], const struct lora_args &args, const float *sums,
+                                const struct cuda_lora_tile &tile, int place, int rank, int terms)
+{
+    const int chunks = chunks_of(args.k);
+    const size_t chunk = (size_t)args.m * (size_t)args.ld;
+
+    for (int e = (int)threadIdx.x; e < 16 * terms; e += THREADS) {
+        const int row = e / terms, column = e % terms;
+        const float *from =
+            sums + (size_t)(tile.first + row) * (size_t)args.ld + (size_t)(place * rank + column);
+        float part[CUDA_LORA_PARTS], total = 0.0f;
+
+        if (row < tile.count && column < rank) {
+#pragma unroll
+            for (int i = 0; i < CUDA_LORA_PARTS; i++)
+                part[i] = i < chunks ? from[(size_t)i * chunk] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < CUDA_LORA_PARTS; i++)
+                total += part[i];
+        }
+        s[row][column] = __float2bfloat16_rn(total);
+    }
+    __syncthreads();
+}
+
+/* What a lane adds to and multiplies: four times 8 columns. */
+struct expand_lane {
+    bf16 *y;        /* of row l / 4 of the tile, column 2 (l % 4) of the warp's first */
+    const bf16 *b;  /* row l / 4 of the warp's first, term 8 (l % 4) */
+    size_t ld;      /* of y */
+    int rank, term; /* of b */
+    int columns;    /* of the part, from the warp's first on */
+    bool low, high; /* rows l / 4 and l / 4 + 8 are there */
+};
+
+static __device__ __forceinline__ void load_rows_of_b(uint4 (&b)[4], const expand_lane &lane, int k)
+{
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+        b[n] = load_16(lane.b + (size_t)(8 * n) * (size_t)lane.rank + (size_t)k,
+                       8 * n < lane.columns && lane.term + k < lane.rank);
+}
+
+static __device__ __forceinline__ void load_y(uint32_t (&y)[4][2], const expand_lane &lane)
+{
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const bool there = 8 * n < lane.columns;
+
+        y[n][0] = there && lane.low ? *(const uint32_t *)(lane.y + 8 * n) : 0;
+        y[n][1] = there && lane.high ? *(const uint32_t *)(lane.y + 8 * lane.ld + 8 * n) : 0;
+    }
+}
+
+static __device__ __forceinline__ uint32_t add_pair(uint32_t old, float low, float high)
+{
+    const float2 pair = __bfloat1622float2(*(const __nv_bfloat162 *)&old);
+
+    return pack_pair(pair.x + low, pair.y + high);
+}
+
+static __device__ __forceinline__ void store_y(const expand_lane &lane, const uint32_t (&y)[4][2],
+                                               const float (&sum)[4][4])
+{
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const bool there = 8 * n < lane.columns;
+
+        if (there && lane.low)
+            *(uint32_t *)(lane.y + 8 * n) = add_pair(y[n][0], sum[n][0], sum[n][1]);
+        if (there && lane.high)
+            *(uint32_t *)(lane.y + 8 * lane.ld + 8 * n) = add_pair(y[n][1], sum[n][2], sum[n][3]);
+    }
+}
+
+/* The part that column block x belongs to; x becomes the block within it. */
+static __device__ __forceinline__ int part_of(const struct lora_args &args, int *x)
+{
+    int part = 0;
+
+    for (; part < args.part_count - 1; part++) {
+        const int blocks = (args.part_n[part] + COLUMNS - 1) / COLUMNS;
+
+        if (*x < blocks)
+            break;
+        *x -= blocks;
+    }
+    return part;
+}
+
+/* blockIdx.y: tile; blockIdx.x: COLUMNS rows of a part's B. */
+static __global__ void __launch_bounds__(THREADS)
+    expand_kernel(const struct lora_args args, const float *sums)
+{
+    __shared__ __align__(16) bf16 s[16][S_LD];
+    const struct cuda_lora_tile tile = args.tiles[blockIdx.y];
+    const int l = (int)threadIdx.x % 32, r = l / 4;
+    int block = (int)blockIdx.x, part = part_of(args, &block);
+    const int first = block * COLUMNS + (int)threadIdx.x / 32 * (COLUMNS / WARPS);
+
+    if (tile.count == 0)
+        return;
+    const struct cuda_lora_group *group = &args.groups[tile.group];
+    const int place = group->index[args.module[part]];
+
+    if (place < 0)
+        return;
+    const int rank = group->rank, terms = (rank + 31) / 32 * 32;
+    expand_lane lane;
+    uint4 b[4];
+    uint32_t y[4][2];
+    float sum[4][4] = {};
+
+    lane.rank = rank;
+    lane.term = 8 * (l % 4);
+    lane.ld = (size_t)args.n;
+    lane.columns = args.part_n[part] - first;
+    lane.low = r < tile.count;
+    lane.high = r + 8 < tile.count;
+    lane.b = (const bf16 *)group->view + (size_t)args.layer * group->layer +
+             group->b[args.module[part]] + (size_t)(first + r) * (size_t)rank + (size_t)lane.term;
+    lane.y = (bf16 *)args.y + (size_t)(tile.first + r) * (size_t)args.n +
+             (size_t)(args.row[part] + first + 2 * (l % 4));
+    load_rows_of_b(b, lane, 0);
+    load_y(y, lane);
+    gather_s(s, args, sums, tile, place, rank, terms);
+    for (int k = 0;;) {
+        const uint4 low = *(const uint4 *)&s[r][k + lane.term];
+        const uint4 high = *(const uint4 *)&s[r + 8][k + lane.term];
+
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            multiply_32(sum[n], low, high, b[n]);
+        k += 32;
+        if (k >= terms)
+            break;
+        load_rows_of_b(b, lane, k);
+    }
+    store_y(lane, y, sum);
+}
+
+/* --- launches --- */
+
+int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora,
+                         cudaStream_t stream, bool ahead)
+{
+    const struct lora_args args = lora_args_of(lora);
+    const int slabs = 2 * args.part_count;
+    const dim3 grid((unsigned)(chunks_of(args.k) * slabs), (unsigned)lora->rows->tile_count);
+
+    shrink_kernel<<<grid, THREADS, 0, stream>>>(args, lora->sums, slabs, ahead);
+    return cuda_check_launch(context, "LoRA");
+}
+
+int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora)
+{
+    const struct lora_args args = lora_args_of(lora);
+    unsigned blocks = 0;
+
+    for (int i = 0; i < args.part_count; i++)
+        blocks += (unsigned)(args.part_n[i] + COLUMNS - 1) / COLUMNS;
+    expand_kernel<<<dim3(blocks, (unsigned)lora->rows->tile_count), THREADS, 0, context->stream>>>(
+        args, lora->sums);
+    return cuda_check_launch(context, "LoRA");
+}

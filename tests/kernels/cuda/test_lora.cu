@@ -1,0 +1,835 @@
+/* LoRA for rows of many adapters against sums in double: every form, packs of serving and of
+ * training, both types of act; ranks from 8 to 128, absent modules, groups of one row, 64 groups,
+ * groups without rows, rows of nobody between them, sizes that are no multiples of a tile and rows
+ * that are no whole pieces of 16 bytes. Outputs start as NaN or as known values: what no group owns
+ * must stay as it was. And a group alone must have the bits that it has among others.
+ *
+ * Each operation's reference takes the device's own result of the one before, so that one failing
+ * does not hide in another. */
+#include "cuda_check.h"
+#include "cuda/cuda_lora.h"
+
+#define GROUPS_MAX 64
+#define LAYERS     2
+#define LAYER      1 /* the one that is tried */
+
+struct dims {
+    const char *name;
+    int hidden, nq, nk, inter;
+};
+struct spec {
+    int rank;
+    unsigned modules;
+    int gap, count; /* rows of nobody before it; its rows */
+};
+
+struct rig {
+    struct cuda_context *context;
+    struct cuda_model model;
+    struct cuda_layer layers[LAYERS];
+    int count, m;
+    struct cuda_adapter adapters[GROUPS_MAX];
+    struct check_array views[GROUPS_MAX], grads[GROUPS_MAX];
+    struct cuda_lora_group groups[GROUPS_MAX];
+    struct check_buffer device_groups, device_tiles;
+    struct cuda_lora_rows rows;
+    struct cuda_lora lora;
+    struct check_array x, s, y, dy, ds, dx, sums;
+    float *y_before, *dx_before, *grads_before[GROUPS_MAX];
+};
+
+static const char *const kind_names[] = {"q|k|v", "o", "gate|up", "down"};
+
+/* --- a model without weights, adapters without a file --- */
+
+static void set_weight(struct cuda_weight *w, int k, int parts, const int *sizes,
+                       enum claas_module first)
+{
+    w->k = k;
+    w->n = 0;
+    w->part_count = parts;
+    for (int i = 0; i < parts; i++) {
+        w->parts[i].row = w->n;
+        w->parts[i].n = sizes[i];
+        w->parts[i].module = (enum claas_module)(first + i);
+        w->n += sizes[i];
+    }
+}
+
+static void set_model(struct cuda_model *model, struct cuda_layer *layers, int count,
+                      const struct dims *d)
+{
+    const int qkv[] = {d->nq, d->nk, d->nk}, hidden[] = {d->hidden}, inter[] = {d->inter, d->inter};
+
+    model->config.layers = count;
+    model->layers = layers;
+    for (int l = 0; l < count; l++) {
+        set_weight(&layers[l].weights[CUDA_QKV], d->hidden, 3, qkv, CLAAS_MODULE_Q);
+        set_weight(&layers[l].weights[CUDA_O], d->nq, 1, hidden, CLAAS_MODULE_O);
+        set_weight(&layers[l].weights[CUDA_GATE_UP], d->hidden, 2, inter, CLAAS_MODULE_GATE);
+        set_weight(&layers[l].weights[CUDA_DOWN], d->inter, 1, hidden, CLAAS_MODULE_DOWN);
+    }
+}
+
+static void set_adapter(struct rig *r, int i, const struct spec *spec, bool learns)
+{
+    struct cuda_adapter *adapter = &r->adapters[i];
+
+    adapter->lora.rank = spec->rank;
+    adapter->lora.modules = spec->modules;
+    adapter->lora.alpha = 2.0f;
+    check_rc(cuda_lora_layout(&r->model, &adapter->lora, &adapter->layout), "cuda_lora_layout");
+    adapter->scale = 0.75f;
+    r->views[i] = check_acts(r->context->act, adapter->layout.count, 0.1f);
+    adapter->view.base = r->views[i].data;
+    if (learns)
+        r->grads[i] = check_acts(CUDA_TYPE_F32, adapter->layout.count, 1.0f);
+}
+
+/* The rows of groups from … from+count-1, as a pack of serving or of training describes them. */
+static void describe(struct rig *r, int from, int count, bool few)
+{
+    const int tile_rows = few ? CUDA_LORA_FEW_ROWS : CUDA_LORA_TILE_ROWS;
+    struct cuda_lora_tile *tiles =
+        (struct cuda_lora_tile *)check_alloc((size_t)r->m, sizeof(struct cuda_lora_tile));
+    const int listed = cuda_lora_tiles(r->groups + from, count, tile_rows, tiles);
+
+    r->rows = cuda_lora_rows(r->groups + from, count, r->m, tile_rows, few ? r->m : listed);
+    check_upload(&r->device_tiles, tiles);
+    check_cuda(cudaMemcpy(r->device_groups.data, r->groups + from,
+                          (size_t)count * sizeof(r->groups[0]), cudaMemcpyHostToDevice),
+               "groups");
+    check_cuda(cudaDeviceSynchronize(), "groups");
+    r->rows.groups = (const struct cuda_lora_group *)r->device_groups.data;
+    r->rows.tiles = (const struct cuda_lora_tile *)r->device_tiles.data;
+    free(tiles);
+}
+
+static float *copy_floats(const struct check_array *a)
+{
+    float *copy = (float *)check_alloc(a->count, sizeof(float));
+
+    memcpy(copy, a->host, a->count * sizeof(float));
+    return copy;
+}
+
+static void open_rig(struct rig *r, struct cuda_context *context, const struct dims *dims,
+                     enum cuda_weight_kind kind, const struct spec *specs, int count, bool few)
+{
+    const enum cuda_type act = context->act;
+    struct cuda_lora *lora = &r->lora;
+    size_t n, k, m;
+
+    *r = {};
+    r->context = context;
+    r->count = count;
+    set_model(&r->model, r->layers, LAYERS, dims);
+    lora->rows = &r->rows;
+    lora->weight = &r->layers[LAYER].weights[kind];
+    lora->kind = kind;
+    lora->layer = LAYER;
+    for (int i = 0; i < count; i++) {
+        set_adapter(r, i, &specs[i], !few);
+        r->m += specs[i].gap;
+        r->groups[i] = cuda_lora_group(&r->adapters[i], few ? NULL : (float *)r->grads[i].data,
+                                       r->m, specs[i].count);
+        r->m += specs[i].count;
+        const int width = r->groups[i].parts[kind] * r->groups[i].rank;
+        lora->ld = lora->ld > width ? lora->ld : width;
+    }
+    r->m += 3; /* of nobody */
+    lora->ld += 8;
+    n = (size_t)lora->weight->n;
+    k = (size_t)lora->weight->k;
+    m = (size_t)r->m;
+    r->x = check_acts(act, m * k, 1.0f);
+    r->dy = check_acts(act, m * n, 0.5f);
+    r->y = check_acts(act, m * n, 1.0f);
+    r->dx = check_acts(act, m * k, 1.0f);
+    r->s = check_blank(act, m * (size_t)lora->ld);
+    r->ds = check_blank(act, m * (size_t)lora->ld);
+    r->sums = check_blank(CUDA_TYPE_F32, CUDA_LORA_PARTS * m * (size_t)lora->ld);
+    r->y_before = copy_floats(&r->y);
+    r->dx_before = copy_floats(&r->dx);
+    for (int i = 0; i < count && !few; i++)
+        r->grads_before[i] = copy_floats(&r->grads[i]);
+    r->device_groups = check_buffer_new(sizeof(r->groups));
+    r->device_tiles = check_buffer_new(m * sizeof(struct cuda_lora_tile));
+    lora->x = r->x.data;
+    lora->dy = r->dy.data;
+    lora->y = r->y.data;
+    lora->dx = r->dx.data;
+    lora->s = r->s.data;
+    lora->ds = r->ds.data;
+    lora->sums = (float *)r->sums.data;
+    describe(r, 0, count, few);
+}
+
+static void close_rig(struct rig *r)
+{
+    for (int i = 0; i < r->count; i++) {
+        check_free(&r->views[i], "a view");
+        if (r->grads[i].host)
+            check_free(&r->grads[i], "a gradient");
+        free(r->grads_before[i]);
+    }
+    check_free(&r->x, "x");
+    check_free(&r->dy, "dY");
+    check_free(&r->y, "y");
+    check_free(&r->dx, "dx");
+    check_free(&r->s, "S");
+    check_free(&r->ds, "dS");
+    check_free(&r->sums, "the sums of S");
+    check_buffer_free(&r->device_groups, "groups");
+    check_buffer_free(&r->device_tiles, "tiles");
+    free(r->y_before);
+    free(r->dx_before);
+}
+
+/* --- references --- */
+
+/* A or B (with the scale in it) of group g at the layer tried. */
+static const float *view_of(const struct rig *r, int g, size_t place)
+{
+    return r->views[g].host + LAYER * r->groups[g].layer + place;
+}
+
+static int width_of(const struct rig *r, int g)
+{
+    return r->groups[g].parts[r->lora.kind] * r->groups[g].rank;
+}
+
+/* The group that owns a row, or -1. */
+static int owner_of(const struct rig *r, int row)
+{
+    for (int g = 0; g < r->count; g++)
+        if (row >= r->groups[g].first && row < r->groups[g].first + r->groups[g].count)
+            return g;
+    return -1;
+}
+
+/* Column j of S and dS belongs to this row of its part, or NULL: beyond the group's width. */
+static const struct cuda_part *part_at(const struct rig *r, int g, int j)
+{
+    for (int i = 0; i < r->lora.weight->part_count; i++) {
+        const struct cuda_part *part = &r->lora.weight->parts[i];
+
+        if (r->groups[g].index[part->module] == j / r->groups[g].rank)
+            return part;
+    }
+    return NULL;
+}
+
+/* Values of a matrix [m][ld] that have an owner against `want`, and that the others are NaN. */
+static void compare_owned(const struct rig *r, const char *what, const struct check_array *got,
+                          const double *want)
+{
+    const int ld = r->lora.ld;
+    float *values = (float *)check_alloc(got->count, sizeof(float));
+    double *wanted = (double *)check_alloc(got->count, sizeof(double));
+    size_t count = 0;
+
+    for (int i = 0; i < r->m; i++) {
+        const int g = owner_of(r, i), width = g < 0 ? 0 : width_of(r, g);
+
+        for (int j = 0; j < ld; j++) {
+            const size_t at = (size_t)i * ld + j;
+
+            if (j < width) {
+                values[count] = got->host[at];
+                wanted[count++] = want[at];
+            } else if (!isnan(got->host[at])) {
+                check_fail("%s: row %d, column %d is nobody's and was written: %g", what, i, j,
+                           (double)got->host[at]);
+            }
+        }
+    }
+    check_close(what, values, wanted, count, check_limit(r->context->act));
+    free(values);
+    free(wanted);
+}
+
+static void check_s_of(struct rig *r)
+{
+    const int ld = r->lora.ld, k = r->lora.weight->k;
+    double *want = (double *)check_alloc((size_t)r->m * ld, sizeof(double));
+
+    for (int i = 0; i < r->m; i++) {
+        const int g = owner_of(r, i);
+
+        for (int j = 0; g >= 0 && j < width_of(r, g); j++) {
+            const float *a = view_of(r, g, r->groups[g].a[r->lora.kind]) + (size_t)j * k;
+
+            for (int p = 0; p < k; p++)
+                want[(size_t)i * ld + j] += (double)r->x.host[(size_t)i * k + p] * a[p];
+        }
+    }
+    compare_owned(r, "S", &r->s, want);
+    free(want);
+}
+
+static void check_ds_of(struct rig *r)
+{
+    const int ld = r->lora.ld, n = r->lora.weight->n;
+    double *want = (double *)check_alloc((size_t)r->m * ld, sizeof(double));
+
+    for (int i = 0; i < r->m; i++) {
+        const int g = owner_of(r, i);
+
+        for (int j = 0; g >= 0 && j < width_of(r, g); j++) {
+            const struct cuda_part *part = part_at(r, g, j);
+            const int rank = r->groups[g].rank;
+            const float *b = view_of(r, g, r->groups[g].b[part->module]) + j % rank;
+
+            for (int p = 0; p < part->n; p++)
+                want[(size_t)i * ld + j] +=
+                    (double)r->dy.host[(size_t)i * n + part->row + p] * b[(size_t)p * rank];
+        }
+    }
+    compare_owned(r, "dS", &r->ds, want);
+    free(want);
+}
+
+/* Rows of nobody, and columns of absent modules, must keep their bits: `touched` says which. */
+static void compare_added(const struct rig *r, const char *what, const struct check_array *got,
+                          const float *before, const double *want, const bool *touched)
+{
+    check_close(what, got->host, want, got->count, check_limit(r->context->act));
+    for (size_t i = 0; i < got->count; i++)
+        if (!touched[i] && memcmp(&got->host[i], &before[i], sizeof(float)) != 0) {
+            check_fail("%s: element %zu is nobody's: was %g, is %g", what, i, (double)before[i],
+                       (double)got->host[i]);
+            return;
+        }
+}
+
+static void check_y_of(struct rig *r)
+{
+    const int ld = r->lora.ld, n = r->lora.weight->n;
+    double *want = (double *)check_alloc(r->y.count, sizeof(double));
+    bool *touched = (bool *)check_alloc(r->y.count, sizeof(bool));
+
+    for (size_t i = 0; i < r->y.count; i++)
+        want[i] = r->y_before[i];
+    for (int i = 0; i < r->m; i++) {
+        const int g = owner_of(r, i);
+
+        for (int j = 0; g >= 0 && j < width_of(r, g); j++) {
+            const struct cuda_part *part = part_at(r, g, j);
+            const int rank = r->groups[g].rank;
+            const float *b = view_of(r, g, r->groups[g].b[part->module]) + j % rank;
+            const double s = r->s.host[(size_t)i * ld + j];
+
+            for (int p = 0; p < part->n; p++) {
+                want[(size_t)i * n + part->row + p] += s * b[(size_t)p * rank];
+                touched[(size_t)i * n + part->row + p] = true;
+            }
+        }
+    }
+    compare_added(r, "y", &r->y, r->y_before, want, touched);
+    free(want);
+    free(touched);
+}
+
+static void check_dx_of(struct rig *r)
+{
+    const int ld = r->lora.ld, k = r->lora.weight->k;
+    double *want = (double *)check_alloc(r->dx.count, sizeof(double));
+    bool *touched = (bool *)check_alloc(r->dx.count, sizeof(bool));
+
+    for (size_t i = 0; i < r->dx.count; i++)
+        want[i] = r->dx_before[i];
+    for (int i = 0; i < r->m; i++) {
+        const int g = owner_of(r, i);
+
+        for (int j = 0; g >= 0 && j < width_of(r, g); j++) {
+            const float *a = view_of(r, g, r->groups[g].a[r->lora.kind]) + (size_t)j * k;
+            const double ds = r->ds.host[(size_t)i * ld + j];
+
+            for (int p = 0; p < k; p++) {
+                want[(size_t)i * k + p] += ds * a[p];
+                touched[(size_t)i * k + p] = true;
+            }
+        }
+    }
+    compare_added(r, "dx", &r->dx, r->dx_before, want, touched);
+    free(want);
+    free(touched);
+}
+
+/* All of a gradient: what is of other layers or weights must not change. */
+static void check_gradient_of(struct rig *r, int g)
+{
+    const struct cuda_lora_group *group = &r->groups[g];
+    const size_t base = LAYER * group->layer;
+    const int ld = r->lora.ld, n = r->lora.weight->n, k = r->lora.weight->k;
+    double *want = (double *)check_alloc(r->grads[g].count, sizeof(double));
+    const float *before = r->grads_before[g], *got = r->grads[g].host;
+    /* sums of bfloat16 products in float32 */
+    const double limit = r->context->act == CUDA_TYPE_F32 ? CHECK_F32_LIMIT : 1e-4;
+    char name[32];
+
+    for (size_t i = 0; i < r->grads[g].count; i++)
+        want[i] = before[i];
+    for (int i = group->first; i < group->first + group->count; i++)
+        for (int j = 0; j < width_of(r, g); j++) {
+            const struct cuda_part *part = part_at(r, g, j);
+            const double s = group->scale * (double)r->s.host[(size_t)i * ld + j];
+            const double ds = r->ds.host[(size_t)i * ld + j];
+            double *a = want + base + group->a[r->lora.kind] + (size_t)j * k;
+            double *b = want + base + group->b[part->module] + j % group->rank;
+
+            for (int p = 0; p < k; p++)
+                a[p] += ds * r->x.host[(size_t)i * k + p];
+            for (int p = 0; p < part->n; p++)
+                b[(size_t)p * group->rank] += s * r->dy.host[(size_t)i * n + part->row + p];
+        }
+    snprintf(name, sizeof(name), "gradient of group %d", g);
+    check_close(name, got, want, r->grads[g].count, limit);
+    for (size_t i = 0; i < r->grads[g].count; i++)
+        if (want[i] == before[i] && got[i] != before[i]) {
+            check_fail("%s: element %zu of %zu is not this weight's: was %g, is %g", name, i,
+                       r->grads[g].count, (double)before[i], (double)got[i]);
+            break;
+        }
+    free(want);
+}
+
+/* --- running --- */
+
+/* S as it enters the products, whichever way it was made. */
+static void fetch_s(struct rig *r)
+{
+    const size_t chunk = (size_t)r->m * r->lora.ld;
+
+    if (!cuda_lora_is_few(r->context, &r->lora)) {
+        check_get(&r->s);
+        return;
+    }
+    check_get(&r->sums);
+    for (size_t i = 0; i < chunk; i++) {
+        float sum = 0.0f;
+
+        /* chunks that there are not stay NaN */
+        for (int c = 0; c < CUDA_LORA_PARTS && !isnan(r->sums.host[c * chunk + i]); c++)
+            sum += r->sums.host[c * chunk + i];
+        r->s.host[i] = isnan(r->sums.host[i]) ? NAN : check_rounded(r->context->act, sum);
+    }
+}
+
+static void run_forward(struct rig *r)
+{
+    check_rc(cuda_lora_shrink(r->context, &r->lora, r->context->stream, true), "cuda_lora_shrink");
+    check_rc(cuda_lora_expand(r->context, &r->lora), "cuda_lora_expand");
+    fetch_s(r);
+    check_get(&r->y);
+}
+
+/* together: gradients and dx by one call. */
+static void run_backward(struct rig *r, bool together)
+{
+    check_rc(cuda_lora_outer(r->context, &r->lora), "cuda_lora_outer");
+    check_rc(cuda_lora_inner(r->context, &r->lora, true, together), "cuda_lora_inner");
+    if (!together)
+        check_rc(cuda_lora_inner(r->context, &r->lora, false, true), "cuda_lora_inner");
+    check_get(&r->ds);
+    check_get(&r->dx);
+    for (int g = 0; g < r->count; g++)
+        check_get(&r->grads[g]);
+}
+
+/* Everything as it was before the run. */
+static void restore(struct rig *r)
+{
+    memcpy(r->y.host, r->y_before, r->y.count * sizeof(float));
+    check_put(&r->y);
+    memcpy(r->dx.host, r->dx_before, r->dx.count * sizeof(float));
+    check_put(&r->dx);
+    for (int g = 0; g < r->count; g++)
+        if (r->grads[g].host) {
+            memcpy(r->grads[g].host, r->grads_before[g], r->grads[g].count * sizeof(float));
+            check_put(&r->grads[g]);
+        }
+}
+
+static void same_rows(const char *what, const struct check_array *got, const float *want, int first,
+                      int count, size_t columns)
+{
+    check_same(what, got->host + (size_t)first * columns, want + (size_t)first * columns,
+               (size_t)count * columns * sizeof(float));
+}
+
+/* The last `count` rows of one group alone: the same bits as among the others; of the gradient too
+ * if they are all of its rows. */
+static void check_alone(struct rig *r, int g, int count, bool few)
+{
+    const struct cuda_lora_group whole = r->groups[g];
+    const int first = whole.first + whole.count - count;
+    float *y = copy_floats(&r->y), *dx = copy_floats(&r->dx);
+    float *grad = few ? NULL : copy_floats(&r->grads[g]);
+
+    r->groups[g].first = first;
+    r->groups[g].count = count;
+    describe(r, g, 1, few);
+    restore(r);
+    run_forward(r);
+    same_rows("y alone", &r->y, y, first, count, (size_t)r->lora.weight->n);
+    if (!few) {
+        run_backward(r, true);
+        same_rows("dx alone", &r->dx, dx, first, count, (size_t)r->lora.weight->k);
+        if (count == whole.count)
+            check_same("gradient alone", r->grads[g].host, grad, r->grads[g].count * sizeof(float));
+    }
+    r->groups[g] = whole;
+    describe(r, 0, r->count, few);
+    free(y);
+    free(dx);
+    free(grad);
+}
+
+/* Sums over k in one block have the bits of those cut into chunks: a card of one multiprocessor has
+ * enough blocks without. */
+static void check_uncut(struct rig *r)
+{
+    const int multiprocessors = r->context->multiprocessors;
+    float *y = copy_floats(&r->y), *dx = copy_floats(&r->dx);
+
+    restore(r);
+    r->context->multiprocessors = 1;
+    run_forward(r);
+    run_backward(r, true);
+    r->context->multiprocessors = multiprocessors;
+    check_same("y uncut", r->y.host, y, r->y.count * sizeof(float));
+    check_same("dx uncut", r->dx.host, dx, r->dx.count * sizeof(float));
+    free(y);
+    free(dx);
+}
+
+static void run_case(struct cuda_context *context, const struct dims *dims, const char *name,
+                     const struct spec *specs, int count, bool few)
+{
+    static struct rig r;
+
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        check_begin("lora %s %s, %s, %s, %s", few ? "serving" : "training",
+                    check_name(context->act), dims->name, name, kind_names[kind]);
+        open_rig(&r, context, dims, (enum cuda_weight_kind)kind, specs, count, few);
+        run_forward(&r);
+        check_s_of(&r);
+        check_y_of(&r);
+        if (!few) {
+            run_backward(&r, kind % 2 == 0);
+            check_ds_of(&r);
+            check_dx_of(&r);
+            for (int g = 0; g < count; g++)
+                check_gradient_of(&r, g);
+        }
+        if (!few)
+            check_uncut(&r);
+        check_alone(&r, count / 2, specs[count / 2].count, few);
+        check_alone(&r, count / 2, 1, few);
+        close_rig(&r);
+        check_end();
+    }
+}
+
+/* --- cases --- */
+
+#define ALL CLAAS_MODULE_ALL
+#define SOME                                                                                       \
+    (1u << CLAAS_MODULE_Q | 1u << CLAAS_MODULE_V | 1u << CLAAS_MODULE_UP | 1u << CLAAS_MODULE_DOWN)
+
+static const struct dims tiny = {"tiny", 64, 64, 32, 96};
+static const struct dims smol = {"SmolLM2", 576, 576, 192, 1536};
+/* K and N so long that few tiles are cut into chunks, and no multiples of one. */
+static const struct dims large = {"large", 2056, 2064, 520, 2600};
+static const struct dims odd = {"odd", 36, 36, 12, 52};
+
+static const struct spec one_row[] = {{32, ALL, 0, 1}};
+static const struct spec several[] = {
+    {8, ALL, 2, 5},  {24, SOME, 0, 1}, {32, ALL, 0, 16}, {64, 1u << CLAAS_MODULE_K, 1, 17},
+    {96, ALL, 0, 3},
+};
+/* Ranks that are made multiples of 8, one with no module of most weights, one without rows. */
+static const struct spec hostile[] = {
+    {128, ALL, 0, 33}, {3, SOME, 1, 0},  {5, 1u << CLAAS_MODULE_GATE, 0, 64},
+    {40, ALL, 7, 65},  {8, SOME, 0, 63},
+};
+
+static void test_type(enum cuda_type act)
+{
+    static const struct spec shared[] = {{32, ALL, 0, 64}};
+    static const struct spec long_ones[] = {{32, ALL, 1, 130}, {16, SOME, 0, 200}};
+    static struct spec many[GROUPS_MAX];
+    const struct dims *const all[] = {&tiny, &smol, &odd};
+    struct cuda_context context;
+
+    for (int i = 0; i < GROUPS_MAX; i++)
+        many[i] = {8 + 8 * (i % 4), i % 3 == 0 ? SOME : ALL, i % 7 == 0, 1};
+    check_open(act, &context);
+    for (int few = 0; few < 2; few++) {
+        for (const struct dims *dims : all) {
+            run_case(&context, dims, "one row", one_row, 1, few);
+            run_case(&context, dims, "several", several, 5, few);
+            run_case(&context, dims, "hostile", hostile, 5, few);
+        }
+        run_case(&context, &tiny, "64 groups", many, GROUPS_MAX, few);
+        run_case(&context, &smol, "64 rows of one", shared, 1, few);
+        if (act == CUDA_TYPE_BF16)
+            run_case(&context, &large, "several", several, 5, few);
+    }
+    run_case(&context, &smol, "two of many rows", long_ones, 2, false);
+    cuda_context_close(&context);
+}
+
+/* One adapter with so many rows that cuBLASLt does them, against the grouped kernels: a reference
+ * of this size takes too long on the host. */
+static void test_gemm_way(void)
+{
+    static const struct dims dims = {"8B's half", 2048, 2048, 512, 2048};
+    static const struct spec spec[] = {{32, ALL, 5, 1100}};
+    static struct rig r;
+    struct cuda_context context;
+
+    check_open(CUDA_TYPE_BF16, &context);
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        float *y, *dx, *grad;
+        double *want;
+
+        check_begin("lora by cuBLASLt against grouped, %s", kind_names[kind]);
+        open_rig(&r, &context, &dims, (enum cuda_weight_kind)kind, spec, 1, false);
+        if (!r.rows.by_gemm)
+            check_fail("1100 rows of one adapter are not cuBLASLt's");
+        run_forward(&r);
+        run_backward(&r, true);
+        y = copy_floats(&r.y);
+        dx = copy_floats(&r.dx);
+        grad = copy_floats(&r.grads[0]);
+        restore(&r);
+        r.rows.by_gemm = false;
+        run_forward(&r);
+        run_backward(&r, true);
+        want = (double *)check_alloc(r.grads[0].count + r.y.count + r.dx.count, sizeof(double));
+        for (size_t i = 0; i < r.y.count; i++)
+            want[i] = y[i];
+        check_close("y", r.y.host, want, r.y.count, CHECK_BF16_LIMIT);
+        for (size_t i = 0; i < r.dx.count; i++)
+            want[i] = dx[i];
+        check_close("dx", r.dx.host, want, r.dx.count, CHECK_BF16_LIMIT);
+        for (size_t i = 0; i < r.grads[0].count; i++)
+            want[i] = grad[i];
+        check_close("gradient", r.grads[0].host, want, r.grads[0].count, CHECK_BF16_LIMIT);
+        free(y);
+        free(dx);
+        free(grad);
+        free(want);
+        close_rig(&r);
+        check_end();
+    }
+    cuda_context_close(&context);
+}
+
+/* --- time --- */
+
+#define TIMED_LAYERS 36
+
+/* Memory that nobody looks at. */
+struct timed {
+    struct cuda_model model;
+    struct cuda_layer layers[TIMED_LAYERS];
+    struct cuda_adapter adapters[GROUPS_MAX];
+    struct cuda_lora_group groups[GROUPS_MAX];
+    struct cuda_lora_rows rows;
+    void *views, *x, *y, *s, *ds;
+    float *sums, *grads;
+    double bytes; /* of the adapters' views */
+};
+
+static void *timed_memory(size_t bytes)
+{
+    void *p = NULL;
+
+    check_cuda(cudaMalloc(&p, bytes), "cudaMalloc");
+    check_cuda(cudaMemset(p, 0, bytes), "cudaMemset");
+    return p;
+}
+
+static void open_timed(struct timed *t, const struct dims *dims, int layers, int rank, int adapters,
+                       int rows, bool few)
+{
+    const int tile_rows = few ? CUDA_LORA_FEW_ROWS : CUDA_LORA_TILE_ROWS, m = adapters * rows;
+    const size_t widest =
+        (size_t)(2 * dims->inter > dims->nq + 2 * dims->nk ? 2 * dims->inter
+                                                           : dims->nq + 2 * dims->nk);
+    struct cuda_lora_tile *tiles =
+        (struct cuda_lora_tile *)check_alloc((size_t)m, sizeof(struct cuda_lora_tile));
+    int listed;
+    size_t count;
+
+    *t = {};
+    set_model(&t->model, t->layers, layers, dims);
+    for (int i = 0; i < adapters; i++) {
+        t->adapters[i].lora.rank = rank;
+        t->adapters[i].lora.modules = ALL;
+        check_rc(cuda_lora_layout(&t->model, &t->adapters[i].lora, &t->adapters[i].layout),
+                 "cuda_lora_layout");
+    }
+    count = t->adapters[0].layout.count;
+    t->bytes = 2.0 * (double)count * adapters;
+    t->views = timed_memory(2 * count * (size_t)adapters);
+    t->grads = few ? NULL : (float *)timed_memory(4 * count * (size_t)adapters);
+    for (int i = 0; i < adapters; i++) {
+        t->adapters[i].view.base = (uint8_t *)t->views + 2 * count * (size_t)i;
+        t->groups[i] = cuda_lora_group(&t->adapters[i], few ? NULL : t->grads + count * (size_t)i,
+                                       i * rows, rows);
+    }
+    listed = cuda_lora_tiles(t->groups, adapters, tile_rows, tiles);
+    t->rows = cuda_lora_rows(t->groups, adapters, m, tile_rows, few ? m : listed);
+    t->rows.groups = (struct cuda_lora_group *)timed_memory(sizeof(t->groups));
+    t->rows.tiles = (struct cuda_lora_tile *)timed_memory((size_t)m * sizeof(*tiles));
+    check_cuda(
+        cudaMemcpy((void *)t->rows.groups, t->groups, sizeof(t->groups), cudaMemcpyHostToDevice),
+        "groups");
+    check_cuda(cudaMemcpy((void *)t->rows.tiles, tiles, (size_t)m * sizeof(*tiles),
+                          cudaMemcpyHostToDevice),
+               "tiles");
+    free(tiles);
+    t->x = timed_memory((size_t)m * widest * 2);
+    t->y = timed_memory((size_t)m * widest * 2);
+    t->s = timed_memory((size_t)m * 3 * (size_t)rank * 2);
+    t->ds = timed_memory((size_t)m * 3 * (size_t)rank * 2);
+    t->sums =
+        few ? (float *)timed_memory(CUDA_LORA_PARTS * (size_t)m * 3 * (size_t)rank * 4) : NULL;
+}
+
+static void close_timed(struct timed *t)
+{
+    void *const memory[] = {t->views,
+                            t->x,
+                            t->y,
+                            t->s,
+                            t->ds,
+                            t->sums,
+                            t->grads,
+                            (void *)t->rows.groups,
+                            (void *)t->rows.tiles};
+
+    for (void *p : memory)
+        check_cuda(cudaFree(p), "cudaFree");
+}
+
+static struct cuda_lora timed_lora(struct timed *t, int layer, int kind)
+{
+    struct cuda_lora lora = {};
+
+    lora.rows = &t->rows;
+    lora.weight = &t->layers[layer].weights[kind];
+    lora.kind = (enum cuda_weight_kind)kind;
+    lora.layer = layer;
+    lora.ld = t->adapters[0].layout.parts[kind] * t->adapters[0].layout.rank;
+    lora.x = t->x;
+    lora.dy = t->y;
+    lora.y = t->y;
+    lora.dx = t->x;
+    lora.s = t->s;
+    lora.ds = t->ds;
+    lora.sums = t->sums;
+    return lora;
+}
+
+/* All LoRA of a decoding step of an 8B model, as a graph, without the frozen products. */
+static void time_decode(struct cuda_context *context, const char *what, int adapters, int rows)
+{
+    static const struct dims dims = {"8B", 4096, 4096, 1024, 12288};
+    static struct timed t;
+    cudaGraphExec_t exec = NULL;
+    cudaGraph_t graph = NULL;
+
+    open_timed(&t, &dims, TIMED_LAYERS, 32, adapters, rows, true);
+    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
+               "capture");
+    for (int l = 0; l < TIMED_LAYERS; l++)
+        for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+            const struct cuda_lora lora = timed_lora(&t, l, kind);
+
+            check_rc(cuda_lora_shrink(context, &lora, context->stream, false), "shrink");
+            check_rc(cuda_lora_expand(context, &lora), "expand");
+        }
+    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
+    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
+    check_report(
+        what,
+        check_median_ms(context,
+                        [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "a graph"); }),
+        t.bytes, 0);
+    check_cuda(cudaGraphExecDestroy(exec), "a graph");
+    check_cuda(cudaGraphDestroy(graph), "a graph");
+    close_timed(&t);
+}
+
+/* The four calls of one weight in training; bytes: x, dY, y, dx as often as they are moved. */
+static void time_training(struct cuda_context *context, const struct dims *dims, int rank,
+                          int adapters, int rows, bool gemm)
+{
+    static const char *const calls[] = {"S", "y", "dS", "dB, dA, dx"};
+    static struct timed t;
+
+    open_timed(&t, dims, 1, rank, adapters, rows, false);
+    t.rows.by_gemm = t.rows.by_gemm && gemm;
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
+        for (int call = 0; call < 4; call++) {
+            const struct cuda_lora lora = timed_lora(&t, 0, kind);
+            const double n = 2.0 * t.rows.m * lora.weight->n, k = 2.0 * t.rows.m * lora.weight->k;
+            const double bytes = call == 0 ? k : call == 1 ? 2 * n : call == 2 ? n : n + 3 * k;
+            char name[128];
+
+            snprintf(name, sizeof(name), "lora %s r=%d, %d x %d rows%s, %s %s", dims->name, rank,
+                     adapters, rows, t.rows.by_gemm ? " (cuBLASLt)" : "", kind_names[kind],
+                     calls[call]);
+            check_report(name,
+                         check_median_ms(
+                             context,
+                             [&] {
+                                 check_rc(call == 0   ? cuda_lora_shrink(context, &lora,
+                                                                         context->stream, false)
+                                          : call == 1 ? cuda_lora_expand(context, &lora)
+                                          : call == 2 ? cuda_lora_outer(context, &lora)
+                                                      : cuda_lora_inner(context, &lora, true, true),
+                                          "LoRA");
+                             }),
+                         bytes, 0);
+        }
+    close_timed(&t);
+}
+
+static void time_all(void)
+{
+    static const struct dims b8 = {"8B", 4096, 4096, 1024, 12288};
+    static const struct dims b17 = {"1.7B", 2048, 2048, 1024, 6144};
+    struct cuda_context context;
+
+    check_open(CUDA_TYPE_BF16, &context);
+    check_begin("lora timing");
+    time_decode(&context, "lora 8B r=32, decoding 1 row", 1, 1);
+    time_decode(&context, "lora 8B r=32, decoding 8 rows of 8 adapters", 8, 1);
+    time_decode(&context, "lora 8B r=32, decoding 64 rows of 1 adapter", 1, 64);
+    time_decode(&context, "lora 8B r=32, decoding 64 rows of 64 adapters", 64, 1);
+    time_training(&context, &smol, 32, 1, 1024, false);
+    time_training(&context, &b8, 32, 1, 350, false);
+    time_training(&context, &b8, 32, 1, 4096, true);
+    time_training(&context, &b8, 32, 1, 4096, false);
+    time_training(&context, &b8, 8, 40, 350, false);
+    time_training(&context, &b17, 32, 40, 350, false);
+    check_end();
+    cuda_context_close(&context);
+}
+
+int main(void)
+{
+    test_type(CUDA_TYPE_F32);
+    test_type(CUDA_TYPE_BF16);
+    test_gemm_way();
+    if (!getenv("CLAAS_TEST_NO_TIMES"))
+        time_all();
+    return check_finish();
+}
