@@ -30,6 +30,7 @@ enum {
     OPTION_LISTEN = 256,
     OPTION_DATA,
     OPTION_MODEL,
+    OPTION_DEVICE,
     OPTION_TEMPLATE,
     OPTION_ROLES,
     OPTION_CONNECT
@@ -39,6 +40,7 @@ static const struct argp_option options[] = {
     {"listen", OPTION_LISTEN, "ADDR:PORT", 0, "where HTTP is served; port 0 = any free one", 0},
     {"data", OPTION_DATA, "DIR", 0, "directory of everything durable", 0},
     {"model", OPTION_MODEL, "PATH", 0, "GGUF file, Hugging Face directory, or random:NAME", 0},
+    {"device", OPTION_DEVICE, "NAME", 0, "what computes: auto, cpu or cuda", 0},
     {"config", 'c', "FILE", 0, "settings (YAML); docs/configuration.md lists them", 0},
     {"set", 's', "KEY=VALUE", 0, "one setting; may be given again", 0},
     {"chat-template", OPTION_TEMPLATE, "NAME", 0, "template family instead of the model's own", 0},
@@ -83,6 +85,9 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         break;
     case OPTION_MODEL:
         add_override(state, "model", value);
+        break;
+    case OPTION_DEVICE:
+        add_override(state, "device.name", value);
         break;
     case OPTION_TEMPLATE:
         add_override(state, "chat_template", value);
