@@ -44,6 +44,8 @@ struct cuda_context {
     bool lost;    /* a sticky error was seen: nothing works any more */
 };
 
+/* Whether there is a usable driver and a card: 0, or UNSUPPORTED with one clear line. */
+int cuda_find_device(void);
 /* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, a
  * driver or a card too old (below sm_80). */
 int cuda_context_open(enum cuda_type act, struct cuda_context *ret);

@@ -12,6 +12,16 @@ static const struct claas_backend_ops *const cuda_backend = &claas_backend_cuda;
 static const struct claas_backend_ops *const cuda_backend = NULL;
 #endif
 
+int claas_device_cards(struct claas_cards *ret)
+{
+    *ret = (struct claas_cards){0};
+#ifdef CLAAS_CUDA
+    return claas_cuda_cards(ret);
+#else
+    return claas_fail(CLAAS_ERR_UNSUPPORTED, "this program was built without CUDA");
+#endif
+}
+
 static int open_cuda(const struct claas_device_options *options, claas_model_t *model,
                      claas_device_t **ret)
 {
