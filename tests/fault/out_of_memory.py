@@ -28,12 +28,8 @@ def device_of(server):
     return server.health()["model"]["device"]
 
 
-def at_rest(device):
-    return sum(device["bytes_" + use] for use in ("weights", "kv", "adapters", "workspace"))
-
-
 def errors_of(job):
-    return [event for event in job["events"] if event["kind"] == "error"]
+    return [event for event in job["events"] if event.get("error")]
 
 
 def chat_goes_on(server):
@@ -54,7 +50,8 @@ def learn_unlimited(make, args):
     server = make().start()
     try:
         server.init(NAME)
-        rest = at_rest(device_of(server))
+        server.chat(NAME)
+        rest = device_of(server)["bytes_peak"]
         reply = server.feedback(NAME, timeout=300)
         peak = device_of(server)["bytes_peak"]
         if server.stop() != 0:
@@ -116,7 +113,7 @@ def main():
                           binary=args.claas, environment=environment)
 
         limit = learn_unlimited(make, args)
-        environment = {"CLAAS_CUDA_MEMORY_LIMIT": str(limit)} if args.device == "cuda" else {"CLAAS_DEVICE_FAULT": "no_memory:1"}
+        environment = {"CLAAS_CUDA_MEMORY_LIMIT": str(limit)} if args.device == "cuda" else {"CLAAS_DEVICE_FAULT": "NO_MEMORY:1"}
         job_id = starve(make, environment)
         print(f"out of memory, then with all of it: the job ended {recover(make, job_id)}")
     return 0
