@@ -10,6 +10,7 @@ The last line is one JSON object. Exit 1 if a version was not the one served, or
 """
 import argparse
 import json
+import math
 import pathlib
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def teach(server, name, rounds, seed):
 
 def quantile(ordered, share):
     """Nearest rank."""
-    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3) if ordered else None
+    return round(ordered[max(0, math.ceil(share * len(ordered)) - 1)], 3) if ordered else None
 
 
 def measure(args, tenants):
