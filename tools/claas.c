@@ -15,6 +15,7 @@ static const struct cli_verb verbs[] = {
     {"lora", verb_lora, "make, list, show, delete, roll back, export or import adapters"},
     {"model", verb_model, "show a base model, or measure how it is best shown feedback"},
     {"bench", claas_bench_main, "measure training steps, learning cycles, decoding and prefill"},
+    {"gpu", verb_gpu, "show the CUDA cards, and what a server holds on its device"},
     {"health", verb_health, "ask a server how it is"},
     {"version", verb_version, "print the version"},
 };

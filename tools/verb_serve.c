@@ -15,6 +15,7 @@
 #include "claas/log.h"
 #include "claas/mem.h"
 #include "process.h"
+#include "supervise.h"
 #include "verbs.h"
 
 #define OVERRIDES_MAX 128
@@ -24,28 +25,47 @@ struct serve_args {
     const char *overrides[OVERRIDES_MAX]; /* "key=value", in order */
     char *owned[OVERRIDES_MAX];           /* those made from options */
     size_t count;
+    bool supervise;
+    bool beside; /* --role: joins the server of its data directory */
 };
 
 enum {
     OPTION_LISTEN = 256,
     OPTION_DATA,
     OPTION_MODEL,
+    OPTION_DEVICE,
     OPTION_TEMPLATE,
     OPTION_ROLES,
-    OPTION_CONNECT
+    OPTION_ROLE,
+    OPTION_CONNECT,
+    OPTION_SUPERVISE
 };
 
 static const struct argp_option options[] = {
     {"listen", OPTION_LISTEN, "ADDR:PORT", 0, "where HTTP is served; port 0 = any free one", 0},
     {"data", OPTION_DATA, "DIR", 0, "directory of everything durable", 0},
     {"model", OPTION_MODEL, "PATH", 0, "GGUF file, Hugging Face directory, or random:NAME", 0},
+    {"device", OPTION_DEVICE, "NAME", 0, "what computes: auto, cpu or cuda", 0},
     {"config", 'c', "FILE", 0, "settings (YAML); docs/configuration.md lists them", 0},
     {"set", 's', "KEY=VALUE", 0, "one setting; may be given again", 0},
     {"chat-template", OPTION_TEMPLATE, "NAME", 0, "template family instead of the model's own", 0},
     {"roles", OPTION_ROLES, "A,B", 0, "actors of this process", 0},
+    {"role", OPTION_ROLE, "A", 0,
+     "these actors alone, beside the server of the same --data, which runs with --roles of the "
+     "others",
+     0},
     {"connect", OPTION_CONNECT, "ENDPOINT", 0, "join the node at this ipc:// address", 0},
+    {"supervise", OPTION_SUPERVISE, NULL, 0,
+     "start the server again after a crash or a lost device", 0},
     {0},
 };
+
+/* Takes over `text`, "key=value"; there is room. */
+static void own_override(struct serve_args *args, char *text)
+{
+    args->owned[args->count] = text;
+    args->overrides[args->count++] = text;
+}
 
 static void add_override(struct argp_state *state, const char *key, const char *value)
 {
@@ -53,13 +73,10 @@ static void add_override(struct argp_state *state, const char *key, const char *
 
     if (args->count == OVERRIDES_MAX)
         argp_error(state, "more than %d settings", OVERRIDES_MAX);
-    if (key) {
-        args->owned[args->count] = claas_format("%s=%s", key, value);
-        args->overrides[args->count] = args->owned[args->count];
-    } else {
-        args->overrides[args->count] = value;
-    }
-    args->count++;
+    if (key)
+        own_override(args, claas_format("%s=%s", key, value));
+    else
+        args->overrides[args->count++] = value;
 }
 
 static error_t parse_option(int key, char *value, struct argp_state *state)
@@ -84,14 +101,24 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
     case OPTION_MODEL:
         add_override(state, "model", value);
         break;
+    case OPTION_DEVICE:
+        add_override(state, "device.name", value);
+        break;
     case OPTION_TEMPLATE:
         add_override(state, "chat_template", value);
         break;
     case OPTION_ROLES:
         add_override(state, "roles", value);
         break;
+    case OPTION_ROLE:
+        add_override(state, "roles", value);
+        args->beside = true;
+        break;
     case OPTION_CONNECT:
         add_override(state, "connect", value);
+        break;
+    case OPTION_SUPERVISE:
+        args->supervise = true;
         break;
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument '%s'", value);
@@ -126,7 +153,8 @@ static const struct argp serve_argp = {
     .help_filter = add_settings,
     .doc = "Runs the server: chat and feedback over HTTP and ZeroMQ.\v"
            "Prints one line `listening on http://ADDR:PORT` when it is ready. SIGTERM drains and "
-           "ends it. "
+           "ends it. Ends with 75 when its device was lost: --supervise, or a service manager, "
+           "starts it again. "
            "Settings come from, in rising order: the defaults, --config, CLAAS_* of the "
            "environment, the "
            "command line.",
@@ -196,11 +224,11 @@ static int load_config(struct serve_args *args, struct process *process)
     absolute = realpath(data, NULL);
     if (!absolute)
         return claas_fail_errno("data directory %s", data);
-    if (args->count == OVERRIDES_MAX)
-        return claas_fail(CLAAS_ERR_LIMIT, "more than %d settings", OVERRIDES_MAX - 1);
-    args->owned[args->count] = claas_format("data=%s", absolute);
-    args->overrides[args->count] = args->owned[args->count];
-    args->count++;
+    if (args->count + 2 > OVERRIDES_MAX)
+        return claas_fail(CLAAS_ERR_LIMIT, "more than %d settings", OVERRIDES_MAX - 2);
+    own_override(args, claas_format("data=%s", absolute));
+    if (args->beside && !claas_config_string(process->config, "connect")[0])
+        own_override(args, claas_format("connect=ipc://%s/claas.ipc", absolute));
     claas_config_free(&process->config);
     return claas_config_load(args->config_path, args->overrides, args->count, &process->config);
 }
@@ -243,20 +271,38 @@ static int run(struct serve_args *args, struct process *process)
     return claas_runtime_wait(process->runtime);
 }
 
-int verb_serve(int argc, char **argv)
+/* Nothing waits for a lost device, not even what would free it. The jobs are on disk. */
+static _Noreturn void end_without_device(struct process *process)
 {
-    struct serve_args args = {0};
-    struct process process = {0};
-    int rc;
+    claas_runtime_free(&process->runtime);
+    fprintf(stderr, "claas serve: ending with %d, to be started again\n", EXIT_CODE_AGAIN);
+    _exit(EXIT_CODE_AGAIN);
+}
 
-    argp_parse(&serve_argp, argc, argv, 0, NULL, &args);
-    rc = run(&args, &process);
+static int serve(void *arg)
+{
+    struct serve_args *args = arg;
+    struct process process = {0};
+    int rc = run(args, &process);
+
     if (rc < 0)
         fprintf(stderr, "claas serve: %s\n", claas_error_text());
+    if (rc == CLAAS_ERR_DEVICE_LOST)
+        end_without_device(&process);
     process_done(&process);
-    for (size_t i = 0; i < args.count; i++)
-        free(args.owned[i]);
     if (process.bad_config)
         return EXIT_CODE_CONFIG;
     return rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK;
+}
+
+int verb_serve(int argc, char **argv)
+{
+    struct serve_args args = {0};
+    int code;
+
+    argp_parse(&serve_argp, argc, argv, 0, NULL, &args);
+    code = args.supervise ? supervise(serve, &args) : serve(&args);
+    for (size_t i = 0; i < args.count; i++)
+        free(args.owned[i]);
+    return code;
 }

@@ -8,6 +8,7 @@ enum exit_code {
     EXIT_CODE_FAILED = 1, /* the thing asked for did not work */
     EXIT_CODE_CONFIG = 2, /* the configuration is wrong */
     EXIT_CODE_USAGE = 64, /* the command line is wrong */
+    EXIT_CODE_AGAIN = 75, /* the device was lost: start the server again (EX_TEMPFAIL) */
 };
 
 int verb_serve(int argc, char **argv);
@@ -16,6 +17,7 @@ int verb_feedback(int argc, char **argv);
 int verb_jobs(int argc, char **argv);
 int verb_lora(int argc, char **argv);
 int verb_model(int argc, char **argv);
+int verb_gpu(int argc, char **argv);
 int verb_health(int argc, char **argv);
 int verb_version(int argc, char **argv);
 /* bench.c */

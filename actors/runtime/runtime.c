@@ -24,6 +24,7 @@
 
 #define JOIN_MS 10000
 #define STOP_MS 5000
+#define LOST_MS 3000 /* without a device there is little to finish */
 
 struct claas_runtime {
     struct claas_switch *sw;
@@ -100,6 +101,8 @@ int claas_runtime_wait(claas_runtime_t *runtime)
         }
         await_change(runtime, INT64_MAX);
     }
+    if (failure == CLAAS_ERR_DEVICE_LOST && runtime->drain_ms > LOST_MS)
+        runtime->drain_ms = LOST_MS;
     return failure;
 }
 

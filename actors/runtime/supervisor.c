@@ -9,7 +9,8 @@
  * One thread starts actors again: after 0.2 s, doubling up to 30 s, with up to a quarter of jitter;
  * a minute of health resets it. Each life has a new incarnation number. Too many restarts mean that
  * restarting does not help: claas_runtime_wait returns the failure, and whoever started the process
- * decides. So it does for an actor whose loop has not turned for ten minutes. */
+ * decides. So it does for an actor whose loop has not turned for ten minutes, and at once for one
+ * whose device was lost: a device is the process's, only a new process gets a new one. */
 #include "supervisor.h"
 
 #include "actor_internal.h"
@@ -300,12 +301,12 @@ static void plan_restart(struct supervisor *supervisor, struct slot *slot)
     if (slot->has_thread)
         pthread_join(slot->thread, NULL); /* it is past its last line: no wait */
     slot->has_thread = false;
-    if (is_too_often(slot, now)) {
+    if (slot->rc == CLAAS_ERR_DEVICE_LOST || is_too_often(slot, now)) {
         int code = slot->rc < 0 ? slot->rc : CLAAS_ERR_INTERNAL;
 
         slot->state = SLOT_STOPPED;
-        snprintf(supervisor->failure_text, sizeof(supervisor->failure_text),
-                 "%s failed again and again: %s", slot->name,
+        snprintf(supervisor->failure_text, sizeof(supervisor->failure_text), "%s%s: %s", slot->name,
+                 code == CLAAS_ERR_DEVICE_LOST ? "" : " failed again and again",
                  slot->text[0] ? slot->text : claas_err_text(code));
         give_up(supervisor, code);
         return;

@@ -23,6 +23,7 @@ struct entry {
     struct entry *next;
     char uid[65];
     int version;
+    char *directory;
     claas_adapter_t *adapter; /* NULL while it loads */
     uint64_t load_id;
     uint64_t used; /* tick of the last use */
@@ -58,6 +59,7 @@ static void entry_free(struct entry *entry)
     }
     if (entry->adapter)
         claas_adapter_unref(&entry->adapter);
+    free(entry->directory);
     free(entry);
 }
 
@@ -87,8 +89,8 @@ static void entry_remove(struct adapter_cache *cache, struct entry *entry)
 }
 
 /* Makes room for one more of an adapter (NULL: of any) if `limit` are there; entries that are still
- * loading stay. Requests in flight hold their own references. */
-static void make_room(struct adapter_cache *cache, const char *uid, size_t limit)
+ * loading stay. Requests in flight hold their own references. True if one was dropped. */
+static bool make_room(struct adapter_cache *cache, const char *uid, size_t limit)
 {
     struct entry *oldest = NULL;
     size_t count = 0;
@@ -100,21 +102,34 @@ static void make_room(struct adapter_cache *cache, const char *uid, size_t limit
         if (e->adapter && (!oldest || e->used < oldest->used))
             oldest = e;
     }
-    if (count >= limit && oldest)
-        entry_remove(cache, oldest);
+    if (count < limit || !oldest)
+        return false;
+    entry_remove(cache, oldest);
+    return true;
 }
 
-static struct entry *entry_add(struct adapter_cache *cache, const char *uid, int version)
+static struct entry *entry_add(struct adapter_cache *cache, const char *uid, int version,
+                               const char *directory)
 {
     struct entry *entry = CLAAS_NEW(struct entry);
 
-    if (!entry)
+    if (entry)
+        entry->directory = claas_strdup(directory);
+    if (!entry || !entry->directory) {
+        free(entry);
         return NULL;
+    }
     snprintf(entry->uid, sizeof(entry->uid), "%s", uid);
     entry->version = version;
     entry->next = cache->entries;
     cache->entries = entry;
     return entry;
+}
+
+static int load(struct adapter_cache *cache, struct entry *entry)
+{
+    return claas_device_adapter_load(cache->client, entry->directory, CLAAS_ADAPTER_SERVE,
+                                     &entry->load_id);
 }
 
 int adapter_cache_get(struct adapter_cache *cache, const char *uid, int version,
@@ -134,11 +149,10 @@ int adapter_cache_get(struct adapter_cache *cache, const char *uid, int version,
     if (!entry) {
         make_room(cache, uid, VERSIONS_MAX);
         make_room(cache, NULL, cache->limit);
-        entry = entry_add(cache, uid, version);
+        entry = entry_add(cache, uid, version, directory);
         if (!entry)
             return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-        rc = claas_device_adapter_load(cache->client, directory, CLAAS_ADAPTER_SERVE,
-                                       &entry->load_id);
+        rc = load(cache, entry);
         if (rc < 0) {
             entry_remove(cache, entry);
             return rc;
@@ -193,6 +207,9 @@ bool adapter_cache_event(struct adapter_cache *cache, struct claas_device_event 
         entry->adapter = CLAAS_TAKE(event->adapter);
         entry->used = ++cache->tick;
         serve_waiters(entry, 0, NULL);
+    } else if (event->error == CLAAS_ERR_NO_MEMORY && make_room(cache, NULL, 0) &&
+               load(cache, entry) == 0) {
+        return true; /* the device's bytes are the true limit: once more, with one adapter less */
     } else {
         serve_waiters(entry, event->error ? event->error : CLAAS_ERR_INTERNAL, event->text);
         entry_remove(cache, entry);

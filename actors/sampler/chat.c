@@ -10,6 +10,7 @@
 #include "claas/chat_template.h"
 #include "claas/clock.h"
 #include "claas/err.h"
+#include "claas/log.h"
 #include "claas/mem.h"
 #include "claas/metrics.h"
 #include "claas/random.h"
@@ -46,8 +47,14 @@ void chat_free(struct chat *chat)
     free(chat);
 }
 
+/* Out of memory is said as what it is for who chats: too much at the same time. */
 static void chat_fail(struct chat *chat, int code, const char *text)
 {
+    if (code == CLAAS_ERR_NO_MEMORY) {
+        claas_warning("a chat is refused: %s", text);
+        code = CLAAS_ERR_OVERLOADED;
+        text = "the device's memory is full, try again later";
+    }
     claas_actor_reply_error(chat->sampler->actor, &chat->reply_to, code, text);
     chat_free(chat);
 }
@@ -248,6 +255,7 @@ void chat_event(struct chat *chat, struct choice *choice, const struct claas_dev
 static void adapter_ready(void *arg, claas_adapter_t *adapter, int error, const char *text)
 {
     struct chat *chat = arg;
+    char name[sizeof(chat->lora_id) + 16];
 
     if (error) {
         claas_fail(error, "LoRA %s@%d: %s", chat->lora_id, chat->version, text);
@@ -255,6 +263,8 @@ static void adapter_ready(void *arg, claas_adapter_t *adapter, int error, const 
         return;
     }
     chat->adapter = adapter;
+    snprintf(name, sizeof(name), "%s@%d", chat->lora_id, chat->version);
+    claas_adapter_set_name(adapter, name);
     start_generation(chat);
 }
 

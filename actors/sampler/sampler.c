@@ -21,6 +21,29 @@ static int handle_chat(void *self, claas_message_t *message)
     return chat_start(sampler, message);
 }
 
+#define ADAPTERS_SHOWN 64
+
+/* Everything this process's device holds, the trainer's too. */
+static void set_adapters(const struct sampler *sampler, cJSON *device)
+{
+    static const char *const uses[] = {[CLAAS_ADAPTER_SERVE] = "serve",
+                                       [CLAAS_ADAPTER_TRAIN] = "train",
+                                       [CLAAS_ADAPTER_KEEP] = "keep"};
+    struct claas_adapter_info adapters[ADAPTERS_SHOWN];
+    size_t count = claas_device_adapters(sampler->device, adapters, ADAPTERS_SHOWN);
+    cJSON *list = claas_json_set(device, "adapters", cJSON_CreateArray());
+
+    claas_json_set_int(device, "adapter_count", (int64_t)count);
+    for (size_t i = 0; i < count && i < ADAPTERS_SHOWN; i++) {
+        cJSON *one = cJSON_CreateObject();
+
+        claas_json_set_string(one, "name", adapters[i].name);
+        claas_json_set_string(one, "use", uses[adapters[i].use]);
+        claas_json_set_int(one, "bytes", (int64_t)adapters[i].bytes);
+        cJSON_AddItemToArray(list, one);
+    }
+}
+
 static cJSON *device_object(const struct sampler *sampler)
 {
     struct claas_device_stats stats;
@@ -41,6 +64,7 @@ static cJSON *device_object(const struct sampler *sampler)
     claas_json_set_int(device, "tokens_decoded", (int64_t)stats.tokens_decoded);
     claas_json_set_int(device, "tokens_trained", (int64_t)stats.tokens_trained);
     claas_json_set_int(device, "prefix_tokens_shared", (int64_t)stats.prefix_tokens_shared);
+    set_adapters(sampler, device);
     return device;
 }
 
@@ -94,6 +118,8 @@ static void device_readable(void *self, int fd)
 
     (void)fd;
     while (claas_device_client_next(sampler->client, &event) == 1) {
+        if (event.kind == CLAAS_EVENT_FAILED && event.error == CLAAS_ERR_DEVICE_LOST)
+            claas_actor_fail(sampler->actor, event.error, event.text);
         if (!adapter_cache_event(sampler->adapters, &event) &&
             find_choice(sampler, event.id, &chat, &choice))
             chat_event(chat, choice, &event);

@@ -156,6 +156,14 @@ static void park(struct cycle_run *run, int code, const char *text)
                  .state = "failed", .event = event, .result = result, .done = parked, .arg = run});
 }
 
+/* Memory comes back when chats end and adapters are dropped: it is given more time. */
+static int64_t retry_delay(int code, int64_t strikes)
+{
+    int64_t first = code == CLAAS_ERR_NO_MEMORY ? RETRY_FULL_MS : RETRY_FIRST_MS;
+
+    return first << (strikes < 6 ? strikes : 6);
+}
+
 static void struck(struct scheduler *scheduler, void *arg, int error, const char *text,
                    const cJSON *reply)
 {
@@ -171,15 +179,17 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     else if (run->job_count == 1 && strikes >= claas_config_int(scheduler->config, "cycle.retries"))
         park(run, failed->code, failed->text);
     else
-        part(run, RETRY_FIRST_MS << (strikes < 6 ? strikes : 6));
+        part(run, retry_delay(failed->code, strikes));
     free(failed);
 }
 
-/* Failures that say nothing against the job: the peer is away or stops, the disk is full. */
+/* Failures that say nothing against the job: the peer is away or stops, the device is lost, the
+ * disk is full. */
 static bool is_blameless(int code)
 {
     return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_NO_SPACE ||
-           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CANCELLED;
+           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CANCELLED ||
+           code == CLAAS_ERR_DEVICE_LOST;
 }
 
 /* Failures that no retry mends. */

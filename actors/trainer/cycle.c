@@ -231,6 +231,7 @@ static void adapter_loaded(struct trainer *trainer, void *arg, struct claas_devi
         return;
     }
     cycle->adapter = CLAAS_TAKE(event->adapter);
+    claas_adapter_set_name(cycle->adapter, cycle->lora_id);
     rc = base_figures_measure(trainer, base_measured, cycle);
     if (rc < 0) {
         cycle_fail(cycle, rc, claas_error_text());
@@ -311,6 +312,7 @@ static void copied(struct trainer *trainer, void *arg, struct claas_device_event
         return;
     }
     cycle->kept = CLAAS_TAKE(event->adapter);
+    claas_adapter_set_name(cycle->kept, cycle->lora_id);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
 }

@@ -1,7 +1,11 @@
 /* Who waits for which device request: a short list, searched linearly (tens of entries). */
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "claas/err.h"
+#include "claas/log.h"
 #include "claas/mem.h"
 #include "trainer_internal.h"
 
@@ -40,6 +44,30 @@ static bool is_last(const struct claas_device_event *event)
     return event->kind != CLAAS_EVENT_TOKEN;
 }
 
+/* What holds the device's memory, behind the sentence that says which allocation failed: a job that
+ * failed for it shows both. */
+static void add_memory_map(const struct trainer *trainer, struct claas_device_event *event)
+{
+    size_t used = strnlen(event->text, sizeof(event->text));
+    struct claas_device_stats s;
+
+    claas_device_stats(trainer->device, &s);
+    snprintf(event->text + used, sizeof(event->text) - used,
+             " (MB: weights %" PRIu64 ", keys and values %" PRIu64 ", adapters %" PRIu64
+             ", workspace %" PRIu64 ", at most %" PRIu64 ")",
+             s.bytes_weights / 1000000, s.bytes_kv / 1000000, s.bytes_adapters / 1000000,
+             s.bytes_workspace / 1000000, s.bytes_peak / 1000000);
+    claas_warning("%s", event->text);
+}
+
+static void look_at_failure(struct trainer *trainer, struct claas_device_event *event)
+{
+    if (event->error == CLAAS_ERR_NO_MEMORY)
+        add_memory_map(trainer, event);
+    else if (event->error == CLAAS_ERR_DEVICE_LOST)
+        claas_actor_fail(trainer->actor, event->error, event->text);
+}
+
 void device_calls_pump(struct trainer *trainer)
 {
     struct claas_device_event event;
@@ -47,6 +75,8 @@ void device_calls_pump(struct trainer *trainer)
     while (claas_device_client_next(trainer->client, &event) == 1) {
         struct device_call **link = &trainer->calls;
 
+        if (event.kind == CLAAS_EVENT_FAILED)
+            look_at_failure(trainer, &event);
         while (*link && (*link)->id != event.id)
             link = &(*link)->next;
         if (*link) {

@@ -65,6 +65,21 @@ struct claas_device_floor {
 };
 int claas_device_floor(const struct claas_device_options *options, struct claas_device_floor *ret);
 
+/* The CUDA cards of this machine, whether a device is open or not. UNSUPPORTED with one clear line
+ * when there is none, no driver, or no CUDA in this program. */
+#define CLAAS_CARDS_MAX 16
+struct claas_card {
+    char name[64];
+    int major, minor; /* compute capability */
+    uint64_t bytes, bytes_free;
+};
+struct claas_cards {
+    int driver, runtime; /* CUDA versions, 1000 * major + 10 * minor: newest of the driver, ours */
+    int count;
+    struct claas_card cards[CLAAS_CARDS_MAX];
+};
+int claas_device_cards(struct claas_cards *ret);
+
 int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret);
 /* Cancels the client's requests and drops its events. */
 void claas_device_client_free(claas_device_client_t **client);
@@ -99,6 +114,18 @@ claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
 /* Drops a reference and nulls the pointer. */
 void claas_adapter_unref(claas_adapter_t **adapter);
 struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter);
+/* What claas_device_adapters calls it: "me/chat@3". */
+void claas_adapter_set_name(claas_adapter_t *adapter, const char *name);
+
+/* What the device holds of adapters, for people who look. */
+struct claas_adapter_info {
+    char name[288]; /* as its owner called it, "" if it did not */
+    enum claas_adapter_use use;
+    uint64_t bytes; /* of the device; of KEEP, of the host */
+};
+/* Fills `ret` with the youngest `max`; returns how many there are in all. */
+size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_info *ret,
+                             size_t max);
 
 /* --- generation
  * -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret);
 int claas_runtime_start(claas_runtime_t *runtime, const struct claas_actor_class *actor_class,
                         const char *name, const void *args);
 /* Waits for SIGTERM or SIGINT (block both in main before any thread starts), or until an actor was
- * restarted too often. 0 after a signal. SIGHUP is ignored. */
+ * restarted too often, or failed with DEVICE_LOST, which no restart of an actor mends: the process
+ * should end then, and gets little time to drain. 0 after a signal. SIGHUP is ignored. */
 int claas_runtime_wait(claas_runtime_t *runtime);
 /* Drains actors in reverse order of their start within the configured time (a second signal cuts it
  * short), stops them, closes the switch. */

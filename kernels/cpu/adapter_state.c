@@ -97,13 +97,18 @@ int claas_cpu_adapter_new(claas_backend_t *backend, const struct claas_lora_conf
     return 0;
 }
 
+uint64_t claas_cpu_adapter_bytes(const claas_backend_adapter_t *adapter)
+{
+    return adapter->panels.bytes + adapter->masters.bytes;
+}
+
 void claas_cpu_adapter_free(claas_backend_t *backend, claas_backend_adapter_t **adapter)
 {
     claas_backend_adapter_t *a = *adapter;
 
     if (!a)
         return;
-    atomic_fetch_sub(&backend->bytes_adapters, a->panels.bytes + a->masters.bytes);
+    atomic_fetch_sub(&backend->bytes_adapters, claas_cpu_adapter_bytes(a));
     claas_cpu_region_done(&a->panels);
     claas_cpu_region_done(&a->masters);
     free(a);

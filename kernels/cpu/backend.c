@@ -123,6 +123,7 @@ const struct claas_backend_ops claas_backend_cpu = {
     .memory = report_memory,
     .adapter_new = claas_cpu_adapter_new,
     .adapter_free = claas_cpu_adapter_free,
+    .adapter_bytes = claas_cpu_adapter_bytes,
     .adapter_upload = claas_cpu_adapter_upload,
     .adapter_download = claas_cpu_adapter_download,
     .forward = claas_cpu_forward,

@@ -127,6 +127,7 @@ static inline const void *claas_cpu_b_panels(const claas_backend_adapter_t *adap
 int claas_cpu_adapter_new(claas_backend_t *backend, const struct claas_lora_config *lora,
                           enum claas_adapter_use use, claas_backend_adapter_t **ret);
 void claas_cpu_adapter_free(claas_backend_t *backend, claas_backend_adapter_t **adapter);
+uint64_t claas_cpu_adapter_bytes(const claas_backend_adapter_t *adapter);
 int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                              const struct claas_adapter_image *image);
 int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,

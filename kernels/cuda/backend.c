@@ -214,6 +214,7 @@ const struct claas_backend_ops claas_backend_cuda = {
     .kv_blocks = count_kv_blocks,
     .adapter_new = adapter_new,
     .adapter_free = adapter_free,
+    .adapter_bytes = adapter_bytes,
     .adapter_upload = adapter_upload,
     .adapter_download = adapter_download,
     .forward = cuda_forward,

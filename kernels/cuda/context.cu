@@ -185,7 +185,7 @@ void *cuda_take(struct cuda_arena *arena, size_t bytes)
 
 /* --- opening --- */
 
-static int find_device(void)
+int cuda_find_device(void)
 {
     int count = 0, driver = 0;
     cudaError_t code = cudaGetDeviceCount(&count);
@@ -279,7 +279,7 @@ static int read_limit(struct cuda_context *context)
 int cuda_context_open(enum cuda_type act, struct cuda_context *ret)
 {
     struct cuda_context context;
-    int rc = find_device();
+    int rc = cuda_find_device();
 
     memset(&context, 0, sizeof(context));
     (void)pthread_mutex_init(&context.capture, NULL);

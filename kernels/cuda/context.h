@@ -67,6 +67,8 @@ struct cuda_context {
     pthread_mutex_t capture;
 };
 
+/* Whether there is a usable driver and a card: 0, or UNSUPPORTED with one clear line. */
+int cuda_find_device(void);
 /* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, a
  * driver or a card too old (below sm_80). CLAAS_CUDA_MEMORY_LIMIT=BYTES makes the card as small as
  * that for cuda_region_new: to see on a large card what happens on a full one. */

@@ -9,6 +9,8 @@ extern "C" {
 #endif
 
 extern const struct claas_backend_ops claas_backend_cuda;
+/* claas_device_cards, where there is CUDA. */
+int claas_cuda_cards(struct claas_cards *ret);
 
 #ifdef __cplusplus
 }

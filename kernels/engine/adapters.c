@@ -4,6 +4,7 @@
  * meets what it was before. */
 #include "engine/engine.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 static void link_adapter(claas_device_t *device, claas_adapter_t *adapter)
@@ -114,6 +115,42 @@ void claas_adapter_unref(claas_adapter_t **ref)
 struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter)
 {
     return adapter->lora;
+}
+
+void claas_adapter_set_name(claas_adapter_t *adapter, const char *name)
+{
+    claas_device_t *device = adapter->device;
+
+    if (device == NULL)
+        return;
+    pthread_mutex_lock(&device->lock);
+    (void)snprintf(adapter->name, sizeof(adapter->name), "%s", name);
+    pthread_mutex_unlock(&device->lock);
+}
+
+static uint64_t bytes_of(const claas_device_t *device, const claas_adapter_t *adapter)
+{
+    if (adapter->backend != NULL)
+        return device->ops->adapter_bytes(adapter->backend);
+    /* Weights and two moments. */
+    return 3 * sizeof(float) * claas_lora_parameter_count(&device->config, &adapter->lora);
+}
+
+size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_info *ret,
+                             size_t max)
+{
+    pthread_mutex_t *lock = (pthread_mutex_t *)&device->lock;
+    size_t count = 0;
+
+    pthread_mutex_lock(lock);
+    for (const claas_adapter_t *a = device->adapters; a != NULL; a = a->all_next, count++) {
+        if (count >= max)
+            continue;
+        ret[count] = (struct claas_adapter_info){.use = a->use, .bytes = bytes_of(device, a)};
+        (void)snprintf(ret[count].name, sizeof(ret[count].name), "%s", a->name);
+    }
+    pthread_mutex_unlock(lock);
+    return count;
 }
 
 void claas_adapters_sweep(claas_device_t *device)

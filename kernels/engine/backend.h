@@ -87,6 +87,8 @@ struct claas_backend_ops {
     int (*adapter_new)(claas_backend_t *backend, const struct claas_lora_config *lora,
                        enum claas_adapter_use use, claas_backend_adapter_t **ret);
     void (*adapter_free)(claas_backend_t *backend, claas_backend_adapter_t **adapter);
+    /* Of the device's memory. */
+    uint64_t (*adapter_bytes)(const claas_backend_adapter_t *adapter);
     /* From / to a host image; SERVE or TRAIN, and of TRAIN only. Moments and step are taken if
      * present (TRAIN), else zero. The download allocates. */
     int (*adapter_upload)(claas_backend_t *backend, claas_backend_adapter_t *adapter,

@@ -227,6 +227,8 @@ int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(v
     device->model = model;
     device->config = *claas_model_config(model);
     rc = take_options(device, options);
+    if (rc == 0)
+        rc = claas_fault_read(&device->fault);
     if (rc < 0)
         return rc;
     sigfillset(&all);

@@ -17,6 +17,7 @@
 #include "claas/err.h"
 #include "claas/mem.h"
 #include "engine/backend.h"
+#include "engine/fault.h"
 #include "engine/kv.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
@@ -85,6 +86,7 @@ struct claas_adapter {
     struct claas_adapter_image image; /* KEEP: all there is; never changed */
     struct claas_lora_config lora;
     enum claas_adapter_use use;
+    char name[288]; /* device->lock */
     claas_adapter_t *next_dead;
     claas_adapter_t *all_next, *all_prev; /* device->adapters */
     /* Of the compute thread: */
@@ -162,6 +164,7 @@ struct claas_device {
     struct claas_queue lane;             /* training, copies, saves, by age */
     uint64_t lane_scan;
     struct claas_training *current; /* the training step under way */
+    struct claas_fault fault;
     int64_t slice_start, last_yield;
     uint64_t last_identity;
     bool streaming; /* the pass being built delays a chat's next token */

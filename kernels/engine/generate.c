@@ -360,8 +360,10 @@ static int plan(claas_device_t *device)
 
 static int run_pass(claas_device_t *device, int count)
 {
-    int samples = 0;
+    int samples = 0, rc = claas_fault_pass(&device->fault);
 
+    if (rc < 0)
+        return rc;
     for (int i = 0; i < count; i++) {
         struct claas_sequence *seq = device->planned[i];
 

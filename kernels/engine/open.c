@@ -17,6 +17,16 @@ static int fail_without_cuda(void)
     return claas_fail(CLAAS_ERR_UNSUPPORTED, "this program was built without CUDA");
 }
 
+int claas_device_cards(struct claas_cards *ret)
+{
+    *ret = (struct claas_cards){0};
+#ifdef CLAAS_CUDA
+    return claas_cuda_cards(ret);
+#else
+    return fail_without_cuda();
+#endif
+}
+
 static int open_cuda(const struct claas_device_options *options, claas_model_t *model,
                      claas_device_t **ret)
 {

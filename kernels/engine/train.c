@@ -297,7 +297,10 @@ static void run_training(claas_device_t *device, struct claas_training *training
     device->current = training;
     device->slice_start = device->last_yield = device->now();
     mark_training(training, true);
-    rc = device->ops->train(device->backend, &training->train, &last->trained);
+    rc = training->train.update ? claas_fault_step(&device->fault)
+                                : claas_fault_pass(&device->fault);
+    if (rc == 0)
+        rc = device->ops->train(device->backend, &training->train, &last->trained);
     mark_training(training, false);
     device->current = NULL;
     if (rc < 0 ? rc != CLAAS_ERR_CANCELLED : last->trained.finite)

@@ -12,7 +12,7 @@ def test_help(claas):
     top = claas("--help")
     assert top.returncode == 0 and top.stderr == ""
     verbs = re.findall(r"^  (\w+) ", top.stdout, re.M)
-    assert verbs == ["serve", "chat", "feedback", "jobs", "lora", "model", "bench", "health", "version"]
+    assert verbs == ["serve", "chat", "feedback", "jobs", "lora", "model", "bench", "gpu", "health", "version"]
     for verb in verbs:
         for arguments in (("help", verb), (verb, "--help")):
             done = claas(*arguments)
@@ -51,6 +51,24 @@ def test_no_server(claas):
     done = claas("health", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1 and "no server at http://127.0.0.1:9" in done.stderr
     assert claas("health", "--url", "nonsense").returncode == 1
+
+
+def test_gpu(claas, server):
+    """Here without a card: one line says so, and what the server holds is shown all the same."""
+    server.init("gpu/one")
+    server.feedback("gpu/one")
+    server.chat("gpu/one")
+    done = claas("gpu")
+    has_card = done.returncode == 0
+    assert has_card or (done.returncode == 1 and done.stderr.count("\n") == 1 and "CUDA" in done.stderr), done
+    assert "weights" in done.stdout and re.search(r"gpu/one@1 +serve +\d+", done.stdout), done.stdout
+    body = json.loads(claas("gpu", "--json").stdout)
+    assert bool(body["cards"]) == has_card
+    assert body["device"]["bytes_weights"] > 0
+    resident = {adapter["name"]: adapter for adapter in body["device"]["adapters"]}
+    assert resident["gpu/one@1"]["use"] == "serve" and 0 < resident["gpu/one@1"]["bytes"] <= body["device"]["bytes_adapters"]
+    alone = claas("gpu", "--json", "--url", "http://127.0.0.1:9")
+    assert json.loads(alone.stdout)["device"] is None
 
 
 def test_health(claas):

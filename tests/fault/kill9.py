@@ -4,7 +4,7 @@
 After every kill the server must start again. In the end every acknowledged feedback has ended done or rejected, exactly once,
 every version directory is whole, and the versions form a chain without holes.
 
-  kill9.py --claas build/tools/claas [--model random:tiny-llama] [--kills 100] [--seed 1] [--set key=value]...
+  kill9.py --claas build/tools/claas [--model random:tiny-llama] [--kills 100] [--seconds S] [--seed 1] [--set key=value]...
 """
 import argparse
 import http.client
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--claas", required=True)
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no more kills after so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--longest", type=float, default=0.6, help="longest life of a server in seconds")
     parser.add_argument("--set", action="append", default=[])
@@ -115,12 +116,14 @@ def main():
         adapters = ["a/one", "a/two", "b/three"]
         for name in adapters:
             server.init(name)
-        load = Load(server, adapters, args.seed)
+        load, kills = Load(server, adapters, args.seed), 0
         try:
-            for _ in range(args.kills):
+            end = time.monotonic() + args.seconds
+            while kills < args.kills and time.monotonic() < end:
                 time.sleep(chance.uniform(0.02, args.longest))
                 server.kill()
                 server.start()
+                kills += 1
         finally:
             load.stop()
         try:
@@ -134,7 +137,7 @@ def main():
         directories = check_directories(server.data)
         if load.failures:
             raise SystemExit(f"FAIL {load.failures[0]}")
-        print(f"{args.kills} kills, {len(load.jobs)} acknowledged feedbacks ended {states}, "
+        print(f"{kills} kills, {len(load.jobs)} acknowledged feedbacks ended {states}, "
               f"{directories} version directories whole, exit {code}")
         sys.exit(0 if code == 0 and load.jobs else 1)
 

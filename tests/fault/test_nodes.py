@@ -123,3 +123,28 @@ def test_two_nodes_of_one_kind(pair):
         second.kill()
     pair.main.init("a/one")
     assert pair.main.feedback("a/one")["status"] == "ok"
+
+
+def test_trainer_alone(tmp_path):
+    """A server without a trainer, and the trainer beside it by --role: its lost device is its own end, not the server's."""
+    main = Server(tmp_path / "db", arguments=["--roles", "bridge,storage,scheduler,sampler"])
+    alone = [Server(tmp_path / "db", arguments=["--role", "trainer"], log=tmp_path / "trainer.log", environment=environment)
+             for environment in ({"CLAAS_DEVICE_FAULT": "DEVICE_LOST:1"}, {})]
+    try:
+        main.start()
+        assert main.health()["worker"]["status"] == "unhealthy"
+        alone[0].start()
+        main.wait_until(lambda: main.health()["status"] == "healthy", what="a joined trainer")
+        main.init("a/one")
+        job_id = main.feedback("a/one", wait=False)["job_id"]
+        assert alone[0].wait(20) == 75, alone[0].log()
+        assert main.chat("a/one")["choices"]
+        assert ends_of(main.job(job_id)) == []
+        alone[1].start()
+        job = main.wait_state(job_id, seconds=60)
+        assert ends_of(job) == ["done"] and main.versions("a/one")["current"] == 1
+        assert alone[1].stop() == 0
+        assert main.stop() == 0
+    finally:
+        for server in (*alone, main):
+            server.kill()

@@ -683,6 +683,7 @@ static void test_absent_peers_are_no_strikes(void **state)
 
     fail_next(CLAAS_MSG_CYCLE_BEGIN, 1, CLAAS_ERR_UNAVAILABLE, false);
     fail_next(CLAAS_MSG_CYCLE_STEP, 1, CLAAS_ERR_NOT_FOUND, false); /* the trainer started anew */
+    fail_next(CLAAS_MSG_CYCLE_STAGE, 1, CLAAS_ERR_DEVICE_LOST, false);
     fail_next(CLAAS_MSG_VERSION_PUBLISH, 1, CLAAS_ERR_OVERLOADED, false);
     rig_start(rig);
     submit(rig, "me/a", "shorter");

@@ -145,6 +145,11 @@ static int new_adapter(claas_backend_t *backend, const struct claas_lora_config 
     return 0;
 }
 
+static uint64_t adapter_bytes(const claas_backend_adapter_t *adapter)
+{
+    return adapter->use == CLAAS_ADAPTER_TRAIN ? 1000 : 100;
+}
+
 static void free_adapter(claas_backend_t *backend, claas_backend_adapter_t **adapter)
 {
     free((*adapter)->parameters);
@@ -355,6 +360,7 @@ const struct claas_backend_ops fake_backend = {
     .memory = memory,
     .adapter_new = new_adapter,
     .adapter_free = free_adapter,
+    .adapter_bytes = adapter_bytes,
     .adapter_upload = upload,
     .adapter_download = download,
     .forward = forward,

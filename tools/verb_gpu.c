@@ -1,0 +1,143 @@
+/* `claas gpu`: the cards of this machine, and what a running server holds on its device. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "claas/device.h"
+#include "claas/err.h"
+#include "claas/mem.h"
+#include "cli.h"
+#include "http_client.h"
+#include "table.h"
+#include "verbs.h"
+
+static void set_version(cJSON *body, const char *key, int version)
+{
+    char text[24];
+
+    snprintf(text, sizeof(text), "%d.%d", version / 1000, version % 1000 / 10);
+    claas_json_set_string(body, key, text);
+}
+
+static cJSON *cards_json(const struct claas_cards *cards)
+{
+    cJSON *list = cJSON_CreateArray();
+
+    for (int i = 0; i < cards->count; i++) {
+        const struct claas_card *card = &cards->cards[i];
+        cJSON *one = cJSON_CreateObject();
+        char capability[24];
+
+        snprintf(capability, sizeof(capability), "%d.%d", card->major, card->minor);
+        claas_json_set_int(one, "card", i);
+        claas_json_set_string(one, "name", card->name);
+        claas_json_set_string(one, "compute_capability", capability);
+        claas_json_set_int(one, "bytes", (int64_t)card->bytes);
+        claas_json_set_int(one, "bytes_free", (int64_t)card->bytes_free);
+        cJSON_AddItemToArray(list, one);
+    }
+    return list;
+}
+
+/* The server's device from its health; NULL without a server. */
+static cJSON *ask_server(const struct cli *cli)
+{
+    CLAAS_AUTO(http_close) struct http http = {0};
+    CLAAS_AUTO(claas_json_free) cJSON *reply = NULL;
+    int rc = http_open(cli->url, &http);
+
+    if (rc == 0)
+        rc = http_json(&http, "GET", "/v1/health", NULL, &reply);
+    if (rc < 0)
+        return NULL;
+    return cJSON_Duplicate(claas_json_get(claas_json_get(reply, "model"), "device"), true);
+}
+
+static int64_t bytes_at(const cJSON *object, const char *key)
+{
+    int64_t bytes = 0;
+
+    claas_json_get_int(object, key, 0, INT64_MAX, &bytes);
+    return bytes;
+}
+
+static void print_cards(const struct claas_cards *cards)
+{
+    for (int i = 0; i < cards->count; i++) {
+        const struct claas_card *card = &cards->cards[i];
+
+        printf("card %d     %s, compute capability %d.%d, %" PRIu64 " of %" PRIu64 " MB free\n", i,
+               card->name, card->major, card->minor, card->bytes_free / 1000000,
+               card->bytes / 1000000);
+    }
+    printf("CUDA       %d.%d here, driver up to %d.%d\n", cards->runtime / 1000,
+           cards->runtime % 1000 / 10, cards->driver / 1000, cards->driver % 1000 / 10);
+}
+
+static int print_device(const cJSON *device)
+{
+    static const struct {
+        const char *key, *title;
+    } uses[] = {{"bytes_weights", "weights"},
+                {"bytes_kv", "keys and values"},
+                {"bytes_adapters", "adapters"},
+                {"bytes_workspace", "workspace"},
+                {"bytes_peak", "at most, in all"}};
+    static const struct table_column columns[] = {{"name", "ADAPTER", TABLE_TEXT},
+                                                  {"use", "USE", TABLE_TEXT},
+                                                  {"bytes", "BYTES", TABLE_NUMBER}};
+    const char *name = "";
+
+    claas_json_get_string(device, "name", &name);
+    printf("server     on %s\n", name);
+    for (size_t i = 0; i < CLAAS_COUNT(uses); i++)
+        printf("  %-16s %8.1f MB\n", uses[i].title, (double)bytes_at(device, uses[i].key) / 1e6);
+    return table_print("adapters", columns, CLAAS_COUNT(columns),
+                       claas_json_get(device, "adapters"), false);
+}
+
+static int print_json(const struct claas_cards *cards, const cJSON *device)
+{
+    CLAAS_AUTO(claas_json_free) cJSON *body = cJSON_CreateObject();
+    CLAAS_AUTO_FREE char *text = NULL;
+
+    set_version(body, "driver", cards->driver);
+    set_version(body, "runtime", cards->runtime);
+    claas_json_set(body, "cards", cards_json(cards));
+    claas_json_set(body, "device", device ? cJSON_Duplicate(device, true) : cJSON_CreateNull());
+    text = claas_json_print(body);
+    if (!text)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    puts(text);
+    return 0;
+}
+
+int verb_gpu(int argc, char **argv)
+{
+    static const struct cli_spec spec = {
+        .flags = CLI_URL | CLI_JSON,
+        .doc = "Shows the CUDA cards of this machine and, of a running server, what its device "
+               "holds. Ends with 1 if there is no card.",
+    };
+    CLAAS_AUTO(claas_json_free) cJSON *device = NULL;
+    struct claas_cards cards;
+    struct cli cli;
+    bool no_card;
+    int rc = 0;
+
+    cli_parse(&spec, argc, argv, &cli, NULL);
+    device = ask_server(&cli);
+    no_card = claas_device_cards(&cards) < 0;
+    if (no_card)
+        cli_fail(argv[0]);
+    if (cli.json)
+        rc = print_json(&cards, device);
+    else if (!no_card)
+        print_cards(&cards);
+    if (!cli.json && device)
+        rc = print_device(device);
+    if (rc < 0)
+        return cli_fail(argv[0]);
+    return no_card ? EXIT_CODE_FAILED : EXIT_CODE_OK;
+}
