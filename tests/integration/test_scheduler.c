@@ -81,12 +81,17 @@ static void unlock(void)
     pthread_mutex_unlock(&world.lock);
 }
 
+static struct world_job *find_in(struct world *in, const char *id)
+{
+    for (int i = 0; i < in->job_count; i++)
+        if (strcmp(in->jobs[i].id, id) == 0)
+            return &in->jobs[i];
+    return NULL;
+}
+
 static struct world_job *find(const char *id)
 {
-    for (int i = 0; i < world.job_count; i++)
-        if (strcmp(world.jobs[i].id, id) == 0)
-            return &world.jobs[i];
-    return NULL;
+    return find_in(&world, id);
 }
 
 static bool has_ended(const struct world_job *job)
@@ -540,6 +545,17 @@ static void set_hook(int type, void (*hook)(void))
     unlock();
 }
 
+/* The world as it is now, copied under its lock: actors go on writing it. */
+static struct world *look(void)
+{
+    static struct world copy;
+
+    pthread_mutex_lock(&world.lock);
+    copy = world;
+    unlock();
+    return &copy;
+}
+
 static int calls_of(int type)
 {
     int calls = script_lock(type)->calls;
@@ -588,10 +604,15 @@ static bool job_ended(const void *arg)
     return job && has_ended(job);
 }
 
+static const struct world_job *look_for(const char *id)
+{
+    return find_in(look(), id);
+}
+
 static void check_end(const char *id, const char *state)
 {
     await(job_ended, id, id);
-    assert_string_equal(find(id)->state, state);
+    assert_string_equal(look_for(id)->state, state);
 }
 
 static cJSON *feedback_body(const char *lora_id, const char *text, bool wait)
@@ -645,7 +666,7 @@ static void test_done(void **state)
     assert_non_null(strstr(question.reply, "\"state\":\"done\""));
     assert_int_equal(question.ends, 1);
     assert_true(question.progress >= 7); /* queued, batched, training, 2 steps, gating, … */
-    assert_int_equal(world.version, 1);
+    assert_int_equal(look()->version, 1);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_KEEP), 1); /* the second score is no better */
 }
@@ -674,7 +695,7 @@ static void test_strikes_park(void **state)
     assert_int_equal(probe_call(rig->probe, &question), 0);
     assert_non_null(strstr(question.reply, "\"state\":\"failed\""));
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2);
-    assert_true(world.seeds[0] == world.seeds[1]);
+    assert_true(look()->seeds[0] == look()->seeds[1]);
 }
 
 static void test_absent_peers_are_no_strikes(void **state)
@@ -688,8 +709,8 @@ static void test_absent_peers_are_no_strikes(void **state)
     rig_start(rig);
     submit(rig, "me/a", "shorter");
     check_end("job-1", "done");
-    assert_int_equal(find("job-1")->strikes, 0);
-    assert_int_equal(world.version, 1);
+    assert_int_equal(look_for("job-1")->strikes, 0);
+    assert_int_equal(look()->version, 1);
 }
 
 /* Two that wait are learnt together; what one of them spoils is not the other's fault. */
@@ -707,8 +728,8 @@ static void test_bad_company(void **state)
     check_end("job-1", "done");
     check_end("job-2", "done");
     check_end("job-3", "failed");
-    assert_string_equal(world.cycles[1], "job-2 job-3 ");
-    assert_string_equal(world.cycles[2], "job-2 ");
+    assert_string_equal(look()->cycles[1], "job-2 job-3 ");
+    assert_string_equal(look()->cycles[2], "job-2 ");
 }
 
 static void test_adapters_take_turns(void **state)
@@ -724,8 +745,8 @@ static void test_adapters_take_turns(void **state)
     submit(rig, "me/a", "4");
     set_block(CLAAS_MSG_CYCLE_BEGIN, false);
     check_end("job-4", "done");
-    assert_string_equal(world.cycles[1], "job-3 ");
-    assert_string_equal(world.cycles[2], "job-2 job-4 ");
+    assert_string_equal(look()->cycles[1], "job-3 ");
+    assert_string_equal(look()->cycles[2], "job-2 job-4 ");
 }
 
 /* Cancelled twice in a cycle: it ends at once, and nothing of it goes on. */
@@ -754,8 +775,8 @@ static void test_cancel_in_a_cycle(void **state)
     set_hold(CLAAS_MSG_CYCLE_STEP, false);
     submit(rig, "me/a", "next");
     check_end("job-2", "done");
-    assert_int_equal(world.cycle_count, 2);
-    assert_string_equal(world.cycles[1], "job-2 ");
+    assert_int_equal(look()->cycle_count, 2);
+    assert_string_equal(look()->cycles[1], "job-2 ");
 }
 
 /* The others of the cycle begin anew without it. */
@@ -772,8 +793,8 @@ static void test_cancel_one_of_two(void **state)
     set_hold(CLAAS_MSG_CYCLE_STEP, false);
     assert_int_equal(probe_call(rig->probe, &cancel), 0);
     check_end("job-1", "done");
-    assert_string_equal(find("job-2")->state, "cancelled");
-    assert_string_equal(world.cycles[1], "job-1 ");
+    assert_string_equal(look_for("job-2")->state, "cancelled");
+    assert_string_equal(look()->cycles[1], "job-1 ");
 }
 
 static void test_a_cancel_that_is_not_recorded(void **state)
@@ -820,8 +841,8 @@ static void test_rollback_during_a_cycle(void **state)
     rig_start(rig);
     submit(rig, "me/a", "shorter");
     check_end("job-1", "done");
-    assert_int_equal(find("job-1")->version, 41);
-    assert_int_equal(world.cycle_count, 2);
+    assert_int_equal(look_for("job-1")->version, 41);
+    assert_int_equal(look()->cycle_count, 2);
 }
 
 static void withdraw(void)
@@ -843,9 +864,9 @@ static void test_feedback_withdrawn_during_a_cycle(void **state)
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 1 + 2);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 2);
     assert_int_equal(calls_of(CLAAS_MSG_VERSION_PUBLISH), 1);
-    assert_int_equal(world.cycle_count, 2);
-    assert_int_equal(find("job-1")->strikes, 0);
-    assert_true(world.seeds[0] == world.seeds[1]);
+    assert_int_equal(look()->cycle_count, 2);
+    assert_int_equal(look_for("job-1")->strikes, 0);
+    assert_true(look()->seeds[0] == look()->seeds[1]);
 }
 
 static void withdraw_late(void)
@@ -865,7 +886,7 @@ static void test_feedback_withdrawn_at_the_end(void **state)
     check_end("job-1", "done");
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2 + 2);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STAGE), 1);
-    assert_int_equal(world.version, 1);
+    assert_int_equal(look()->version, 1);
 }
 
 /* Storage is away for a moment: no strike. */
@@ -877,8 +898,8 @@ static void test_a_check_without_answer(void **state)
     rig_start(rig);
     submit(rig, "me/a", "shorter");
     check_end("job-1", "done");
-    assert_int_equal(find("job-1")->strikes, 0);
-    assert_int_equal(world.cycle_count, 2);
+    assert_int_equal(look_for("job-1")->strikes, 0);
+    assert_int_equal(look()->cycle_count, 2);
 }
 
 static void delete_adapter(void)
@@ -899,7 +920,7 @@ static void test_adapter_deleted_during_a_cycle(void **state)
     assert_non_null(strstr(watch.reply, "\"state\":\"cancelled\""));
     submit(rig, "me/a", "new");
     check_end("job-2", "done");
-    assert_string_equal(world.cycles[world.cycle_count - 1], "job-2 ");
+    assert_string_equal(look()->cycles[look()->cycle_count - 1], "job-2 ");
     assert_true(calls_of(CLAAS_MSG_CYCLE_INPUT) <= 3);
 }
 
@@ -931,7 +952,7 @@ static void test_lost_answer_of_a_publication(void **state)
     rig_start(rig);
     assert_int_equal(probe_call(rig->probe, &watch), 0);
     assert_non_null(strstr(watch.reply, "\"state\":\"done\""));
-    assert_int_equal(world.version, 1);
+    assert_int_equal(look()->version, 1);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 2);
 }
 
@@ -960,7 +981,7 @@ static void test_lost_answer_of_an_end(void **state)
     set_block(CLAAS_MSG_CYCLE_BEGIN, false);
     probe_await(rig->probe, &watch);
     assert_non_null(strstr(watch.reply, "\"state\":\"failed\""));
-    assert_int_equal(world.cycle_count, 1);
+    assert_int_equal(look()->cycle_count, 1);
 }
 
 /* The end of the process answers who waits, and the next start makes the same cycle again. */
@@ -976,12 +997,12 @@ static void test_stop_and_start(void **state)
     claas_runtime_free(&rig->runtime);
     assert_int_equal(watch.ends, 1);
     assert_true(watch.code < 0);
-    assert_false(has_ended(&world.jobs[0]));
-    assert_int_equal(world.ends, 1);
+    assert_false(has_ended(&look()->jobs[0]));
+    assert_int_equal(look()->ends, 1);
     set_hold(CLAAS_MSG_CYCLE_STEP, false);
     rig_start(rig);
     check_end("job-1", "done");
-    assert_true(world.seeds[0] == world.seeds[1]);
+    assert_true(look()->seeds[0] == look()->seeds[1]);
 }
 
 static void test_training_values(void **state)
