@@ -27,7 +27,7 @@
 #include "cuda/launch.cuh"
 
 #define PART_ROWS 16  /* a run of no more rows is done in parts */
-#define PART_KEYS 256 /* at least */
+#define PART_KEYS 128 /* at least */
 #define PARTS_MAX 32
 
 struct attend_args {

@@ -402,8 +402,6 @@ int cuda_gemm_few_open(struct cuda_context *context)
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              kernels[i].bytes),
                         "products of few rows");
-    for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]) && rc == 0; i++)
-        rc = launch_share_memory(context, (const void *)kernels[i].kernel);
     return rc;
 }
 

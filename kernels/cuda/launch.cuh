@@ -29,33 +29,6 @@ static __device__ __forceinline__ void launch_wait(void)
 #endif
 }
 
-/* A multiprocessor divides its memory into cache and shared memory anew only when it is empty: two
- * kernels are on it together only if both are content with the same division. All of a chain take
- * the most shared memory. */
-static inline int launch_share_memory(struct cuda_context *context, const void *kernel)
-{
-    return cuda_check(context,
-                      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared),
-                      "dividing a multiprocessor's memory");
-}
-
-#define LAUNCH_KERNELS 32 /* of a file */
-
-/* The same, once for each kernel of the file. */
-static inline int launch_prepare(struct cuda_context *context, const void *kernel)
-{
-    static const void *known[LAUNCH_KERNELS];
-    int i = 0;
-
-    while (i < LAUNCH_KERNELS && known[i] && known[i] != kernel)
-        i++;
-    if (i == LAUNCH_KERNELS || known[i])
-        return 0;
-    known[i] = kernel;
-    return launch_share_memory(context, kernel);
-}
-
 /* Adds the attribute to a launch's; `attributes` has room for it. */
 static inline void launch_early(const struct cuda_context *context, cudaLaunchConfig_t *config,
                                 cudaLaunchAttribute *attributes)
@@ -75,12 +48,7 @@ static int launch(struct cuda_context *context, const char *what, void (*kernel)
 {
     cudaLaunchAttribute attribute[1] = {};
     cudaLaunchConfig_t config = {};
-    int code = 0;
 
-    if (context->early)
-        code = launch_prepare(context, (const void *)kernel);
-    if (code < 0)
-        return code;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;

@@ -8,7 +8,7 @@
 
 #define GEMM_ROWS                                                                                  \
     1024 /* of one adapter, from which on cuBLASLt's products are worth their launches */
-#define GEMM_SIZE 2048 /* the weight's smaller side, likewise */
+#define GEMM_SIZE 1024 /* the weight's smaller side, likewise */
 
 /* --- groups and tiles --- */
 
