@@ -30,7 +30,7 @@ struct claas_device_options {
     int threads;           /* 0 = one per CPU */
     size_t kv_tokens;      /* capacity of the KV pool in tokens; 0 = max(context, 8192), on a GPU as
                               many more as its memory allows */
-    int prefill_chunk;     /* most prompt tokens of one forward pass; 0 = 256 */
+    int prefill_chunk;     /* most prompt tokens of one forward pass; 0 = 256, on a GPU 2048 */
     int max_batch;         /* most sequences decoded together; 0 = 64 */
     int slice_ms;          /* longest slice of training while chat waits; 0 = 50 */
 };

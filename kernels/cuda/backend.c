@@ -115,6 +115,8 @@ static int open_backend(const struct claas_backend_options *options, claas_model
                           options->kv_blocks, options->max_tokens);
     backend->kv_blocks = options->kv_blocks;
     backend->max_tokens = options->max_tokens;
+    backend->max_sequences =
+        options->max_sequences > 0 ? options->max_sequences : options->max_tokens;
     code = cuda_context_open(act, &backend->context);
     if (code >= 0)
         code = cuda_model_load(&backend->context, model, &backend->model);
@@ -207,6 +209,7 @@ static int adapter_download(claas_backend_t *backend, const claas_backend_adapte
 
 const struct claas_backend_ops claas_backend_cuda = {
     .name = "cuda",
+    .prefill_chunk = 2048,
     .open = open_backend,
     .free = close_backend,
     .describe = describe,

@@ -22,6 +22,25 @@
 #define LOGITS_ROWS_MIN 8
 #define DECODE_ROWS_MAX 256 /* more are not filled up: products dominate by far */
 
+/* The number of rows that `m` are filled up to; `most` fit into a pass. */
+static int find_bucket(int m, int most)
+{
+    static const int buckets[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, DECODE_ROWS_MAX};
+    size_t i = 0;
+
+    while (buckets[i] < m)
+        i++;
+    return buckets[i] < most ? buckets[i] : most;
+}
+
+/* The most runs of a pass. */
+static int most_runs(const claas_backend_t *backend)
+{
+    int sequences = backend->max_sequences;
+
+    return sequences <= DECODE_ROWS_MAX ? find_bucket(sequences, backend->max_tokens) : sequences;
+}
+
 static void place(claas_backend_t *backend, struct cuda_arena *arena)
 {
     struct cuda_forward_space *space = &backend->forward;
@@ -37,7 +56,7 @@ static void place(claas_backend_t *backend, struct cuda_arena *arena)
     space->pass.lds[CUDA_DOWN] = CLAAS_RANK_MAX;
     cuda_place_pass(backend, arena, (int)m, &space->pass);
     space->pass.split_bytes = cuda_attention_scratch_bytes(c->heads, c->kv_heads, c->head_dim,
-                                                           (int)m, (int)m, c->context);
+                                                           most_runs(backend), (int)m, c->context);
     space->pass.splits = cuda_take(arena, space->pass.split_bytes);
     cuda_place_infer(backend, arena, (int)m, (int)m, &space->pass, &space->infer);
     space->hidden = cuda_take(arena, m * (size_t)c->hidden * backend->context.act_bytes);
@@ -160,17 +179,6 @@ static bool is_decoding(const struct claas_segment *segments, int count)
     return count <= DECODE_ROWS_MAX;
 }
 
-/* The number of rows that `m` are filled up to; `most` fit into a pass. */
-static int find_bucket(int m, int most)
-{
-    static const int buckets[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, DECODE_ROWS_MAX};
-    size_t i = 0;
-
-    while (buckets[i] < m)
-        i++;
-    return buckets[i] < most ? buckets[i] : most;
-}
-
 static void fill_up(struct cuda_forward_space *space, int rows)
 {
     struct claas_pack *pack = &space->pack;
@@ -235,6 +243,9 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
     int code = take_segments(backend, segments, count), wanted = space->infer.tail_count;
     bool decodes = is_decoding(segments, count);
 
+    if (code >= 0 && count > backend->max_sequences)
+        return claas_fail(CLAAS_ERR_LIMIT, "%d sequences in a pass, the limit is %d", count,
+                          backend->max_sequences);
     if (code < 0 || space->pack.m == 0)
         return code;
     if (decodes)

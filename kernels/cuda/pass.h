@@ -159,7 +159,7 @@ struct claas_backend {
     struct cuda_context context;
     struct cuda_aside aside;
     struct cuda_model model;
-    int kv_blocks, max_tokens;
+    int kv_blocks, max_tokens, max_sequences;
     struct cuda_region kv; /* [L][kv_blocks + 1][2][G][16][d] */
     struct cuda_forward_space forward;
     struct cuda_region step;         /* of training; grown when a step needs more */

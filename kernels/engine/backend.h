@@ -44,9 +44,10 @@ struct claas_sample {
 struct claas_backend_options {
     const char *precision; /* "bf16" or "f32" */
     int threads;
-    int kv_blocks;  /* blocks of 16 positions in the shared pool */
-    bool kv_more;   /* nobody asked for that number: it may be more, as memory allows */
-    int max_tokens; /* most tokens of one forward pack */
+    int kv_blocks;     /* blocks of 16 positions in the shared pool */
+    bool kv_more;      /* nobody asked for that number: it may be more, as memory allows */
+    int max_tokens;    /* most tokens of one forward pack */
+    int max_sequences; /* most segments of one; 0 = max_tokens */
 };
 
 /* A training row as the back-end sees it: claas_train_row with its adapters resolved. */
@@ -75,6 +76,7 @@ struct claas_backend_memory {
 
 struct claas_backend_ops {
     const char *name;
+    int prefill_chunk; /* prompt tokens of a pass that keep the device busy; 0 = 256 */
     int (*open)(const struct claas_backend_options *options, claas_model_t *model,
                 claas_backend_t **ret);
     void (*free)(claas_backend_t **backend);

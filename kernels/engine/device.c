@@ -140,6 +140,8 @@ static int take_options(claas_device_t *device, const struct claas_device_option
     if (o->kv_tokens > (size_t)INT32_MAX - CLAAS_KV_BLOCK_TOKENS)
         return claas_fail(CLAAS_ERR_INVALID, "kv_tokens %zu", o->kv_tokens);
     if (o->prefill_chunk == 0)
+        o->prefill_chunk = device->ops->prefill_chunk;
+    if (o->prefill_chunk == 0)
         o->prefill_chunk = DEFAULT_PREFILL_CHUNK;
     if (o->prefill_chunk < CLAAS_KV_BLOCK_TOKENS) /* chunks end at block borders */
         o->prefill_chunk = CLAAS_KV_BLOCK_TOKENS;
@@ -159,6 +161,7 @@ static int open_backend(claas_device_t *device)
         .threads = device->options.threads,
         .kv_more = tokens == 0,
         .max_tokens = device->options.max_batch + device->options.prefill_chunk,
+        .max_sequences = device->options.max_batch,
     };
     size_t batch = (size_t)device->options.max_batch;
     int rc;
