@@ -399,10 +399,15 @@ static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct a
 
 /* --- host --- */
 
+extern "C" int cuda_attention_part_queries(int heads, int kv_heads)
+{
+    return PART_ROWS / (heads / kv_heads);
+}
+
 /* Rows of a run in parts, at most; 0: no run is done in parts. */
 static int rows_in_parts(int heads, int kv_heads, int longest)
 {
-    const int group = heads / kv_heads, queries = PART_ROWS / group;
+    const int group = heads / kv_heads, queries = cuda_attention_part_queries(heads, kv_heads);
 
     return group * (longest < queries ? longest : queries);
 }

@@ -7,6 +7,7 @@
  * are filled up to one of a few numbers, and what is launched then follows from that number and
  * from the longest sequence's size class alone (graph.h). A row that fills up is the first token of
  * a sequence of its own, whose keys and values go into a block behind the pool. */
+#include "cuda/gemm_few.h"
 #include "cuda/pass.h"
 #include "cuda/sample.h"
 #include "pack/segments.h"
@@ -33,12 +34,26 @@ static int find_bucket(int m, int most)
     return buckets[i] < most ? buckets[i] : most;
 }
 
-/* The most runs of a pass. */
+/* The most runs of a pass: one for each sequence, or for each row of a small pass. */
 static int most_runs(const claas_backend_t *backend)
 {
     int sequences = backend->max_sequences;
+    int runs =
+        sequences <= DECODE_ROWS_MAX ? find_bucket(sequences, backend->max_tokens) : sequences;
 
-    return sequences <= DECODE_ROWS_MAX ? find_bucket(sequences, backend->max_tokens) : sequences;
+    return runs > CUDA_GEMM_FEW_ROWS ? runs : CUDA_GEMM_FEW_ROWS;
+}
+
+/* How long the runs of a pass may be. With as few rows as the products of few rows take, all of a
+ * prompt is attended to in the way of decoding: a row then has the same bits whether its prompt is
+ * read at once, in pieces, or found in the cache up to it. */
+static int run_length(const claas_backend_t *backend)
+{
+    const struct claas_model_config *c = &backend->model.config;
+
+    return backend->forward.pack.m <= CUDA_GEMM_FEW_ROWS
+               ? cuda_attention_part_queries(c->heads, c->kv_heads)
+               : 0;
 }
 
 static void place(claas_backend_t *backend, struct cuda_arena *arena)
@@ -165,7 +180,8 @@ static int send_rows(claas_backend_t *backend)
         return claas_fail(CLAAS_ERR_LIMIT, "too many rows wanted");
     memcpy(tail, space->tail, bytes);
     space->infer.tail = device;
-    code = cuda_pack_fill(&space->upload, &space->pack, true, &space->pass.pack);
+    code =
+        cuda_pack_fill(&space->upload, &space->pack, true, run_length(backend), &space->pass.pack);
     return code >= 0 ? cuda_upload_send(&backend->context, &space->upload) : code;
 }
 
@@ -248,6 +264,7 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
                           backend->max_sequences);
     if (code < 0 || space->pack.m == 0)
         return code;
+    context->chosen_ms = 0;
     if (decodes)
         fill_up(space, find_bucket(space->pack.m, backend->max_tokens));
     code = send_rows(backend);

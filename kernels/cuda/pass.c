@@ -87,11 +87,58 @@ static int blocks_of(const struct claas_pack_run *run)
     return (run->pos + run->count + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK;
 }
 
-/* Runs in the device's form; a run's children are listed in their order. */
-static void fill_runs(const struct claas_pack *pack, bool paged, struct cuda_attn_run *runs,
-                      int32_t *children, int32_t *tables, struct cuda_pack *ret)
+/* What a run is cut into. */
+static int pieces_of(const struct claas_pack_run *run, int queries)
 {
-    int table = 0, child = 0;
+    return queries > 0 ? (run->count + queries - 1) / queries : 1;
+}
+
+static int count_pieces(const struct claas_pack *pack, int queries)
+{
+    int pieces = 0;
+
+    for (int i = 0; i < pack->run_count; i++)
+        pieces += pieces_of(&pack->runs[i], queries);
+    return pieces;
+}
+
+/* A serving run in the device's form, or its pieces: all with the run's block numbers. */
+static int fill_pieces(const struct claas_pack_run *run, int queries, int table,
+                       struct cuda_attn_run *runs)
+{
+    int pieces = pieces_of(run, queries), length = queries > 0 ? queries : run->count;
+
+    for (int i = 0; i < pieces; i++) {
+        int left = run->count - i * length;
+
+        runs[i] = (struct cuda_attn_run){
+            .first = run->first + i * length,
+            .count = left < length ? left : length,
+            .pos = run->pos + i * length,
+            .table = table,
+        };
+    }
+    return pieces;
+}
+
+static void fill_paged(const struct claas_pack *pack, int queries, struct cuda_attn_run *runs,
+                       int32_t *tables)
+{
+    int table = 0;
+
+    for (int i = 0; i < pack->run_count; i++) {
+        const struct claas_pack_run *run = &pack->runs[i];
+
+        runs += fill_pieces(run, queries, table, runs);
+        memcpy(tables + table, run->blocks, (size_t)blocks_of(run) * sizeof(int32_t));
+        table += blocks_of(run);
+    }
+}
+
+/* Training runs in the device's form; a run's children are listed in their order. */
+static void fill_runs(const struct claas_pack *pack, struct cuda_attn_run *runs, int32_t *children)
+{
+    int child = 0;
 
     for (int i = 0; i < pack->run_count; i++) {
         const struct claas_pack_run *run = &pack->runs[i];
@@ -101,35 +148,32 @@ static void fill_runs(const struct claas_pack *pack, bool paged, struct cuda_att
             .count = run->count,
             .pos = run->pos,
             .parent_first = run->parent >= 0 ? pack->runs[run->parent].first : 0,
-            .table = table,
             .child_from = child,
         };
-        if (paged) {
-            memcpy(tables + table, run->blocks, (size_t)blocks_of(run) * sizeof(int32_t));
-            table += blocks_of(run);
-        }
-        for (int j = i + 1; j < pack->run_count && !paged && run->parent < 0; j++)
+        for (int j = i + 1; j < pack->run_count && run->parent < 0; j++)
             if (pack->runs[j].parent == i)
                 children[child++] = j;
         runs[i].child_end = child;
-        if (ret->longest < run->count)
-            ret->longest = run->count;
-        if (ret->furthest < run->pos + run->count)
-            ret->furthest = run->pos + run->count;
     }
 }
 
-static void fill_rows(const struct claas_pack *pack, int32_t *tokens, int32_t *pos, int32_t *blocks,
-                      int32_t *row_run)
+static void fill_rows(const struct claas_pack *pack, const struct cuda_attn_run *runs,
+                      int32_t *tokens, int32_t *pos, int32_t *blocks, int32_t *row_run,
+                      struct cuda_pack *ret)
 {
     size_t bytes = (size_t)pack->m * sizeof(int32_t);
 
     memcpy(tokens, pack->tokens, bytes);
     memcpy(pos, pack->pos, bytes);
     memcpy(blocks, pack->blocks, bytes);
-    for (int i = 0; i < pack->run_count; i++)
-        for (int j = 0; j < pack->runs[i].count; j++)
-            row_run[pack->runs[i].first + j] = i;
+    for (int i = 0; i < ret->run_count; i++) {
+        int end = runs[i].pos + runs[i].count;
+
+        for (int j = 0; j < runs[i].count; j++)
+            row_run[runs[i].first + j] = i;
+        ret->longest = ret->longest > runs[i].count ? ret->longest : runs[i].count;
+        ret->furthest = ret->furthest > end ? ret->furthest : end;
+    }
 }
 
 /* Groups of rows with an adapter, numbered along the pack or along its tail. */
@@ -178,27 +222,25 @@ static int fill_lora(struct cuda_upload *upload, const struct claas_pack *pack, 
     return 0;
 }
 
-/* What does not depend on how far the runs go. */
-static int take_arrays(struct cuda_upload *upload, const struct claas_pack *pack, size_t tables,
-                       void *host[7], const void *at[7])
+/* What does not depend on how far the runs go, then the block numbers. */
+static int take_arrays(struct cuda_upload *upload, int m, int runs, size_t tables, void *host[7],
+                       const void *at[7])
 {
-    size_t rows = (size_t)pack->m * sizeof(int32_t);
+    size_t rows = (size_t)m * sizeof(int32_t);
 
     for (int i = 0; i < 4; i++)
         host[i] = cuda_upload_take(upload, rows, &at[i]);
-    host[4] =
-        cuda_upload_take(upload, (size_t)pack->run_count * sizeof(struct cuda_attn_run), &at[4]);
-    host[5] = cuda_upload_take(upload, (size_t)pack->run_count * sizeof(int32_t), &at[5]);
+    host[4] = cuda_upload_take(upload, (size_t)runs * sizeof(struct cuda_attn_run), &at[4]);
+    host[5] = cuda_upload_take(upload, (size_t)runs * sizeof(int32_t), &at[5]);
     host[6] = cuda_upload_take(upload, tables * sizeof(int32_t), &at[6]);
     for (int i = 0; i < 7; i++)
         if (!host[i])
-            return claas_fail(CLAAS_ERR_LIMIT, "a pack of %d rows is larger than its buffer",
-                              pack->m);
+            return claas_fail(CLAAS_ERR_LIMIT, "a pack of %d rows is larger than its buffer", m);
     return 0;
 }
 
 int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
-                   struct cuda_pack *ret)
+                   int queries, struct cuda_pack *ret)
 {
     size_t table = 0;
     const void *at[7] = {0};
@@ -206,16 +248,20 @@ int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bo
     bool few = paged && pack->m <= CUDA_LORA_FEW;
     int code;
 
-    *ret = (struct cuda_pack){.m = pack->m, .run_count = pack->run_count};
+    *ret = (struct cuda_pack){.m = pack->m,
+                              .run_count = paged ? count_pieces(pack, queries) : pack->run_count};
     for (int i = 0; i < pack->run_count && paged; i++)
         table += (size_t)blocks_of(&pack->runs[i]);
     code = fill_lora(upload, pack, false, few, &ret->rows);
     if (code >= 0)
-        code = take_arrays(upload, pack, table, host, at);
+        code = take_arrays(upload, pack->m, ret->run_count, table, host, at);
     if (code < 0)
         return code;
-    fill_rows(pack, host[0], host[1], host[2], host[3]);
-    fill_runs(pack, paged, host[4], host[5], host[6], ret);
+    if (paged)
+        fill_paged(pack, queries, host[4], host[6]);
+    else
+        fill_runs(pack, host[4], host[5]);
+    fill_rows(pack, host[4], host[0], host[1], host[2], host[3], ret);
     ret->tokens = at[0];
     ret->pos = at[1];
     ret->blocks = at[2];
@@ -291,6 +337,7 @@ int cuda_yield(const struct cuda_pass *pass)
     struct cuda_context *context = &backend->context;
     int code;
 
+    context->chosen_ms = 0;
     if (!pass->yield)
         return 0;
     code = cuda_check(context, cudaEventRecord(backend->turns[backend->turn], context->stream),

@@ -56,8 +56,9 @@ size_t cuda_pack_bytes(int m, int runs, int tables);
  * Serving (paged) at most CUDA_LORA_FEW rows, all arrays but the block tables, and what describes a
  * tail shorter than the pack, have places that follow from the numbers of rows and runs alone, and
  * so have the launches of cuda_linear: only whether there is any adapter makes a difference. */
+/* Serving, a run longer than `queries` becomes several (0: none does). */
 int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
-                   struct cuda_pack *ret);
+                   int queries, struct cuda_pack *ret);
 
 /* Activations of one layer, act. An inference pass uses one set for all layers; training keeps one
  * per layer. */

@@ -42,7 +42,7 @@ static int fill_batch(const struct cuda_step *step, const struct claas_plan_batc
     size_t tail = (size_t)plan->tail_count * sizeof(int32_t);
     size_t scored = (size_t)plan->scored_count * sizeof(int32_t);
     const void *at[3] = {0};
-    int code = cuda_pack_fill(upload, &plan->pack, false, &ret->pack);
+    int code = cuda_pack_fill(upload, &plan->pack, false, 0, &ret->pack);
     int32_t *host[3];
 
     if (code < 0)

@@ -20,7 +20,8 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "e2e"))
 from server import TINY, Server, ends_of  # pylint: disable=wrong-import-position
 
-FAST = ("cycle.steps=2", "cycle.rows=4", "cycle.max_tokens=8", "log.level=warning", "log.format=text")
+# The pool of keys and values would shrink with the limit and make room.
+FAST = ("device.kv_tokens=16384", "cycle.steps=2", "cycle.rows=4", "cycle.max_tokens=8", "log.level=warning", "log.format=text")
 NAME = "a/one"
 
 

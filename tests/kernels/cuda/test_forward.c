@@ -268,7 +268,8 @@ static void test_graphs(const char *model, const char *precision)
 
 /* --- rows and their neighbours --- */
 
-#define GROUP 8
+#define GROUP  8
+#define PROMPT 64
 
 /* Log-probs of fixed tokens behind `n` sequences at their present ends, in the order of `which`. */
 static void score(const struct rig *rig, const struct seq *seqs, const int *which, int n,
@@ -367,6 +368,63 @@ static void test_lengths(const char *precision)
     (void)snprintf(name, sizeof(name), "rows do not see how far others are, %s", precision);
     finish(name);
     free(seqs);
+    rig_close(&rig);
+}
+
+/* Log-probs of the tokens behind positions 0 … count-1, read in pieces of `piece` tokens. */
+static void read_in_pieces(const struct rig *rig, const struct seq *seq,
+                           claas_backend_adapter_t *adapter, int count, int piece, float *out)
+{
+    struct claas_sample samples[PROMPT];
+
+    for (int pos = 0; pos < count; pos += piece) {
+        int left = count - pos, n = left < piece ? left : piece;
+        struct claas_segment segment = {.tokens = seq->tokens + pos,
+                                        .count = n,
+                                        .pos = pos,
+                                        .blocks = seq->blocks,
+                                        .adapter = adapter,
+                                        .wanted = n};
+
+        memset(samples, 0, sizeof(samples));
+        for (int i = 0; i < n; i++)
+            samples[i].given = seq->tokens[pos + i + 1];
+        must(rig->ops->forward(rig->backend, &segment, 1, samples), "a piece");
+        for (int i = 0; i < n; i++)
+            out[pos + i] = samples[i].logprob;
+    }
+}
+
+/* A short prompt has the same bits read at once, in pieces and token by token: what was found in
+ * the cache must not show in an answer. */
+static void test_pieces(const char *model, bool adapted)
+{
+    static const int pieces[] = {1, 4, 5, 7, 16, 33, PROMPT - 1};
+    struct rig rig = rig_open(model, "bf16", 16);
+    struct seq *seq = CLAAS_NEW(struct seq);
+    claas_backend_adapter_t *adapter = adapted ? adapter_new(&rig, 8, 5) : NULL;
+    const int32_t blocks[] = {5, 0, 3, 9, 1, 2};
+    float whole[PROMPT], other[PROMPT];
+    char name[128];
+
+    for (int i = 0; i <= PROMPT; i++)
+        seq->tokens[i] = below(77, (uint64_t)i, rig.config->vocab);
+    memcpy(seq->blocks, blocks, sizeof(blocks));
+    read_in_pieces(&rig, seq, adapter, PROMPT, PROMPT, whole);
+    for (size_t i = 0; i < CLAAS_COUNT(pieces); i++) {
+        read_in_pieces(&rig, seq, adapter, PROMPT, pieces[i], other);
+        for (int t = 0; t < PROMPT; t++)
+            if (memcmp(&other[t], &whole[t], sizeof(whole[t])) != 0 || !isfinite(whole[t])) {
+                FAIL("pieces of %d, position %d: %.9g, want %.9g", pieces[i], t, (double)other[t],
+                     (double)whole[t]);
+                break;
+            }
+    }
+    (void)snprintf(name, sizeof(name), "a prompt of %d read in pieces, %s%s", PROMPT, model,
+                   adapted ? ", with an adapter" : "");
+    finish(name);
+    rig.ops->adapter_free(rig.backend, &adapter);
+    free(seq);
     rig_close(&rig);
 }
 
@@ -564,6 +622,9 @@ int main(void)
     test_neighbours("bf16", false, true);
     test_lengths("f32");
     test_lengths("bf16");
+    test_pieces("random:smollm2-135m", false);
+    test_pieces("random:smollm2-135m", true);
+    test_pieces("random:qwen3-0.6b", false);
     test_pool_size();
     test_pool_full();
     test_no_memory();
