@@ -51,7 +51,7 @@ static int outer_gradient(const struct backward *bw, const struct cuda_lora *lor
 
     if (code < 0 || !lora->dx)
         return code;
-    return cuda_gemm(context, &(struct cuda_gemm){
+    code = cuda_gemm(context, &(struct cuda_gemm){
                                   .form = CUDA_GEMM_NN,
                                   .m = lora->rows->m,
                                   .n = weight->k,
@@ -65,6 +65,7 @@ static int outer_gradient(const struct backward *bw, const struct cuda_lora *lor
                                   .out_type = context->act,
                                   .alpha = 1,
                               });
+    return code >= 0 ? cuda_turn(&bw->step->space.pass) : code;
 }
 
 /* Everything of one weight: the adapters' gradients, and dx unless it is NULL. */
@@ -72,7 +73,9 @@ static int weight_gradient(const struct backward *bw, const struct cuda_lora *lo
 {
     int code = outer_gradient(bw, lora);
 
-    return code >= 0 ? cuda_lora_inner(context_of(bw), lora, true, lora->dx != NULL) : code;
+    if (code >= 0)
+        code = cuda_lora_inner(context_of(bw), lora, true, lora->dx != NULL);
+    return code >= 0 ? cuda_turn(&bw->step->space.pass) : code;
 }
 
 /* dx (after the layer) -> dx (before its MLP); `dy` holds dx rounded before and after. */

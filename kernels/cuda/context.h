@@ -57,7 +57,6 @@ struct cuda_context {
     void *lt_space; /* workspace of every product on the stream: lt_region's */
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
-    int64_t chosen_ms; /* spent on choosing algorithms since somebody had a turn (cuda_yield) */
     size_t bytes; /* device memory taken through cuda_region_new */
     size_t limit; /* of `bytes`; 0: none */
     struct cuda_use uses[CUDA_USES];

@@ -264,7 +264,6 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
                           backend->max_sequences);
     if (code < 0 || space->pack.m == 0)
         return code;
-    context->chosen_ms = 0;
     if (decodes)
         fill_up(space, find_bucket(space->pack.m, backend->max_tokens));
     code = send_rows(backend);

@@ -35,7 +35,6 @@
 #define ALIGNMENT_LOG  8    /* of 256 bytes: what matters at most */
 #define BIG_PRODUCT    5e10 /* multiply-adds: a tenth of a millisecond or more */
 #define REPEATS_BIG    3
-#define CHOOSING_MS    15 /* without a turn for others: a chat is waiting for its next token */
 #define REPEATS_SMALL  10
 #define CLEARLY_FASTER 0.97f /* timings are noisy: a later proposal must win by this */
 
@@ -299,13 +298,11 @@ static bool is_usable(struct cuda_context *context, struct plan *plan)
 }
 
 /* The one place where an algorithm is decided on. While a graph is captured nothing can be timed: a
- * shape first seen then gets the favourite and stays open, and likewise when a turn's time for
- * choosing is spent. */
+ * shape first seen then gets the favourite and stays open. */
 static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, struct plan *plan)
 {
     cublasLtMatmulHeuristicResult_t proposals[PROPOSALS];
-    bool capturing = is_capturing(context), patient = context->chosen_ms < CHOOSING_MS;
-    int64_t start = gemm_choices_clock();
+    bool capturing = is_capturing(context);
     int count = 0, best = 0, rc;
 
     if (plan->state == PLAN_READ && is_usable(context, plan)) {
@@ -316,15 +313,14 @@ static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, st
     rc = propose(context, gemm, plan, proposals, &count);
     if (rc < 0)
         return rc;
-    if (count > 1 && context->plans->tunes && !capturing && patient)
+    if (count > 1 && context->plans->tunes && !capturing)
         best = pick_fastest(context, gemm, plan, proposals, count);
     plan->algo = proposals[best].algo;
     rc = cuda_check_launch(context, "timing a matrix product");
-    if (rc == 0 && !capturing && (patient || !context->plans->tunes)) {
+    if (rc == 0 && !capturing) {
         plan->state = PLAN_DECIDED;
         context->plans->unsaved = true;
     }
-    context->chosen_ms += gemm_choices_clock() - start;
     return rc;
 }
 

@@ -331,13 +331,19 @@ void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, 
 
 /* --- a layer --- */
 
+int cuda_turn(const struct cuda_pass *pass)
+{
+    if (pass->yield && pass->yield(pass->yield_arg) != 0)
+        return claas_fail(CLAAS_ERR_CANCELLED, NULL);
+    return 0;
+}
+
 int cuda_yield(const struct cuda_pass *pass)
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
     int code;
 
-    context->chosen_ms = 0;
     if (!pass->yield)
         return 0;
     code = cuda_check(context, cudaEventRecord(backend->turns[backend->turn], context->stream),
@@ -345,11 +351,7 @@ int cuda_yield(const struct cuda_pass *pass)
     backend->turn ^= 1;
     if (code >= 0)
         code = cuda_check(context, cudaEventSynchronize(backend->turns[backend->turn]), "a step");
-    if (code < 0)
-        return code;
-    if (pass->yield(pass->yield_arg) != 0)
-        return claas_fail(CLAAS_ERR_CANCELLED, NULL);
-    return 0;
+    return code >= 0 ? cuda_turn(pass) : code;
 }
 
 int cuda_aside_open(struct cuda_context *context, struct cuda_aside *aside)
@@ -451,7 +453,9 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
                                   });
     if (code >= 0 && aside)
         code = follow(context, backend->aside.stream, backend->aside.joined, context->stream);
-    return code >= 0 && any ? cuda_lora_expand(context, &lora) : code;
+    if (code >= 0 && any)
+        code = cuda_lora_expand(context, &lora);
+    return code >= 0 ? cuda_turn(pass) : code;
 }
 
 /* This layer's blocks when serving. */

@@ -91,6 +91,9 @@ struct cuda_pass {
 /* Called between layers: gives the engine its turn, and keeps the host at most two calls ahead of
  * the device, so that its clock means something. CANCELLED when the engine gives up. */
 int cuda_yield(const struct cuda_pass *pass);
+/* Called after the products of one weight: the turn alone. A kernel's first launch loads it, which
+ * takes milliseconds, and a first step meets dozens in its first layer. */
+int cuda_turn(const struct cuda_pass *pass);
 
 /* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. While
  * the stream is being captured, S of few rows is made beside the frozen product, on a stream of its
