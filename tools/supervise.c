@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "claas/clock.h"
+#include "claas/device.h"
 #include "claas/err.h"
 #include "cli.h"
 #include "verbs.h"
@@ -64,14 +65,15 @@ static void await_signal(struct watch *watch, int64_t until_ms)
         kill(watch->child, number);
 }
 
-static int await_child(struct watch *watch)
+/* The child's status when it has ended; an error only if there is none to wait for. */
+static int await_child(struct watch *watch, int *status)
 {
-    int status = 0;
+    pid_t ended;
 
-    while (waitpid(watch->child, &status, WNOHANG) == 0)
+    while ((ended = waitpid(watch->child, status, WNOHANG)) == 0)
         await_signal(watch, INT64_MAX);
     watch->child = 0;
-    return status;
+    return ended < 0 ? claas_fail_errno("waitpid") : 0;
 }
 
 /* Whether another life would help. */
@@ -80,11 +82,14 @@ static bool is_lost(int status)
     return WIFSIGNALED(status) || (WIFEXITED(status) && WEXITSTATUS(status) == EXIT_CODE_AGAIN);
 }
 
-static void say(int status, int64_t wait_ms)
+/* A life that a failing fork never began counts as one that a signal ended. */
+static void say(bool began, int status, int64_t wait_ms)
 {
     char how[64];
 
-    if (WIFSIGNALED(status))
+    if (!began)
+        snprintf(how, sizeof(how), "before it began, %s", claas_error_text());
+    else if (WIFSIGNALED(status))
         snprintf(how, sizeof(how), "by signal %d, %s", WTERMSIG(status),
                  strsignal(WTERMSIG(status)));
     else
@@ -114,18 +119,21 @@ int supervise(supervised_fn *child, void *arg)
     sigaddset(&watch.signals, SIGCHLD);
     sigprocmask(SIG_BLOCK, &watch.signals, &watch.before);
     signal(SIGHUP, SIG_IGN);
+    signal(SIGCHLD, SIG_DFL); /* ignored, as a launcher may leave it, it would never come */
     while (!watch.ending) {
         int64_t started_ms = claas_clock_ms(), again_ms;
-        int status;
+        bool began = start_child(&watch, child, arg) >= 0;
+        int status = 0;
 
-        if (start_child(&watch, child, arg) < 0)
+        if (began && await_child(&watch, &status) < 0)
             return cli_fail("claas serve");
-        status = await_child(&watch);
-        if (watch.ending || !is_lost(status))
+        if (began && (watch.ending || !is_lost(status)))
             return code_of(&watch, status);
+        if (began && WIFEXITED(status)) /* the next life must not make do with the CPU */
+            (void)setenv(CLAAS_DEVICE_LOST_VARIABLE, "1", 1);
         if (claas_clock_ms() - started_ms >= HEALTHY_MS)
             backoff_ms = BACKOFF_FIRST_MS;
-        say(status, backoff_ms);
+        say(began, status, backoff_ms);
         again_ms = claas_clock_ms() + backoff_ms;
         while (!watch.ending && claas_clock_ms() < again_ms)
             await_signal(&watch, again_ms);

@@ -183,13 +183,13 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     free(failed);
 }
 
-/* Failures that say nothing against the job: the peer is away or stops, the device is lost, the
- * disk is full. */
+/* Failures that say nothing against the job: the peer is away or stops, the disk is full. A lost
+ * device is none of them: the job may be what its kernels faulted on, and would lose the next one
+ * too. */
 static bool is_blameless(int code)
 {
     return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_NO_SPACE ||
-           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CANCELLED ||
-           code == CLAAS_ERR_DEVICE_LOST;
+           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CANCELLED;
 }
 
 /* Failures that no retry mends. */

@@ -80,6 +80,10 @@ struct claas_cards {
 };
 int claas_device_cards(struct claas_cards *ret);
 
+/* Set in the environment by whoever starts a process again that lost its card: a card that is not
+ * there is then DEVICE_LOST, and `auto` does not make do with the CPU. */
+#define CLAAS_DEVICE_LOST_VARIABLE "CLAAS_DEVICE_LOST"
+
 int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret);
 /* Cancels the client's requests and drops its events. */
 void claas_device_client_free(claas_device_client_t **client);

@@ -4,6 +4,7 @@
  * whoever uses it next, on whatever stream; the device's I/O thread makes adapters while the
  * compute thread works, which is why counters change atomically. */
 #include "cuda/context.h"
+#include "claas/device.h"
 #include "cuda/gemm.h"
 
 #include <stdio.h>
@@ -193,10 +194,13 @@ int cuda_find_device(void)
     (void)cudaGetLastError();
     if (code == cudaSuccess && count > 0)
         return 0;
-    if (code == cudaSuccess || code == cudaErrorNoDevice)
-        return claas_fail(CLAAS_ERR_UNSUPPORTED, "no CUDA device here");
     (void)cudaDriverGetVersion(&driver);
     (void)cudaGetLastError();
+    if (driver > 0 && getenv(CLAAS_DEVICE_LOST_VARIABLE))
+        return claas_fail(CLAAS_ERR_DEVICE_LOST, "the card has not come back: %s",
+                          code == cudaSuccess ? "no CUDA device" : cudaGetErrorString(code));
+    if (code == cudaSuccess || code == cudaErrorNoDevice)
+        return claas_fail(CLAAS_ERR_UNSUPPORTED, "no CUDA device here");
     if (code == cudaErrorInsufficientDriver && driver == 0)
         return claas_fail(CLAAS_ERR_UNSUPPORTED, "no CUDA driver here");
     if (code == cudaErrorInsufficientDriver)

@@ -704,13 +704,26 @@ static void test_absent_peers_are_no_strikes(void **state)
 
     fail_next(CLAAS_MSG_CYCLE_BEGIN, 1, CLAAS_ERR_UNAVAILABLE, false);
     fail_next(CLAAS_MSG_CYCLE_STEP, 1, CLAAS_ERR_NOT_FOUND, false); /* the trainer started anew */
-    fail_next(CLAAS_MSG_CYCLE_STAGE, 1, CLAAS_ERR_DEVICE_LOST, false);
     fail_next(CLAAS_MSG_VERSION_PUBLISH, 1, CLAAS_ERR_OVERLOADED, false);
     rig_start(rig);
     submit(rig, "me/a", "shorter");
     check_end("job-1", "done");
     assert_int_equal(look_for("job-1")->strikes, 0);
     assert_int_equal(look()->version, 1);
+}
+
+/* What a job's own kernels fault on would lose every device, one life after the other. */
+static void test_job_that_loses_devices(void **state)
+{
+    struct rig *rig = *state;
+    struct question question = ask_feedback("me/a", "shorter", true);
+
+    fail_next(CLAAS_MSG_CYCLE_STEP, 9, CLAAS_ERR_DEVICE_LOST, false);
+    rig_start(rig);
+    assert_int_equal(probe_call(rig->probe, &question), 0);
+    assert_non_null(strstr(question.reply, "\"state\":\"failed\""));
+    assert_int_equal(look_for("job-1")->strikes, 2);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2);
 }
 
 /* Two that wait are learnt together; what one of them spoils is not the other's fault. */
@@ -1031,6 +1044,7 @@ int main(void)
         TEST(test_rejected),
         TEST(test_strikes_park),
         TEST(test_absent_peers_are_no_strikes),
+        TEST(test_job_that_loses_devices),
         TEST(test_bad_company),
         TEST(test_adapters_take_turns),
         TEST(test_cancel_in_a_cycle),
