@@ -413,9 +413,9 @@ static int follow(struct cuda_context *context, struct shuttle *shuttle)
     cudaError_t code;
     int rc;
 
-    (void)pthread_mutex_lock(&context->capture);
+    cuda_capture_lock(context);
     code = cudaEventRecord(now, context->stream);
-    (void)pthread_mutex_unlock(&context->capture);
+    cuda_capture_unlock(context);
     rc = cuda_check(context, code, "reading an adapter back");
     return rc < 0 ? rc
                   : cuda_check(context, cudaStreamWaitEvent(shuttle->stream, now, 0),

@@ -51,10 +51,12 @@ struct cuda_attention {
 size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head_dim, int runs, int longest,
                                     int furthest);
 int cuda_attention(struct cuda_context *context, const struct cuda_attention *args);
-/* The most queries of a run whose keys are summed in parts, the way of decoding; 0: none. The parts
- * follow from positions alone: a row of such a run has the same bits however a sequence is cut into
- * runs. */
+/* The most queries of a run whose keys are summed in parts, the way of decoding; 0: none. Parts
+ * follow from where the run ends: longer from some positions on, the first of which behind
+ * `position` is its border. A row has the same bits in any run that is no longer and ends no later
+ * than that. */
 int cuda_attention_part_queries(int heads, int kv_heads);
+int cuda_attention_part_border(int position);
 /* The largest `furthest` (INT32_MAX: any) for which decoding launches the same kernels with the
  * same sizes as for this one: the grid has room for more parts than there are, and results do not
  * depend on that. */

@@ -13,7 +13,7 @@
  *   Shared memory: Q 64 MT x D, 2 x (K, V) 64 x D: 80 or 96 KB for D = 128, two blocks on an SM of
  *   sm_90. Windows are taken from the end, where rows see most keys.
  * attend_part: serving, runs of at most 16 rows (decoding). The keys of a run are cut into parts
- *   of 256 (or 512, …: at most 32 parts) positions; a block takes one part, each warp 16 keys of
+ *   of 128 (or 256, …: at most 32 parts) positions; a block takes one part, each warp 16 keys of
  *   every tile with all 16 rows, and the warps' results are joined at the end. 68 KB, three blocks
  *   on an SM. The grid is as large as the chip holds and walks over (part, run, kv head).
  *
@@ -402,6 +402,15 @@ static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct a
 extern "C" int cuda_attention_part_queries(int heads, int kv_heads)
 {
     return PART_ROWS / (heads / kv_heads);
+}
+
+extern "C" int cuda_attention_part_border(int position)
+{
+    int border = PART_KEYS * PARTS_MAX;
+
+    while (border <= position)
+        border *= 2;
+    return border;
 }
 
 /* Rows of a run in parts, at most; 0: no run is done in parts. */

@@ -17,6 +17,20 @@
 
 /* --- errors --- */
 
+static thread_local bool holds_capture; /* this thread holds a context's `capture` */
+
+void cuda_capture_lock(struct cuda_context *context)
+{
+    (void)pthread_mutex_lock(&context->capture);
+    holds_capture = true;
+}
+
+void cuda_capture_unlock(struct cuda_context *context)
+{
+    holds_capture = false;
+    (void)pthread_mutex_unlock(&context->capture);
+}
+
 /* A sticky error (a kernel that faulted, a device that fell off the bus) is answered to every later
  * call, also to one as harmless as asking whether the stream is done. While it is captured the
  * stream cannot be asked; what comes after the capture will meet the error again. */
@@ -24,10 +38,11 @@ static bool is_lost(struct cuda_context *context)
 {
     cudaError_t now;
 
-    if (pthread_mutex_trylock(&context->capture) != 0)
+    if (holds_capture)
         return false;
+    cuda_capture_lock(context);
     now = cudaStreamQuery(context->stream);
-    (void)pthread_mutex_unlock(&context->capture);
+    cuda_capture_unlock(context);
     (void)cudaGetLastError();
     return now != cudaSuccess && now != cudaErrorNotReady;
 }
@@ -49,6 +64,14 @@ int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
 int cuda_check_launch(struct cuda_context *context, const char *what)
 {
     return cuda_check(context, cudaGetLastError(), what);
+}
+
+bool cuda_is_capturing(const struct cuda_context *context)
+{
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+
+    return cudaStreamIsCapturing(context->stream, &status) != cudaSuccess ||
+           status != cudaStreamCaptureStatusNone;
 }
 
 int cuda_wait(struct cuda_context *context)

@@ -81,6 +81,11 @@ void cuda_context_close(struct cuda_context *context);
 int cuda_check(struct cuda_context *context, cudaError_t code, const char *what);
 /* After launches: the first error that CUDA has noted since the last call. Does not wait. */
 int cuda_check_launch(struct cuda_context *context, const char *what);
+/* Takes and gives back context->capture. */
+void cuda_capture_lock(struct cuda_context *context);
+void cuda_capture_unlock(struct cuda_context *context);
+/* Whether the stream is being captured (true too where that cannot be told). */
+bool cuda_is_capturing(const struct cuda_context *context);
 /* Waits for the stream. */
 int cuda_wait(struct cuda_context *context);
 

@@ -54,6 +54,7 @@ enum plan_state {
     PLAN_OPEN, /* nothing chosen yet */
     PLAN_READ, /* the file's algorithm, which cuBLASLt has not looked at */
     PLAN_DECIDED,
+    PLAN_GUESSED, /* could not be timed: good for this process, not for the file */
 };
 struct plan {
     struct plan_key key;
@@ -242,7 +243,7 @@ static float time_algo(struct cuda_context *context, const struct cuda_gemm *gem
  * taken unmeasured. */
 static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *gemm,
                         struct plan *plan, const cublasLtMatmulHeuristicResult_t *proposals,
-                        int count)
+                        int count, bool *ret_measured)
 {
     bool adds_to_itself = gemm->beta != 0.0f && added(gemm) == gemm->out;
     size_t element = gemm->out_type == CUDA_TYPE_F32 ? 4 : 2;
@@ -251,6 +252,7 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
     float best_time = -1.0f;
     int best = 0;
 
+    *ret_measured = false;
     if (adds_to_itself && cudaMalloc(&scratch, bytes) != cudaSuccess) {
         (void)cudaGetLastError();
         return 0;
@@ -266,15 +268,8 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
     }
     if (scratch)
         (void)cudaFree(scratch);
+    *ret_measured = best_time >= 0.0f;
     return best;
-}
-
-static bool is_capturing(const struct cuda_context *context)
-{
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-
-    return cudaStreamIsCapturing(context->stream, &status) != cudaSuccess ||
-           status != cudaStreamCaptureStatusNone;
 }
 
 /* Whether the file's algorithm does this product here, in the room there is, and adds in a fixed
@@ -302,7 +297,8 @@ static bool is_usable(struct cuda_context *context, struct plan *plan)
 static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, struct plan *plan)
 {
     cublasLtMatmulHeuristicResult_t proposals[PROPOSALS];
-    bool capturing = is_capturing(context);
+    bool capturing = cuda_is_capturing(context);
+    bool measured = true; /* nothing to choose from, or nobody wants it timed */
     int count = 0, best = 0, rc;
 
     if (plan->state == PLAN_READ && is_usable(context, plan)) {
@@ -314,12 +310,12 @@ static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, st
     if (rc < 0)
         return rc;
     if (count > 1 && context->plans->tunes && !capturing)
-        best = pick_fastest(context, gemm, plan, proposals, count);
+        best = pick_fastest(context, gemm, plan, proposals, count, &measured);
     plan->algo = proposals[best].algo;
     rc = cuda_check_launch(context, "timing a matrix product");
     if (rc == 0 && !capturing) {
-        plan->state = PLAN_DECIDED;
-        context->plans->unsaved = true;
+        plan->state = measured ? PLAN_DECIDED : PLAN_GUESSED;
+        context->plans->unsaved = context->plans->unsaved || measured;
     }
     return rc;
 }
@@ -432,7 +428,7 @@ static int look_up(struct cuda_context *context, const struct cuda_gemm *gemm, b
         status = describe(context, gemm, plan);
     if (status != CUBLAS_STATUS_SUCCESS)
         return check_status(context, gemm, status, "describing it");
-    if (plan->state != PLAN_DECIDED)
+    if (plan->state == PLAN_OPEN || plan->state == PLAN_READ)
         rc = choose(context, gemm, plan);
     *ret = plan;
     return rc;
@@ -459,7 +455,7 @@ static int read_choices(struct cuda_context *context)
     size_t taken = 0;
     bool all;
 
-    plans->path = gemm_choices_path(context->arch);
+    plans->path = gemm_choices_path(context->name);
     if (!plans->path)
         return 0;
     set_origin(context, &plans->origin);
@@ -494,7 +490,7 @@ static void write_choices(struct cuda_gemm_plans *plans)
     for (size_t i = 0; i < plans->capacity; i++) {
         const struct plan *plan = plans->slots[i];
 
-        if (!plan || plan->state == PLAN_OPEN)
+        if (!plan || plan->state == PLAN_OPEN || plan->state == PLAN_GUESSED)
             continue;
         memcpy(choices.items[choices.count].key, &plan->key, sizeof(plan->key));
         memcpy(choices.items[choices.count].algo, &plan->algo, sizeof(plan->algo));
@@ -513,7 +509,7 @@ static void keep_choices(struct cuda_context *context)
     struct cuda_gemm_plans *plans = context->plans;
 
     if (plans->path && gemm_choices_clock() - plans->written >= GEMM_CHOICES_WAIT &&
-        !is_capturing(context))
+        !cuda_is_capturing(context))
         write_choices(plans);
 }
 

@@ -12,6 +12,7 @@
 #include "claas/log.h"
 #include "claas/mem.h"
 
+#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -122,17 +123,22 @@ int gemm_choices_decode(const struct gemm_choices_origin *origin, const void *da
 
 /* --- the file --- */
 
-char *gemm_choices_path(int arch)
+char *gemm_choices_path(const char *device)
 {
+    char card[64]; /* as in the origin */
     const char *path = getenv("CLAAS_CUDA_CHOICES"), *cache = getenv("XDG_CACHE_HOME");
     const char *home = getenv("HOME");
 
     if (path)
         return path[0] ? claas_strdup(path) : NULL;
+    claas_copy_text(card, sizeof(card), device);
+    for (char *c = card; *c; c++)
+        if (!isalnum((unsigned char)*c))
+            *c = '-';
     if (cache && cache[0] == '/') /* the specification: what is relative does not count */
-        return claas_format("%s/claas/gemm-%d.bin", cache, arch);
+        return claas_format("%s/claas/gemm-%s.bin", cache, card);
     if (home && home[0] == '/')
-        return claas_format("%s/.cache/claas/gemm-%d.bin", home, arch);
+        return claas_format("%s/.cache/claas/gemm-%s.bin", home, card);
     return NULL;
 }
 

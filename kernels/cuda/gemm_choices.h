@@ -45,9 +45,10 @@ int gemm_choices_encode(const struct gemm_choices_origin *origin,
 int gemm_choices_decode(const struct gemm_choices_origin *origin, const void *data, size_t length,
                         struct gemm_choices *ret);
 
-/* A new string: CLAAS_CUDA_CHOICES, else gemm-<arch>.bin in $XDG_CACHE_HOME/claas or
- * ~/.cache/claas; NULL: no file is kept (CLAAS_CUDA_CHOICES is empty, there is no home). */
-char *gemm_choices_path(int arch);
+/* A new string: CLAAS_CUDA_CHOICES, else gemm-<device>.bin in $XDG_CACHE_HOME/claas or
+ * ~/.cache/claas; NULL: no file is kept (CLAAS_CUDA_CHOICES is empty, there is no home). device:
+ * the card's name, of which letters and digits are kept: cards of two kinds share a home. */
+char *gemm_choices_path(const char *device);
 /* What the file says; nothing, and a line in the log, where it is no good. A file that is not there
  * is no reason for a line. */
 void gemm_choices_read(const char *path, const struct gemm_choices_origin *origin,

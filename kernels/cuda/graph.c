@@ -76,9 +76,9 @@ static int capture(struct cuda_context *context, struct cuda_graph *graph, cuda_
     cudaGraph_t recorded = NULL;
     int code;
 
-    (void)pthread_mutex_lock(&context->capture);
+    cuda_capture_lock(context);
     code = record(context, work, arg, &recorded);
-    (void)pthread_mutex_unlock(&context->capture);
+    cuda_capture_unlock(context);
     if (code >= 0)
         code = cuda_check(context, cudaGraphInstantiate(&graph->exec, recorded, 0),
                           "instantiating a graph");

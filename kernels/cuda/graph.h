@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* A graph of a pass over 36 layers takes a megabyte or so of the device. */
-#define CUDA_GRAPHS_MAX 32
+#define CUDA_GRAPHS_MAX 96
 
 struct cuda_graph_key {
     int rows, furthest;

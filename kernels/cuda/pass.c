@@ -87,10 +87,27 @@ static int blocks_of(const struct claas_pack_run *run)
     return (run->pos + run->count + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK;
 }
 
-/* What a run is cut into. */
+/* The length of the piece of a run that begins with its row `done`: all that is left, or so much
+ * that attention works on each row as if it were decoded. */
+static int piece_length(const struct claas_pack_run *run, int done, int queries)
+{
+    int left = run->count - done, pos = run->pos + done, length = left;
+
+    if (queries > 0) {
+        int border = cuda_attention_part_border(pos) - pos;
+
+        length = queries < border ? queries : border;
+    }
+    return left < length ? left : length;
+}
+
 static int pieces_of(const struct claas_pack_run *run, int queries)
 {
-    return queries > 0 ? (run->count + queries - 1) / queries : 1;
+    int pieces = 0;
+
+    for (int done = 0; done < run->count; done += piece_length(run, done, queries))
+        pieces++;
+    return pieces;
 }
 
 static int count_pieces(const struct claas_pack *pack, int queries)
@@ -106,18 +123,15 @@ static int count_pieces(const struct claas_pack *pack, int queries)
 static int fill_pieces(const struct claas_pack_run *run, int queries, int table,
                        struct cuda_attn_run *runs)
 {
-    int pieces = pieces_of(run, queries), length = queries > 0 ? queries : run->count;
+    int pieces = 0;
 
-    for (int i = 0; i < pieces; i++) {
-        int left = run->count - i * length;
-
-        runs[i] = (struct cuda_attn_run){
-            .first = run->first + i * length,
-            .count = left < length ? left : length,
-            .pos = run->pos + i * length,
+    for (int done = 0; done < run->count; done += runs[pieces++].count)
+        runs[pieces] = (struct cuda_attn_run){
+            .first = run->first + done,
+            .count = piece_length(run, done, queries),
+            .pos = run->pos + done,
             .table = table,
         };
-    }
     return pieces;
 }
 
@@ -390,14 +404,6 @@ static int follow(struct cuda_context *context, cudaStream_t first, cudaEvent_t 
     return code;
 }
 
-static bool is_captured(const struct cuda_context *context)
-{
-    enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-
-    return cudaStreamIsCapturing(context->stream, &status) == cudaSuccess &&
-           status == cudaStreamCaptureStatusActive;
-}
-
 /* S = x A^T, in a captured graph beside what comes next on the stream. */
 static int shrink(claas_backend_t *backend, const struct cuda_lora *lora, bool aside)
 {
@@ -430,7 +436,7 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
         .sums = pass->lora_sums,
     };
     bool any = rows->group_count > 0;
-    bool aside = any && cuda_lora_is_few(context, &lora) && is_captured(context);
+    bool aside = any && cuda_lora_is_few(context, &lora) && cuda_is_capturing(context);
     int code = any ? shrink(backend, &lora, aside) : 0;
 
     if (code >= 0)

@@ -2,7 +2,7 @@
  * code in C; the arithmetic is in gemm.cu, rows.cu, attention_*.cu.
  *
  * What the device must know of a pack (tokens, positions, runs, …) is written into one pinned
- * buffer and copied once, before the first operation: see cuda_rows_fill. */
+ * buffer and copied once, before the first operation: see cuda_pack_fill. */
 #ifndef CLAAS_CUDA_PASS_H
 #define CLAAS_CUDA_PASS_H
 
@@ -55,8 +55,8 @@ size_t cuda_pack_bytes(int m, int runs, int tables);
  *
  * Serving (paged) at most CUDA_LORA_FEW rows, all arrays but the block tables, and what describes a
  * tail shorter than the pack, have places that follow from the numbers of rows and runs alone, and
- * so have the launches of cuda_linear: only whether there is any adapter makes a difference. */
-/* Serving, a run longer than `queries` becomes several (0: none does). */
+ * so have the launches of cuda_linear: only whether there is any adapter makes a difference. A run
+ * longer than `queries` becomes several (0: none does). */
 int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
                    int queries, struct cuda_pack *ret);
 

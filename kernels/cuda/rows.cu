@@ -12,8 +12,7 @@
 /* U: what is moved at once, 16 bytes or an element; a row has `units` of them. */
 template <typename U>
 __global__ static void __launch_bounds__(THREADS)
-    gather_rows(int m, int units, const U *__restrict__ in, const int32_t *__restrict__ rows,
-                U *__restrict__ out)
+    gather_rows(int m, int units, const U *in, const int32_t *rows, U *out)
 {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     const U *from = NULL;

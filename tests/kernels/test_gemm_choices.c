@@ -168,7 +168,7 @@ static void test_files(void **state)
     CLAAS_AUTO(gemm_choices_done) struct gemm_choices first = some_choices(1, 3, 10);
     CLAAS_AUTO(gemm_choices_done) struct gemm_choices second = some_choices(3, 2, 20);
     struct gemm_choices read = {0};
-    const char *name = path("deep/er/gemm-90.bin");
+    const char *name = path("deep/er/gemm-NVIDIA-H100-80GB----HBM3.bin");
 
     gemm_choices_read(name, &origin, &read);
     assert_int_equal(read.count, 0);
@@ -213,7 +213,7 @@ static void test_no_place(void **state)
 
 static void expect_path(const char *want)
 {
-    CLAAS_AUTO_FREE char *got = gemm_choices_path(90);
+    CLAAS_AUTO_FREE char *got = gemm_choices_path("NVIDIA H100 80GB/../HBM3");
 
     if (!want)
         assert_null(got);
@@ -226,11 +226,11 @@ static void test_paths(void **state)
     setenv("HOME", "/home/someone", 1);
     unsetenv("XDG_CACHE_HOME");
     unsetenv("CLAAS_CUDA_CHOICES");
-    expect_path("/home/someone/.cache/claas/gemm-90.bin");
+    expect_path("/home/someone/.cache/claas/gemm-NVIDIA-H100-80GB----HBM3.bin");
     setenv("XDG_CACHE_HOME", "/var/cache/someone", 1);
-    expect_path("/var/cache/someone/claas/gemm-90.bin");
+    expect_path("/var/cache/someone/claas/gemm-NVIDIA-H100-80GB----HBM3.bin");
     setenv("XDG_CACHE_HOME", "relative", 1);
-    expect_path("/home/someone/.cache/claas/gemm-90.bin");
+    expect_path("/home/someone/.cache/claas/gemm-NVIDIA-H100-80GB----HBM3.bin");
     unsetenv("HOME");
     expect_path(NULL);
     setenv("CLAAS_CUDA_CHOICES", "here.bin", 1);

@@ -371,14 +371,14 @@ static void test_lengths(const char *precision)
     rig_close(&rig);
 }
 
-/* Log-probs of the tokens behind positions 0 … count-1, read in pieces of `piece` tokens. */
+/* Log-probs of the tokens behind PROMPT positions from `from` on, read in pieces of `piece`. */
 static void read_in_pieces(const struct rig *rig, const struct seq *seq,
-                           claas_backend_adapter_t *adapter, int count, int piece, float *out)
+                           claas_backend_adapter_t *adapter, int from, int piece, float *out)
 {
     struct claas_sample samples[PROMPT];
 
-    for (int pos = 0; pos < count; pos += piece) {
-        int left = count - pos, n = left < piece ? left : piece;
+    for (int pos = from; pos < from + PROMPT; pos += piece) {
+        int left = from + PROMPT - pos, n = left < piece ? left : piece;
         struct claas_segment segment = {.tokens = seq->tokens + pos,
                                         .count = n,
                                         .pos = pos,
@@ -391,28 +391,30 @@ static void read_in_pieces(const struct rig *rig, const struct seq *seq,
             samples[i].given = seq->tokens[pos + i + 1];
         must(rig->ops->forward(rig->backend, &segment, 1, samples), "a piece");
         for (int i = 0; i < n; i++)
-            out[pos + i] = samples[i].logprob;
+            out[pos - from + i] = samples[i].logprob;
     }
 }
 
 /* A short prompt has the same bits read at once, in pieces and token by token: what was found in
- * the cache must not show in an answer. */
-static void test_pieces(const char *model, bool adapted)
+ * the cache must not show in an answer. So has the end of a long one, `from` positions in, also
+ * where attention's parts grow (4,096). */
+static void test_pieces(const char *model, bool adapted, int from)
 {
     static const int pieces[] = {1, 4, 5, 7, 16, 33, PROMPT - 1};
-    struct rig rig = rig_open(model, "bf16", 16);
+    struct rig rig = rig_open(model, "bf16", 300);
     struct seq *seq = CLAAS_NEW(struct seq);
     claas_backend_adapter_t *adapter = adapted ? adapter_new(&rig, 8, 5) : NULL;
-    const int32_t blocks[] = {5, 0, 3, 9, 1, 2};
+    int32_t blocks[300];
     float whole[PROMPT], other[PROMPT];
     char name[128];
 
-    for (int i = 0; i <= PROMPT; i++)
-        seq->tokens[i] = below(77, (uint64_t)i, rig.config->vocab);
-    memcpy(seq->blocks, blocks, sizeof(blocks));
-    read_in_pieces(&rig, seq, adapter, PROMPT, PROMPT, whole);
+    for (int i = 0; i < 300; i++)
+        blocks[i] = i * 7 % 300;
+    seq_start(&rig, seq, 77, from + PROMPT + 1, blocks,
+              adapter); /* what comes before `from` stays */
+    read_in_pieces(&rig, seq, adapter, from, PROMPT, whole);
     for (size_t i = 0; i < CLAAS_COUNT(pieces); i++) {
-        read_in_pieces(&rig, seq, adapter, PROMPT, pieces[i], other);
+        read_in_pieces(&rig, seq, adapter, from, pieces[i], other);
         for (int t = 0; t < PROMPT; t++)
             if (memcmp(&other[t], &whole[t], sizeof(whole[t])) != 0 || !isfinite(whole[t])) {
                 FAIL("pieces of %d, position %d: %.9g, want %.9g", pieces[i], t, (double)other[t],
@@ -420,8 +422,8 @@ static void test_pieces(const char *model, bool adapted)
                 break;
             }
     }
-    (void)snprintf(name, sizeof(name), "a prompt of %d read in pieces, %s%s", PROMPT, model,
-                   adapted ? ", with an adapter" : "");
+    (void)snprintf(name, sizeof(name), "%d tokens read in pieces from %d on, %s%s", PROMPT, from,
+                   model, adapted ? ", with an adapter" : "");
     finish(name);
     rig.ops->adapter_free(rig.backend, &adapter);
     free(seq);
@@ -622,9 +624,10 @@ int main(void)
     test_neighbours("bf16", false, true);
     test_lengths("f32");
     test_lengths("bf16");
-    test_pieces("random:smollm2-135m", false);
-    test_pieces("random:smollm2-135m", true);
-    test_pieces("random:qwen3-0.6b", false);
+    test_pieces("random:smollm2-135m", false, 0);
+    test_pieces("random:smollm2-135m", true, 0);
+    test_pieces("random:smollm2-135m", false, 4061);
+    test_pieces("random:qwen3-0.6b", false, 0);
     test_pool_size();
     test_pool_full();
     test_no_memory();
