@@ -34,14 +34,18 @@ static cJSON *cards_json(const struct claas_cards *cards)
         claas_json_set_string(one, "name", card->name);
         claas_json_set_string(one, "compute_capability", capability);
         claas_json_set_int(one, "bytes", (int64_t)card->bytes);
-        claas_json_set_int(one, "bytes_free", (int64_t)card->bytes_free);
+        if (card->unknown[0])
+            claas_json_set_null(one, "bytes_free");
+        else
+            claas_json_set_int(one, "bytes_free", (int64_t)card->bytes_free);
         cJSON_AddItemToArray(list, one);
     }
     return list;
 }
 
-/* The server's device from its health; NULL without a server. */
-static cJSON *ask_server(const struct cli *cli)
+/* The server's device from its health; NULL without one. That a server does not answer is no
+ * failure where nobody named it. */
+static int ask_server(const struct cli *cli, cJSON **ret)
 {
     CLAAS_AUTO(http_close) struct http http = {0};
     CLAAS_AUTO(claas_json_free) cJSON *reply = NULL;
@@ -50,8 +54,9 @@ static cJSON *ask_server(const struct cli *cli)
     if (rc == 0)
         rc = http_json(&http, "GET", "/v1/health", NULL, &reply);
     if (rc < 0)
-        return NULL;
-    return cJSON_Duplicate(claas_json_get(claas_json_get(reply, "model"), "device"), true);
+        return cli->url ? rc : 0;
+    *ret = cJSON_Duplicate(claas_json_get(claas_json_get(reply, "model"), "device"), true);
+    return 0;
 }
 
 static int64_t bytes_at(const cJSON *object, const char *key)
@@ -67,9 +72,14 @@ static void print_cards(const struct claas_cards *cards)
     for (int i = 0; i < cards->count; i++) {
         const struct claas_card *card = &cards->cards[i];
 
-        printf("card %d     %s, compute capability %d.%d, %" PRIu64 " of %" PRIu64 " MB free\n", i,
-               card->name, card->major, card->minor, card->bytes_free / 1000000,
-               card->bytes / 1000000);
+        printf("card %d     %s, compute capability %d.%d, ", i, card->name, card->major,
+               card->minor);
+        if (card->unknown[0])
+            printf("%" PRIu64 " MB, how much is free is not known: %s\n", card->bytes / 1000000,
+                   card->unknown);
+        else
+            printf("%" PRIu64 " of %" PRIu64 " MB free\n", card->bytes_free / 1000000,
+                   card->bytes / 1000000);
     }
     printf("CUDA       %d.%d here, driver up to %d.%d\n", cards->runtime / 1000,
            cards->runtime % 1000 / 10, cards->driver / 1000, cards->driver % 1000 / 10);
@@ -118,16 +128,18 @@ int verb_gpu(int argc, char **argv)
     static const struct cli_spec spec = {
         .flags = CLI_URL | CLI_JSON,
         .doc = "Shows the CUDA cards of this machine and, of a running server, what its device "
-               "holds. Ends with 1 if there is no card.",
+               "holds. Ends with 1 if there is no card, or no answer from the server of --url.",
     };
     CLAAS_AUTO(claas_json_free) cJSON *device = NULL;
     struct claas_cards cards;
     struct cli cli;
-    bool no_card;
+    bool no_card, no_answer;
     int rc = 0;
 
     cli_parse(&spec, argc, argv, &cli, NULL);
-    device = ask_server(&cli);
+    no_answer = ask_server(&cli, &device) < 0;
+    if (no_answer)
+        cli_fail(argv[0]);
     no_card = claas_device_cards(&cards) < 0;
     if (no_card)
         cli_fail(argv[0]);
@@ -139,5 +151,5 @@ int verb_gpu(int argc, char **argv)
         rc = print_device(device);
     if (rc < 0)
         return cli_fail(argv[0]);
-    return no_card ? EXIT_CODE_FAILED : EXIT_CODE_OK;
+    return no_card || no_answer ? EXIT_CODE_FAILED : EXIT_CODE_OK;
 }

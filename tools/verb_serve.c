@@ -50,7 +50,7 @@ static const struct argp_option options[] = {
     {"set", 's', "KEY=VALUE", 0, "one setting; may be given again", 0},
     {"chat-template", OPTION_TEMPLATE, "NAME", 0, "template family instead of the model's own", 0},
     {"roles", OPTION_ROLES, "A,B", 0, "actors of this process", 0},
-    {"role", OPTION_ROLE, "A", 0,
+    {"role", OPTION_ROLE, "A,B", 0,
      "these actors alone, beside the server of the same --data, which runs with --roles of the "
      "others",
      0},
@@ -111,6 +111,8 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         add_override(state, "roles", value);
         break;
     case OPTION_ROLE:
+        if (args->beside)
+            argp_error(state, "--role is given once: --role A,B for several");
         add_override(state, "roles", value);
         args->beside = true;
         break;
@@ -261,8 +263,13 @@ static int run(struct serve_args *args, struct process *process)
     prepare_signals(claas_config_string(process->config, "data"));
     if (process_has_role(process, "trainer") || process_has_role(process, "sampler"))
         rc = process_open_device(process);
-    if (rc == 0)
+    if (rc == 0) {
         rc = claas_runtime_new(process->config, &process->runtime);
+        if (rc == CLAAS_ERR_CANCELLED) { /* the end was asked for before the other node came */
+            claas_info("%s", claas_error_text());
+            return 0;
+        }
+    }
     if (rc == 0)
         rc = process_start_actors(process);
     if (rc < 0)

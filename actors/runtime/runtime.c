@@ -22,9 +22,10 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-#define JOIN_MS 10000
-#define STOP_MS 5000
-#define LOST_MS 3000 /* without a device there is little to finish */
+#define JOIN_FIRST_MS 1000  /* until it is said that a node to join does not answer, and then */
+#define JOIN_AGAIN_MS 30000 /* how often */
+#define STOP_MS       5000
+#define LOST_MS       3000 /* without a device there is little to finish */
 
 struct claas_runtime {
     struct claas_switch *sw;
@@ -32,6 +33,37 @@ struct claas_runtime {
     int signal_fd;
     int64_t drain_ms;
 };
+
+/* Number of the signal that came, 0 for none. */
+static int take_signal(const claas_runtime_t *runtime)
+{
+    struct signalfd_siginfo info;
+
+    return read(runtime->signal_fd, &info, sizeof(info)) == sizeof(info) ? (int)info.ssi_signo : 0;
+}
+
+/* The node to join may come long after this process: nobody else would start this one again. */
+static int join(const claas_runtime_t *runtime)
+{
+    struct pollfd item = {.fd = runtime->signal_fd, .events = POLLIN};
+    const char *endpoint = claas_switch_upstream(runtime->sw);
+    int64_t say_ms = claas_clock_ms() + JOIN_FIRST_MS;
+    int rc;
+
+    while ((rc = claas_switch_joined(runtime->sw)) == 0) {
+        int number = take_signal(runtime);
+
+        if (number != 0)
+            return claas_fail(CLAAS_ERR_CANCELLED, "%s while waiting for the node at %s",
+                              strsignal(number), endpoint);
+        if (claas_clock_ms() >= say_ms) {
+            claas_warning("waiting for the node at %s", endpoint);
+            say_ms += JOIN_AGAIN_MS;
+        }
+        (void)poll(&item, 1, 5);
+    }
+    return rc < 0 ? rc : 0;
+}
 
 int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret)
 {
@@ -47,7 +79,9 @@ int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret)
     runtime->signal_fd = signalfd(-1, &ends, SFD_CLOEXEC | SFD_NONBLOCK);
     if (runtime->signal_fd < 0)
         return claas_fail_errno("signalfd");
-    int rc = claas_switch_new(config, JOIN_MS, &runtime->sw);
+    int rc = claas_switch_new(config, &runtime->sw);
+    if (rc == 0)
+        rc = join(runtime);
     if (rc == 0)
         rc = supervisor_new(claas_switch_endpoint(runtime->sw),
                             (int)claas_config_int(config, "runtime.mailbox"), &runtime->supervisor);
@@ -61,14 +95,6 @@ int claas_runtime_start(claas_runtime_t *runtime, const struct claas_actor_class
                         const char *name, const void *args)
 {
     return supervisor_start(runtime->supervisor, actor_class, name, args);
-}
-
-/* Number of the signal that came, 0 for none. */
-static int take_signal(const claas_runtime_t *runtime)
-{
-    struct signalfd_siginfo info;
-
-    return read(runtime->signal_fd, &info, sizeof(info)) == sizeof(info) ? (int)info.ssi_signo : 0;
 }
 
 /* Sleeps until a signal, a change of an actor's state, or `until_ms`. */

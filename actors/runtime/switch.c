@@ -18,7 +18,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
@@ -397,25 +396,24 @@ static int start_thread(struct claas_switch *sw)
     return 0;
 }
 
-static int await_join(struct claas_switch *sw, int64_t join_ms)
+int claas_switch_joined(struct claas_switch *sw)
 {
-    int64_t until = claas_clock_ms() + join_ms;
+    char text[sizeof(sw->join_text)];
 
-    while (!atomic_load(&sw->joined)) {
-        char text[sizeof(sw->join_text)];
+    if (!sw->link || atomic_load(&sw->joined))
+        return 1;
+    pthread_mutex_lock(&sw->join_lock);
+    int refusal = sw->join_refusal;
+    memcpy(text, sw->join_text, sizeof(text));
+    pthread_mutex_unlock(&sw->join_lock);
+    if (refusal == 0 || refusal == CLAAS_ERR_UNAVAILABLE)
+        return 0;
+    return claas_fail(refusal, "%s: %s", sw->upstream_endpoint, text);
+}
 
-        pthread_mutex_lock(&sw->join_lock);
-        int refusal = sw->join_refusal;
-        memcpy(text, sw->join_text, sizeof(text));
-        pthread_mutex_unlock(&sw->join_lock);
-        if (refusal != 0 && refusal != CLAAS_ERR_UNAVAILABLE)
-            return claas_fail(refusal, "%s: %s", sw->upstream_endpoint, text);
-        if (claas_clock_ms() > until)
-            return claas_fail(CLAAS_ERR_UNAVAILABLE, "no node answers at %s%s%s",
-                              sw->upstream_endpoint, refusal ? ": " : "", refusal ? text : "");
-        poll(NULL, 0, 5);
-    }
-    return 0;
+const char *claas_switch_upstream(const struct claas_switch *sw)
+{
+    return sw->upstream_endpoint;
 }
 
 static int open_all(struct claas_switch *sw)
@@ -436,7 +434,7 @@ static int open_all(struct claas_switch *sw)
     return rc;
 }
 
-int claas_switch_new(const claas_config_t *config, int64_t join_ms, struct claas_switch **ret)
+int claas_switch_new(const claas_config_t *config, struct claas_switch **ret)
 {
     CLAAS_AUTO(claas_switch_free) struct claas_switch *sw = NULL;
 
@@ -453,8 +451,6 @@ int claas_switch_new(const claas_config_t *config, int64_t join_ms, struct claas
         rc = open_all(sw);
     if (rc == 0)
         rc = start_thread(sw);
-    if (rc == 0 && sw->link)
-        rc = await_join(sw, join_ms);
     if (rc < 0)
         return rc;
     *ret = CLAAS_TAKE(sw);

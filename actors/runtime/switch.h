@@ -7,9 +7,13 @@
 struct claas_switch;
 
 /* Opens the sockets in the calling thread (so that errors come back from here) and starts the
- * thread. With `connect` set it returns once the other node has taken us in, or UNAVAILABLE after
- * `join_ms`. */
-int claas_switch_new(const claas_config_t *config, int64_t join_ms, struct claas_switch **ret);
+ * thread, which with `connect` set asks the other node to take us in. */
+int claas_switch_new(const claas_config_t *config, struct claas_switch **ret);
+/* 1 once the other node has taken us in (or there is none), 0 while it has not answered, and its
+ * refusal. */
+int claas_switch_joined(struct claas_switch *sw);
+/* What `connect` is set to. */
+const char *claas_switch_upstream(const struct claas_switch *sw);
 /* Stops the thread and closes the sockets; answers on their way out get a second. */
 void claas_switch_free(struct claas_switch **sw);
 const char *claas_switch_endpoint(const struct claas_switch *sw);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "claas/err.h"
+#include "claas/log.h"
 #include "claas/mem.h"
 
 /* Of one adapter: the current version and one to compare it with. What learning has left behind is
@@ -89,8 +90,8 @@ static void entry_remove(struct adapter_cache *cache, struct entry *entry)
 }
 
 /* Makes room for one more of an adapter (NULL: of any) if `limit` are there; entries that are still
- * loading stay. Requests in flight hold their own references. True if one was dropped. */
-static bool make_room(struct adapter_cache *cache, const char *uid, size_t limit)
+ * loading stay. Requests in flight hold their own references. */
+static void make_room(struct adapter_cache *cache, const char *uid, size_t limit)
 {
     struct entry *oldest = NULL;
     size_t count = 0;
@@ -102,10 +103,23 @@ static bool make_room(struct adapter_cache *cache, const char *uid, size_t limit
         if (e->adapter && (!oldest || e->used < oldest->used))
             oldest = e;
     }
-    if (count < limit || !oldest)
-        return false;
-    entry_remove(cache, oldest);
-    return true;
+    if (count >= limit && oldest)
+        entry_remove(cache, oldest);
+}
+
+/* Drops the least recently used entry that no request uses: another would give no memory back.
+ * False if there is none. */
+static bool drop_idle(struct adapter_cache *cache)
+{
+    struct entry *oldest = NULL;
+
+    for (struct entry *e = cache->entries; e; e = e->next)
+        if (e->adapter && !claas_adapter_is_shared(e->adapter) &&
+            (!oldest || e->used < oldest->used))
+            oldest = e;
+    if (oldest)
+        entry_remove(cache, oldest);
+    return oldest != NULL;
 }
 
 static struct entry *entry_add(struct adapter_cache *cache, const char *uid, int version,
@@ -195,6 +209,33 @@ static void serve_waiters(struct entry *entry, int error, const char *text)
     }
 }
 
+static void load_failed(struct adapter_cache *cache, struct entry *entry, int error,
+                        const char *text)
+{
+    serve_waiters(entry, error, text);
+    entry_remove(cache, entry);
+}
+
+/* The device's bytes are the true limit: once more with one adapter less. When none can go, it is
+ * a matter of waiting, unless there was no other at all. */
+static void out_of_memory(struct adapter_cache *cache, struct entry *entry, const char *text)
+{
+    if (drop_idle(cache)) {
+        int rc = load(cache, entry);
+
+        if (rc < 0)
+            load_failed(cache, entry, rc, claas_error_text());
+        return;
+    }
+    claas_warning("no memory for another adapter: %s", text);
+    if (cache->entries != entry || entry->next)
+        load_failed(cache, entry, CLAAS_ERR_OVERLOADED,
+                    "there is no memory for it beside the adapters in use, try again later");
+    else
+        load_failed(cache, entry, CLAAS_ERR_NO_MEMORY,
+                    "there is no memory for it, even with no other adapter loaded for chat");
+}
+
 bool adapter_cache_event(struct adapter_cache *cache, struct claas_device_event *event)
 {
     struct entry *entry = cache->entries;
@@ -207,12 +248,10 @@ bool adapter_cache_event(struct adapter_cache *cache, struct claas_device_event 
         entry->adapter = CLAAS_TAKE(event->adapter);
         entry->used = ++cache->tick;
         serve_waiters(entry, 0, NULL);
-    } else if (event->error == CLAAS_ERR_NO_MEMORY && make_room(cache, NULL, 0) &&
-               load(cache, entry) == 0) {
-        return true; /* the device's bytes are the true limit: once more, with one adapter less */
+    } else if (event->error == CLAAS_ERR_NO_MEMORY) {
+        out_of_memory(cache, entry, event->text);
     } else {
-        serve_waiters(entry, event->error ? event->error : CLAAS_ERR_INTERNAL, event->text);
-        entry_remove(cache, entry);
+        load_failed(cache, entry, event->error ? event->error : CLAAS_ERR_INTERNAL, event->text);
     }
     return true;
 }

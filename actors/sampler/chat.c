@@ -47,16 +47,22 @@ void chat_free(struct chat *chat)
     free(chat);
 }
 
-/* Out of memory is said as what it is for who chats: too much at the same time. */
+static void chat_refuse(struct chat *chat, int code, const char *text)
+{
+    claas_actor_reply_error(chat->sampler->actor, &chat->reply_to, code, text);
+    chat_free(chat);
+}
+
+/* Out of memory, the host's or the device's, is said as what it is for who chats: too much at the
+ * same time. */
 static void chat_fail(struct chat *chat, int code, const char *text)
 {
     if (code == CLAAS_ERR_NO_MEMORY) {
         claas_warning("a chat is refused: %s", text);
         code = CLAAS_ERR_OVERLOADED;
-        text = "the device's memory is full, try again later";
+        text = "there is not enough memory, try again later";
     }
-    claas_actor_reply_error(chat->sampler->actor, &chat->reply_to, code, text);
-    chat_free(chat);
+    chat_refuse(chat, code, text);
 }
 
 /* --- prompt
@@ -259,7 +265,7 @@ static void adapter_ready(void *arg, claas_adapter_t *adapter, int error, const 
 
     if (error) {
         claas_fail(error, "LoRA %s@%d: %s", chat->lora_id, chat->version, text);
-        chat_fail(chat, error, claas_error_text());
+        chat_refuse(chat, error, claas_error_text()); /* no later try helps an adapter too large */
         return;
     }
     chat->adapter = adapter;

@@ -72,6 +72,8 @@ struct claas_card {
     char name[64];
     int major, minor; /* compute capability */
     uint64_t bytes, bytes_free;
+    char unknown[64]; /* why bytes_free could not be asked for (the card is full, or another
+                         process's alone); "" if it could */
 };
 struct claas_cards {
     int driver, runtime; /* CUDA versions, 1000 * major + 10 * minor: newest of the driver, ours */
@@ -115,8 +117,11 @@ int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *ad
 int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,
                               const char *directory, uint64_t *ret_id);
 claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
-/* Drops a reference and nulls the pointer. */
+/* Drops a reference and nulls the pointer. The memory is free a moment later: a load or init that
+ * meets a full device waits for that moment before it fails. */
 void claas_adapter_unref(claas_adapter_t **adapter);
+/* Whether someone else holds a reference too, so that dropping the caller's frees nothing. */
+bool claas_adapter_is_shared(const claas_adapter_t *adapter);
 struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter);
 /* What claas_device_adapters calls it: "me/chat@3". */
 void claas_adapter_set_name(claas_adapter_t *adapter, const char *name);

@@ -8,8 +8,9 @@
 typedef struct claas_runtime claas_runtime_t;
 
 /* Starts the switch: binds ipc://DATA/claas.ipc (0600; a stale file is replaced) unless `connect`
- * names another node's, which is then joined with the node token of DATA/keys/node.token. Blocks no
- * signals itself. */
+ * names another node's, which is then joined with the node token of DATA/keys/node.token: waits
+ * without end until that node is there, or is CANCELLED by SIGTERM or SIGINT. Blocks no signals
+ * itself. */
 int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret);
 /* Starts an actor under supervision and waits until it is ready (or failed: its error). An actor
  * whose thread ends or whose handler reports a fatal error is started again with back-off (0.2 s …

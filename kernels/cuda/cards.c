@@ -6,16 +6,29 @@
 
 #include <stdio.h>
 
+/* Needs a context, for which a full card has no room, and which another process may have for itself
+ * alone: such a card is listed all the same. */
+static void read_free(int number, struct claas_card *card)
+{
+    size_t available = 0, total = 0;
+    cudaError_t code = cudaSetDevice(number);
+
+    if (code == cudaSuccess)
+        code = cudaMemGetInfo(&available, &total);
+    if (code == cudaSuccess) {
+        card->bytes = total;
+        card->bytes_free = available;
+        return;
+    }
+    (void)cudaGetLastError();
+    (void)snprintf(card->unknown, sizeof(card->unknown), "%.63s", cudaGetErrorString(code));
+}
+
 static int read_card(int number, struct claas_card *ret)
 {
     struct cudaDeviceProp properties;
-    size_t available = 0, total = 0;
     cudaError_t code = cudaGetDeviceProperties(&properties, number);
 
-    if (code == cudaSuccess)
-        code = cudaSetDevice(number);
-    if (code == cudaSuccess)
-        code = cudaMemGetInfo(&available, &total);
     if (code != cudaSuccess) {
         (void)cudaGetLastError();
         return claas_fail(CLAAS_ERR_DEVICE, "card %d: %s", number, cudaGetErrorString(code));
@@ -23,10 +36,10 @@ static int read_card(int number, struct claas_card *ret)
     *ret = (struct claas_card){
         .major = properties.major,
         .minor = properties.minor,
-        .bytes = total,
-        .bytes_free = available,
+        .bytes = properties.totalGlobalMem,
     };
     (void)snprintf(ret->name, sizeof(ret->name), "%.63s", properties.name);
+    read_free(number, ret);
     return 0;
 }
 

@@ -112,6 +112,11 @@ void claas_adapter_unref(claas_adapter_t **ref)
     pthread_mutex_unlock(&device->lock);
 }
 
+bool claas_adapter_is_shared(const claas_adapter_t *adapter)
+{
+    return atomic_load(&adapter->references) > 1;
+}
+
 struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter)
 {
     return adapter->lora;
@@ -159,7 +164,10 @@ void claas_adapters_sweep(claas_device_t *device)
 
     pthread_mutex_lock(&device->lock);
     adapter = CLAAS_TAKE(device->dead);
+    device->sweeps_begun += adapter != NULL;
     pthread_mutex_unlock(&device->lock);
+    if (adapter == NULL)
+        return;
     while (adapter != NULL) {
         claas_adapter_t *next = adapter->next_dead;
 
@@ -169,6 +177,21 @@ void claas_adapters_sweep(claas_device_t *device)
         free(adapter);
         adapter = next;
     }
+    pthread_mutex_lock(&device->lock);
+    device->sweeps_done++;
+    pthread_cond_broadcast(&device->swept);
+    pthread_mutex_unlock(&device->lock);
+}
+
+void claas_adapters_await_sweep(claas_device_t *device)
+{
+    uint64_t wanted;
+
+    pthread_mutex_lock(&device->lock);
+    wanted = device->sweeps_begun + (device->dead != NULL);
+    while (device->sweeps_done < wanted && !device->stop)
+        pthread_cond_wait(&device->swept, &device->lock);
+    pthread_mutex_unlock(&device->lock);
 }
 
 void claas_adapters_close(claas_device_t *device)

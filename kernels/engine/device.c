@@ -225,6 +225,7 @@ int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(v
     pthread_mutex_init(&device->lock, NULL);
     pthread_cond_init(&device->wake, NULL);
     pthread_cond_init(&device->io_wake, NULL);
+    pthread_cond_init(&device->swept, NULL);
     device->ops = ops;
     device->now = now != NULL ? now : claas_clock_ns;
     device->model = model;
@@ -255,6 +256,7 @@ void claas_device_free(claas_device_t **ref)
     pthread_mutex_lock(&device->lock);
     device->stop = true;
     claas_device_poke(device);
+    pthread_cond_broadcast(&device->swept);
     pthread_mutex_unlock(&device->lock);
     if (device->compute_started)
         pthread_join(device->compute_thread, NULL);
@@ -276,6 +278,7 @@ void claas_device_free(claas_device_t **ref)
     free(device->planned);
     pthread_cond_destroy(&device->wake);
     pthread_cond_destroy(&device->io_wake);
+    pthread_cond_destroy(&device->swept);
     pthread_mutex_destroy(&device->lock);
     free(device);
 }

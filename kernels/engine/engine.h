@@ -148,7 +148,7 @@ struct claas_device {
     bool compute_started, io_started;
 
     pthread_mutex_t lock;
-    pthread_cond_t wake, io_wake;
+    pthread_cond_t wake, io_wake, swept;
     bool stop, io_stop, poked;
     bool cancel_seen; /* some request was cancelled since the compute thread looked */
     uint64_t last_id;
@@ -156,6 +156,7 @@ struct claas_device {
     struct claas_request *live;
     int waiting_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
+    uint64_t sweeps_begun, sweeps_done; /* of those that found something */
     struct claas_device_stats stats;
 
     /* The compute thread's own: */
@@ -241,6 +242,9 @@ int claas_adapter_new_kept(claas_device_t *device, struct claas_adapter_image *i
                            claas_adapter_t **ret);
 /* Frees the adapters without references. Compute thread. */
 void claas_adapters_sweep(claas_device_t *device);
+/* Waits until what had no references at the call is freed; at once when there was nothing, or when
+ * the device closes. I/O thread. */
+void claas_adapters_await_sweep(claas_device_t *device);
 /* Frees every adapter; handles still held elsewhere stay valid but empty. Only while the device
  * closes. */
 void claas_adapters_close(claas_device_t *device);

@@ -7,22 +7,35 @@
 
 #include "claas/log.h"
 
-/* From a host image to a handle. */
-static int upload(claas_device_t *device, struct claas_adapter_image *image,
-                  enum claas_adapter_use use, claas_adapter_t **ret)
+static int upload_once(claas_device_t *device, const struct claas_adapter_image *image,
+                       enum claas_adapter_use use, claas_adapter_t **ret)
 {
     CLAAS_AUTO(claas_adapter_unref) claas_adapter_t *adapter = NULL;
-    int rc;
+    int rc = claas_adapter_new(device, &image->lora, use, &adapter);
 
-    if (use == CLAAS_ADAPTER_KEEP)
-        return claas_adapter_new_kept(device, image, ret);
-    rc = claas_adapter_new(device, &image->lora, use, &adapter);
     if (rc == 0)
         rc = device->ops->adapter_upload(device->backend, adapter->backend, image);
     if (rc < 0)
         return rc;
     *ret = CLAAS_TAKE(adapter);
     return 0;
+}
+
+/* From a host image to a handle. Adapters that were let go may still be there, for the compute
+ * thread frees them between two operations: a device without room is asked again after that. What
+ * a failed try leaves behind is among them. */
+static int upload(claas_device_t *device, struct claas_adapter_image *image,
+                  enum claas_adapter_use use, claas_adapter_t **ret)
+{
+    int rc;
+
+    if (use == CLAAS_ADAPTER_KEEP)
+        return claas_adapter_new_kept(device, image, ret);
+    rc = upload_once(device, image, use, ret);
+    if (rc != CLAAS_ERR_NO_MEMORY)
+        return rc;
+    claas_adapters_await_sweep(device);
+    return upload_once(device, image, use, ret);
 }
 
 static int load(claas_device_t *device, struct claas_adapter_job *job, claas_adapter_t **ret)

@@ -56,8 +56,8 @@ def adapter(server, request):
 def claas(server):
     """Runs the command line tool against the module's server: claas("lora", "list")."""
 
-    def run(*arguments, stdin=""):
-        environment = {**os.environ, "CLAAS_URL": server.url}
+    def run(*arguments, stdin="", url=None):
+        environment = {**os.environ, "CLAAS_URL": url or server.url}
         return subprocess.run([BINARY, *arguments], input=stdin, capture_output=True, text=True, errors="replace",
                               timeout=120 * PATIENCE, env=environment, check=False)
 

@@ -69,6 +69,10 @@ def test_gpu(claas, server):
     assert resident["gpu/one@1"]["use"] == "serve" and 0 < resident["gpu/one@1"]["bytes"] <= body["device"]["bytes_adapters"]
     alone = claas("gpu", "--json", "--url", "http://127.0.0.1:9")
     assert json.loads(alone.stdout)["device"] is None
+    assert alone.returncode == 1 and "no server at http://127.0.0.1:9" in alone.stderr, alone
+    unnamed = claas("gpu", "--json", url="http://127.0.0.1:9")
+    assert json.loads(unnamed.stdout)["device"] is None
+    assert (unnamed.returncode == 0) == has_card and "no server" not in unnamed.stderr, unnamed
 
 
 def test_health(claas):

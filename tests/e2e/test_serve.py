@@ -64,6 +64,7 @@ def test_port_in_use(make_server, tmp_path):
     (["--model", TINY, "--set", "cycle.steps=-3"], 2, "cycle.steps"),
     (["--model", TINY, "--set", "nonsense"], 64, "KEY=VALUE"),
     (["--nonsense"], 64, "--nonsense"),
+    (["--model", TINY, "--role", "trainer", "--role", "sampler"], 64, "--role is given once"),
     (["--model", TINY, "--config", "/nonexistent.yaml"], 2, "/nonexistent.yaml"),
     (["--model", TINY, "--chat-template", "nonsense"], 1, "nonsense"),
 ])

@@ -1,7 +1,9 @@
 """Two processes: bridge, storage and sampler in one; scheduler and trainer in the other. Either may be killed at any time."""
+import threading
+
 import pytest
 
-from server import FAST, ends_of, Server
+from server import FAST, PATIENCE, ends_of, Server
 
 LONG = FAST + ("cycle.steps=400", "cycle.rows=16", "cycle.max_tokens=64")
 
@@ -96,7 +98,6 @@ def test_kill_the_main_process_during_a_cycle(pair):
 
 def test_waiting_client_survives_the_node(pair):
     """A request that waits for its version is not failed by the restart of who trains."""
-    import threading  # pylint: disable=import-outside-toplevel
     pair.start_node(LONG)
     pair.wait_joined()
     pair.main.init("a/one")
@@ -123,6 +124,36 @@ def test_two_nodes_of_one_kind(pair):
         second.kill()
     pair.main.init("a/one")
     assert pair.main.feedback("a/one")["status"] == "ok"
+
+
+def test_trainer_before_its_server(tmp_path):
+    """It waits, says so, can be told to end, and joins the server that comes at last."""
+    main = Server(tmp_path / "db", arguments=["--roles", "bridge,storage,scheduler,sampler"])
+    alone = Server(tmp_path / "db", arguments=["--role", "trainer"], log=tmp_path / "trainer.log")
+    launched = []
+    try:
+        for count in (1, 2):
+            launched.append(threading.Thread(target=lambda: alone.launch()))  # pylint: disable=unnecessary-lambda
+            launched[-1].start()
+            alone.wait_until(lambda said=count: alone.log().count("waiting for the node at") == said, what="the line that says so")
+            assert alone.is_running()
+            if count == 1:
+                alone.terminate()
+                assert alone.process.wait(20 * PATIENCE) == 0, alone.log()
+                launched[-1].join()
+                alone.kill()
+        main.start()
+        main.wait_until(lambda: main.health()["status"] == "healthy", what="a joined trainer")
+        main.init("a/one")
+        assert main.feedback("a/one")["version"] == 1
+        launched[-1].join(20 * PATIENCE)
+        assert alone.stop() == 0
+        assert main.stop() == 0
+    finally:
+        for server in (alone, main):
+            server.kill()
+        for thread in launched:
+            thread.join()
 
 
 def test_trainer_alone(tmp_path):

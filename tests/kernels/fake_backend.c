@@ -67,6 +67,14 @@ void fake_open_gate(void)
     pthread_mutex_unlock(&fake.lock);
 }
 
+void fake_wait_refused(int count)
+{
+    pthread_mutex_lock(&fake.lock);
+    while (fake.adapters_refused < count)
+        pthread_cond_wait(&fake.changed, &fake.lock);
+    pthread_mutex_unlock(&fake.lock);
+}
+
 static uint64_t mix(uint64_t hash, uint64_t value)
 {
     hash = (hash ^ value) * UINT64_C(0x9e3779b97f4a7c15);
@@ -136,8 +144,17 @@ static void memory(const claas_backend_t *backend, struct claas_backend_memory *
 static int new_adapter(claas_backend_t *backend, const struct claas_lora_config *lora,
                        enum claas_adapter_use use, claas_backend_adapter_t **ret)
 {
-    claas_backend_adapter_t *adapter = CLAAS_NEW(claas_backend_adapter_t);
+    claas_backend_adapter_t *adapter;
+    bool is_full;
 
+    pthread_mutex_lock(&fake.lock);
+    is_full = fake.adapter_room > 0 && atomic_load(&adapters_alive) >= fake.adapter_room;
+    fake.adapters_refused += is_full;
+    pthread_cond_broadcast(&fake.changed);
+    pthread_mutex_unlock(&fake.lock);
+    if (is_full)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device is full");
+    adapter = CLAAS_NEW(claas_backend_adapter_t);
     adapter->lora = *lora;
     adapter->use = use;
     atomic_fetch_add(&adapters_alive, 1);

@@ -24,6 +24,7 @@ struct fake {
     int at_gate;       /* calls that came to a closed gate so far */
     int fail_forwards; /* so many next calls of forward() fail */
     int fail_trains;
+    int adapter_room;     /* adapters that fit; 0 = any number */
     int train_operations; /* operations, and calls of yield, of one training step */
     int64_t operation_ns; /* of the test's clock */
     int64_t pass_ns, token_ns;
@@ -35,6 +36,7 @@ struct fake {
     int64_t longest_slice;     /* training between two passes */
     int operations_done;
     int fewest_operations; /* between two turns of generation in training */
+    int adapters_refused;  /* for want of room */
     int broken;            /* rules of backend.h that the engine broke */
 };
 extern struct fake fake;
@@ -47,6 +49,8 @@ void fake_close_gate(int passes);
 /* Waits until a forward pass stands at the closed gate. */
 void fake_wait_at_gate(void);
 void fake_open_gate(void);
+/* Waits until so many adapters were refused. */
+void fake_wait_refused(int count);
 uint64_t fake_stamp(const claas_adapter_t *adapter);
 /* The n-th token after a sequence under weights of that stamp. */
 int32_t fake_next(const int32_t *tokens, size_t count, uint64_t stamp, uint64_t seed,

@@ -2,6 +2,7 @@
  * several threads. */
 #include "engine_fixture.h"
 
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -50,6 +51,48 @@ static void test_adapter_files(void **state)
     claas_adapter_unref(&loaded);
     claas_adapter_unref(&first);
     assert_int_equal(claas_remove_all(directory), 0);
+    rig_close(&rig);
+}
+
+/* The device is full, but for an adapter that was let go and that the compute thread cannot free
+ * yet: a new one waits for it. Without one it is refused at once. */
+static void test_full_device(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0});
+    claas_adapter_t *first = adapter_new(&rig, 1), *second = adapter_new(&rig, 2);
+    struct claas_lora_config lora = claas_adapter_lora(first);
+    struct job *job = jobs_new(1);
+    uint64_t id;
+
+    fake.adapter_room = 2;
+    fake_close_gate(0);
+    job_fill(job, 5, 5, 0, 1);
+    job_submit(&rig, job);
+    fake_wait_at_gate();
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.adapters_refused, 2);
+    assert_false(claas_adapter_is_shared(first));
+    claas_adapter_unref(&first);
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
+    fake_wait_refused(3);
+    (void)poll(NULL, 0, 20); /* a second try that does not wait would come, and fail, now */
+    fake_open_gate();
+    do { /* the answer under way ends before or after it */
+        struct claas_device_event event;
+
+        assert_int_equal(claas_device_client_wait(rig.client, WAIT_MS, &event), 1);
+        if (event.kind == CLAAS_EVENT_FAILED)
+            fail_msg("%s", event.text);
+        job->ended |= event.kind == CLAAS_EVENT_FINISHED;
+        if (event.kind == CLAAS_EVENT_ADAPTER)
+            first = CLAAS_TAKE(event.adapter);
+        claas_device_event_done(&event);
+    } while (!job->ended || first == NULL);
+    assert_int_equal(fake.adapters_refused, 3);
+    claas_adapter_unref(&first);
+    claas_adapter_unref(&second);
+    free(job);
     rig_close(&rig);
 }
 
@@ -408,10 +451,15 @@ static void test_storm(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_adapter_files),          cmocka_unit_test(test_kept_adapters),
-        cmocka_unit_test(test_trained_adapter_is_new), cmocka_unit_test(test_order_of_a_client),
-        cmocka_unit_test(test_training_yields),        cmocka_unit_test(test_training_goes_on),
-        cmocka_unit_test(test_training_ends),          cmocka_unit_test(test_storm),
+        cmocka_unit_test(test_adapter_files),
+        cmocka_unit_test(test_kept_adapters),
+        cmocka_unit_test(test_trained_adapter_is_new),
+        cmocka_unit_test(test_order_of_a_client),
+        cmocka_unit_test(test_training_yields),
+        cmocka_unit_test(test_training_goes_on),
+        cmocka_unit_test(test_training_ends),
+        cmocka_unit_test(test_storm),
+        cmocka_unit_test(test_full_device),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -52,6 +52,11 @@ void claas_adapter_unref(claas_adapter_t **ref)
     free(adapter);
 }
 
+bool claas_adapter_is_shared(const claas_adapter_t *adapter)
+{
+    return adapter->references > 1;
+}
+
 /* The end of the load under way. */
 static bool finish_load(struct adapter_cache *cache)
 {
@@ -156,7 +161,7 @@ static void test_full_device(void **state)
     assert_int_equal(device.held, 0);
 }
 
-/* Those in use cannot go: everything else does, then the asker is told; later there is room. */
+/* Those in use stay, for nothing is gained without them: the asker is told; later there is room. */
 static void test_all_in_use(void **state)
 {
     struct adapter_cache *cache = new_cache(100, 2);
@@ -164,12 +169,60 @@ static void test_all_in_use(void **state)
 
     (void)state;
     assert_null(c.adapter);
-    assert_int_equal(c.error, CLAAS_ERR_NO_MEMORY);
-    assert_int_equal(device.loads, 2 + 3);
+    assert_int_equal(c.error, CLAAS_ERR_OVERLOADED);
+    assert_int_equal(device.loads, 3);
+    use(cache, "a"); /* both are still there */
+    use(cache, "b");
+    assert_int_equal(device.loads, 3);
     claas_adapter_unref(&a.adapter);
     claas_adapter_unref(&b.adapter);
+    assert_int_equal(device.held, 2);
+    use(cache, "c"); /* a goes */
+    assert_int_equal(device.loads, 5);
+    use(cache, "b");
+    assert_int_equal(device.loads, 5);
+    adapter_cache_free(&cache);
     assert_int_equal(device.held, 0);
+}
+
+/* The oldest is in use: the next one goes in its place. */
+static void test_idle_goes_first(void **state)
+{
+    struct adapter_cache *cache = new_cache(100, 3);
+    struct asker a = get(cache, "a");
+
+    (void)state;
+    use(cache, "b");
     use(cache, "c");
+    use(cache, "d");
+    assert_int_equal(device.held, 3);
+    assert_int_equal(device.loads, 5);
+    use(cache, "a");
+    use(cache, "c");
+    assert_int_equal(device.loads, 5);
+    use(cache, "b");
+    assert_int_equal(device.loads, 7);
+    claas_adapter_unref(&a.adapter);
+    adapter_cache_free(&cache);
+    assert_int_equal(device.held, 0);
+}
+
+/* No room even alone: another error than that of a device that others use. */
+static void test_never_fits(void **state)
+{
+    struct adapter_cache *cache = new_cache(100, 1);
+    struct asker b;
+
+    (void)state;
+    use(cache, "a");
+    device.capacity = 0;
+    b = get(cache, "b");
+    assert_null(b.adapter);
+    assert_int_equal(b.error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(device.loads, 1 + 2);
+    assert_int_equal(device.held, 0);
+    device.capacity = 1;
+    use(cache, "b");
     adapter_cache_free(&cache);
     assert_int_equal(device.held, 0);
 }
@@ -177,9 +230,9 @@ static void test_all_in_use(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_count),
-        cmocka_unit_test(test_full_device),
-        cmocka_unit_test(test_all_in_use),
+        cmocka_unit_test(test_count),      cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_all_in_use), cmocka_unit_test(test_idle_goes_first),
+        cmocka_unit_test(test_never_fits),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
