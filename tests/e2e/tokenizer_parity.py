@@ -64,7 +64,7 @@ def natural_parts(limit):
         try:
             with open(path, "rb") as file:
                 catalogue = gettext.GNUTranslations(file)._catalog
-        except (OSError, UnicodeDecodeError, ValueError):
+        except (OSError, ValueError, LookupError):  # not every catalogue is well formed
             continue
         text = "\n".join(value for value in catalogue.values() if isinstance(value, str))
         parts.append(text[:20000])
