@@ -32,7 +32,7 @@
 #define F32_TENSOR    2e-5  /* of one tensor: both sides add long sums up in float32 */
 #define BF16_COSINE   0.999 /* of the whole gradient */
 #define BF16_TENSOR   0.998 /* of one tensor of these small models */
-#define BF16_PACKED   0.03  /* alone and packed: as far apart as either is from float32 */
+#define BF16_PACKED   0.06  /* alone and packed: as far apart as either is from float32 */
 #define BF16_LOGPROB  0.03  /* nats, root of the mean square */
 
 static const struct claas_lora_config lora = {.rank = 8, .alpha = 16, .modules = CLAAS_MODULE_ALL};
