@@ -179,12 +179,17 @@ static void copy_layer(const claas_backend_t *backend, const claas_backend_adapt
     }
 }
 
+/* turn: after every layer, unless NULL. */
 static void copy_image(const claas_backend_t *backend, const claas_backend_adapter_t *adapter,
-                       float *image, float *master, bool to_image)
+                       float *image, float *master, bool to_image, claas_turn_fn *turn,
+                       void *turn_arg)
 {
-    for (int l = 0; l < backend->model.config.layers; l++)
+    for (int l = 0; l < backend->model.config.layers; l++) {
         copy_layer(backend, adapter, l, image, master + (size_t)l * adapter->layout.layer_floats,
                    to_image);
+        if (turn)
+            turn(turn_arg);
+    }
 }
 
 /* --- panels --- */
@@ -274,8 +279,8 @@ static void upload_moments(claas_backend_t *backend, claas_backend_adapter_t *ad
     memset(adapter->exp_avg_sq, 0, bytes);
     adapter->step = 0;
     if (image->exp_avg && image->exp_avg_sq) {
-        copy_image(backend, adapter, image->exp_avg, adapter->exp_avg, false);
-        copy_image(backend, adapter, image->exp_avg_sq, adapter->exp_avg_sq, false);
+        copy_image(backend, adapter, image->exp_avg, adapter->exp_avg, false, NULL, NULL);
+        copy_image(backend, adapter, image->exp_avg_sq, adapter->exp_avg_sq, false, NULL, NULL);
         adapter->step = image->step;
     }
 }
@@ -309,7 +314,7 @@ int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *
 }
 
 int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
-                               struct claas_adapter_image *ret)
+                               claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret)
 {
     size_t count = claas_lora_parameter_count(&backend->model.config, &adapter->lora);
     CLAAS_AUTO(claas_adapter_image_done)
@@ -322,9 +327,9 @@ int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_ada
     image.exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
     if (!image.parameters || !image.exp_avg || !image.exp_avg_sq)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to read an adapter back");
-    copy_image(backend, adapter, image.parameters, adapter->parameters, true);
-    copy_image(backend, adapter, image.exp_avg, adapter->exp_avg, true);
-    copy_image(backend, adapter, image.exp_avg_sq, adapter->exp_avg_sq, true);
+    copy_image(backend, adapter, image.parameters, adapter->parameters, true, turn, turn_arg);
+    copy_image(backend, adapter, image.exp_avg, adapter->exp_avg, true, turn, turn_arg);
+    copy_image(backend, adapter, image.exp_avg_sq, adapter->exp_avg_sq, true, turn, turn_arg);
     *ret = image;
     image = (struct claas_adapter_image){0};
     return 0;

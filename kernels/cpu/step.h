@@ -131,6 +131,7 @@ uint64_t claas_cpu_adapter_bytes(const claas_backend_adapter_t *adapter);
 int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                              const struct claas_adapter_image *image);
 int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                               claas_turn_fn *turn, void *turn_arg,
                                struct claas_adapter_image *ret);
 /* Rounds the masters into the panels again, after an optimizer step; over the pool. */
 void claas_cpu_adapter_repack(claas_backend_t *backend, claas_backend_adapter_t *adapter);

@@ -241,6 +241,8 @@ static void copy_layer(const struct cuda_model *model, const struct cuda_adapter
 
 struct shuttle {
     cudaStream_t stream;
+    void (*turn)(void *arg); /* of a download, or NULL */
+    void *turn_arg;
     float *host[2]; /* pinned, a layer each, zeroed */
     cudaEvent_t done[2];
     bool pending[2];
@@ -401,6 +403,8 @@ static int download_array(struct cuda_context *context, const struct cuda_model 
             rc = wait_copy(context, shuttle, (l - 1) & 1);
             if (rc == 0)
                 copy_layer(model, adapter, l - 1, image, shuttle->host[(l - 1) & 1], true);
+            if (shuttle->turn)
+                shuttle->turn(shuttle->turn_arg);
         }
     }
     return rc;
@@ -423,13 +427,16 @@ static int follow(struct cuda_context *context, struct shuttle *shuttle)
 }
 
 static int download_all(struct cuda_context *context, const struct cuda_model *model,
-                        const struct cuda_adapter *adapter, struct claas_adapter_image *image)
+                        const struct cuda_adapter *adapter, void (*turn)(void *arg), void *turn_arg,
+                        struct claas_adapter_image *image)
 {
     struct shuttle shuttle;
     int rc = open_shuttle(context, adapter, &shuttle);
 
     if (rc < 0)
         return rc;
+    shuttle.turn = turn;
+    shuttle.turn_arg = turn_arg;
     rc = follow(context, &shuttle);
     if (rc == 0)
         rc = download_array(context, model, adapter, &shuttle, adapter->parameters,
@@ -444,7 +451,8 @@ static int download_all(struct cuda_context *context, const struct cuda_model *m
 }
 
 int cuda_adapter_download(struct cuda_context *context, const struct cuda_model *model,
-                          const struct cuda_adapter *adapter, struct claas_adapter_image *ret)
+                          const struct cuda_adapter *adapter, void (*turn)(void *arg),
+                          void *turn_arg, struct claas_adapter_image *ret)
 {
     size_t count = claas_lora_parameter_count(&model->config, &adapter->lora);
     struct claas_adapter_image image;
@@ -461,7 +469,7 @@ int cuda_adapter_download(struct cuda_context *context, const struct cuda_model 
     if (!image.parameters || !image.exp_avg || !image.exp_avg_sq)
         rc = claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to read an adapter back");
     if (rc == 0)
-        rc = download_all(context, model, adapter, &image);
+        rc = download_all(context, model, adapter, turn, turn_arg, &image);
     if (rc < 0) {
         claas_adapter_image_done(&image);
         return rc;

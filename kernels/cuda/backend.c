@@ -202,9 +202,10 @@ static int adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *ada
 }
 
 static int adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
-                            struct claas_adapter_image *ret)
+                            claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret)
 {
-    return cuda_adapter_download(&backend->context, &backend->model, &adapter->cuda, ret);
+    return cuda_adapter_download(&backend->context, &backend->model, &adapter->cuda, turn, turn_arg,
+                                 ret);
 }
 
 const struct claas_backend_ops claas_backend_cuda = {

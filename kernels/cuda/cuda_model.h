@@ -80,8 +80,10 @@ void cuda_adapter_done(struct cuda_context *context, struct cuda_adapter *adapte
 /* From and to the host's image; both wait for the copies. The download allocates. */
 int cuda_adapter_upload(struct cuda_context *context, const struct cuda_model *model,
                         struct cuda_adapter *adapter, const struct claas_adapter_image *image);
+/* turn, unless NULL: called after every layer; may use the computing stream. */
 int cuda_adapter_download(struct cuda_context *context, const struct cuda_model *model,
-                          const struct cuda_adapter *adapter, struct claas_adapter_image *ret);
+                          const struct cuda_adapter *adapter, void (*turn)(void *arg),
+                          void *turn_arg, struct claas_adapter_image *ret);
 /* Parameters -> act view, after a step; on the stream. */
 int cuda_adapter_refresh(struct cuda_context *context, const struct cuda_model *model,
                          struct cuda_adapter *adapter);

@@ -60,6 +60,9 @@ struct claas_backend_row {
  * ends with CLAAS_ERR_CANCELLED and changes nothing. */
 typedef int claas_yield_fn(void *arg);
 
+/* The same between the parts of what cannot be given up. */
+typedef void claas_turn_fn(void *arg);
+
 struct claas_backend_train {
     const struct claas_backend_row *rows;
     size_t row_count;
@@ -92,11 +95,12 @@ struct claas_backend_ops {
     /* Of the device's memory. */
     uint64_t (*adapter_bytes)(const claas_backend_adapter_t *adapter);
     /* From / to a host image; SERVE or TRAIN, and of TRAIN only. Moments and step are taken if
-     * present (TRAIN), else zero. The download allocates. */
+     * present (TRAIN), else zero. The download allocates; it calls `turn`, unless that is NULL,
+     * every few milliseconds, which may run forward(). */
     int (*adapter_upload)(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                           const struct claas_adapter_image *image);
     int (*adapter_download)(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
-                            struct claas_adapter_image *ret);
+                            claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret);
 
     /* One forward pass. `samples` has one entry per wanted row. */
     int (*forward)(claas_backend_t *backend, const struct claas_segment *segments, int count,

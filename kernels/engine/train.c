@@ -242,21 +242,17 @@ static bool must_stop(claas_device_t *device)
     return stop || atomic_load(&device->current->request.cancelled);
 }
 
-/* The back-end's callback. The time to the next call is taken to be that since the last one: a
- * slice ends before it would be overrun. */
-static int yield_to_generation(void *arg)
+/* Generation runs if a slice has passed. The time to the next call is taken to be that since the
+ * last one: a slice ends before it would be overrun. */
+static void give_turn(claas_device_t *device)
 {
-    claas_device_t *device = arg;
     int64_t slice = (int64_t)device->options.slice_ms * 1000000;
     int64_t now = device->now(), start = now;
     int64_t ahead = now - device->last_yield;
 
-    claas_device_take_inbox(device);
-    if (must_stop(device))
-        return 1;
     device->last_yield = now;
     if (now - device->slice_start + ahead <= slice)
-        return 0;
+        return;
     while (claas_generate_iterate(device)) {
         now = device->now();
         claas_device_take_inbox(device);
@@ -264,7 +260,35 @@ static int yield_to_generation(void *arg)
             break;
     }
     device->slice_start = device->last_yield = device->now();
+}
+
+/* The back-end's callback in a step. */
+static int yield_to_generation(void *arg)
+{
+    claas_device_t *device = arg;
+
+    claas_device_take_inbox(device);
+    if (must_stop(device))
+        return 1;
+    give_turn(device);
     return 0;
+}
+
+/* Reading an adapter back takes long, most of it the host's new pages. */
+static void turn_to_generation(void *arg)
+{
+    claas_device_t *device = arg;
+
+    claas_device_take_inbox(device);
+    give_turn(device);
+}
+
+static int download(claas_device_t *device, const claas_adapter_t *adapter,
+                    struct claas_adapter_image *ret)
+{
+    device->slice_start = device->last_yield = device->now();
+    return device->ops->adapter_download(device->backend, adapter->backend, turn_to_generation,
+                                         device, ret);
 }
 
 static void mark_training(struct claas_training *training, bool on)
@@ -321,7 +345,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
 static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
 {
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
-    int rc = device->ops->adapter_download(device->backend, job->adapter->backend, &image);
+    int rc = download(device, job->adapter, &image);
 
     if (rc == 0)
         rc = claas_adapter_new_kept(device, &image, &job->request.last->adapter);
@@ -340,7 +364,7 @@ static void run_save(claas_device_t *device, struct claas_adapter_job *job)
     int rc = 0;
 
     if (job->adapter->use == CLAAS_ADAPTER_TRAIN)
-        rc = device->ops->adapter_download(device->backend, job->adapter->backend, &job->image);
+        rc = download(device, job->adapter, &job->image);
     if (rc < 0)
         claas_request_fail(&job->request, rc);
     else

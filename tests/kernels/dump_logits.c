@@ -207,7 +207,7 @@ static int run_train(char **args)
     for (int step = 0; step < steps && code >= 0; step++)
         code = train_step(&rig, step, steps, seed);
     if (code >= 0)
-        code = claas_backend_cpu.adapter_download(rig.backend, rig.adapter, &image);
+        code = claas_backend_cpu.adapter_download(rig.backend, rig.adapter, NULL, NULL, &image);
     if (code < 0)
         return code;
     return claas_adapter_write(args[2], claas_model_config(rig.model), claas_model_name(rig.model),

@@ -209,9 +209,35 @@ static int upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
     return 0;
 }
 
-static int download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
-                    struct claas_adapter_image *ret)
+static void begin_work(claas_backend_t *backend)
 {
+    backend->training = true;
+    backend->trained_ns = 0;
+    backend->operations = 0;
+}
+
+/* One operation of a step, or of reading an adapter back. */
+static void operate(claas_backend_t *backend)
+{
+    atomic_fetch_add(&clock_ns, fake.operation_ns);
+    backend->trained_ns += fake.operation_ns;
+    backend->operations++;
+    pthread_mutex_lock(&fake.lock);
+    fake.operations_done++;
+    pthread_cond_broadcast(&fake.changed);
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static int download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
+                    claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret)
+{
+    begin_work(backend);
+    for (int i = 0; i < fake.download_operations; i++) {
+        operate(backend);
+        if (turn)
+            turn(turn_arg);
+    }
+    backend->training = false;
     ret->lora = adapter->lora;
     ret->step = adapter->step;
     ret->parameters = CLAAS_NEW_ARRAY(float, adapter->count);
@@ -339,17 +365,9 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     failing = fake.fail_trains;
     fake.fail_trains -= failing > 0;
     pthread_mutex_unlock(&fake.lock);
-    backend->training = true;
-    backend->trained_ns = 0;
-    backend->operations = 0;
+    begin_work(backend);
     for (int i = 0; i < operations; i++) {
-        atomic_fetch_add(&clock_ns, fake.operation_ns);
-        backend->trained_ns += fake.operation_ns;
-        backend->operations++;
-        pthread_mutex_lock(&fake.lock);
-        fake.operations_done++;
-        pthread_cond_broadcast(&fake.changed);
-        pthread_mutex_unlock(&fake.lock);
+        operate(backend);
         if (request->yield != NULL && request->yield(request->yield_arg) != 0) {
             backend->training = false;
             return claas_fail(CLAAS_ERR_CANCELLED, "the step was given up");

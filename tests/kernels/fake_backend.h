@@ -24,16 +24,17 @@ struct fake {
     int at_gate;       /* calls that came to a closed gate so far */
     int fail_forwards; /* so many next calls of forward() fail */
     int fail_trains;
-    int adapter_room;     /* adapters that fit; 0 = any number */
-    int train_operations; /* operations, and calls of yield, of one training step */
-    int64_t operation_ns; /* of the test's clock */
+    int adapter_room;        /* adapters that fit; 0 = any number */
+    int train_operations;    /* operations, and calls of yield, of one training step */
+    int download_operations; /* the same of reading an adapter back */
+    int64_t operation_ns;    /* of the test's clock */
     int64_t pass_ns, token_ns;
     bool report_nonfinite;
     /* Figures. */
     int passes, tokens, single_rows, passes_in_training;
     int largest_pass;          /* tokens */
     int passes_without_decode; /* passes with a chunk of a prompt but no row of one token */
-    int64_t longest_slice;     /* training between two passes */
+    int64_t longest_slice;     /* training, or reading back, between two passes */
     int operations_done;
     int fewest_operations; /* between two turns of generation in training */
     int adapters_refused;  /* for want of room */

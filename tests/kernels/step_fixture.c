@@ -101,7 +101,7 @@ struct claas_adapter_image step_download(const struct step_fixture *f,
 {
     struct claas_adapter_image image = {0};
 
-    CHECK(f->ops->adapter_download(f->backend, adapter, &image));
+    CHECK(f->ops->adapter_download(f->backend, adapter, NULL, NULL, &image));
     return image;
 }
 

@@ -291,6 +291,39 @@ static void test_training_yields(void **state)
     rig_close(&rig);
 }
 
+/* A copy of an adapter is read back between two steps of a cycle: chats go on meanwhile. */
+static void test_copying_yields(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.slice_ms = 50});
+    struct rig other = rig;
+    claas_adapter_t *adapter = adapter_new(&rig, 1);
+    struct claas_device_event event;
+    struct job *job = jobs_new(1);
+    uint64_t id;
+
+    assert_int_equal(claas_device_client_new(rig.device, &other.client), 0);
+    fake.download_operations = 90; /* of 10 ms: 18 slices */
+    fake.pass_ns = 8000000;
+    job_fill(job, 20, 20, 0, 100000);
+    fake_close_gate(0);
+    job_submit(&other, job);
+    fake_wait_at_gate();
+    assert_int_equal(claas_device_adapter_copy(rig.client, adapter, &id), 0);
+    fake_open_gate();
+    event = wait_for(&rig, CLAAS_EVENT_ADAPTER, id);
+    assert_in_range(fake.passes_in_training, 17, 18 * 7);
+    assert_in_range(fake.longest_slice, 10000000, 50000000);
+    assert_int_equal(fake.operations_done, 90);
+    claas_device_event_done(&event);
+    claas_device_cancel(other.client, job->id);
+    jobs_wait(&other, job, 1, -1);
+    job_check(job);
+    claas_adapter_unref(&adapter);
+    claas_device_client_free(&other.client);
+    free(job);
+    rig_close(&rig);
+}
+
 /* Operations longer than a slice: training still gets one between two turns. */
 static void test_training_goes_on(void **state)
 {
@@ -456,6 +489,7 @@ int main(void)
         cmocka_unit_test(test_trained_adapter_is_new),
         cmocka_unit_test(test_order_of_a_client),
         cmocka_unit_test(test_training_yields),
+        cmocka_unit_test(test_copying_yields),
         cmocka_unit_test(test_training_goes_on),
         cmocka_unit_test(test_training_ends),
         cmocka_unit_test(test_storm),

@@ -299,7 +299,7 @@ static void compare_masters(struct cuda_context *context, const struct cuda_mode
         compare_floats("masters", device[i], want, adapter->layout.count);
         free(want);
     }
-    rc = cuda_adapter_download(context, model, adapter, &back);
+    rc = cuda_adapter_download(context, model, adapter, NULL, NULL, &back);
     check_rc(rc, "cuda_adapter_download");
     if (rc == 0) {
         check_same("parameters back", back.parameters, image->parameters, count * sizeof(float));
@@ -350,7 +350,7 @@ static void test_adapter(struct cuda_context *context, const struct cuda_model *
         compare_view(context, model, &adapter, image.parameters);
         if (trains)
             compare_masters(context, model, &adapter, &image);
-        else if (cuda_adapter_download(context, model, &adapter, &back) >= 0 ||
+        else if (cuda_adapter_download(context, model, &adapter, NULL, NULL, &back) >= 0 ||
                  cuda_adapter_refresh(context, model, &adapter) >= 0)
             check_fail("an adapter for serving can be read back or refreshed");
         if (trains)
@@ -427,7 +427,7 @@ static void time_adapter(void)
     check_rc(cuda_adapter_upload(&context, &model, &adapter, &image), "cuda_adapter_upload");
     check_report("adapter upload 8B r=32", (float)(now_ms() - start), 4.0 * (double)count, 0);
     start = now_ms();
-    check_rc(cuda_adapter_download(&context, &model, &adapter, &back), "cuda_adapter_download");
+    check_rc(cuda_adapter_download(&context, &model, &adapter, NULL, NULL, &back), "cuda_adapter_download");
     check_report("adapter download 8B r=32", (float)(now_ms() - start), 12.0 * (double)count, 0);
     check_report("adapter refresh 8B r=32",
                  check_median_ms(&context,
