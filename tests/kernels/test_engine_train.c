@@ -259,21 +259,35 @@ static void test_order_of_a_client(void **state)
     rig_close(&rig);
 }
 
+/* A chat of another client whose tokens wait at the gate, in passes of 8 ms. */
+static void begin_stream(const struct rig *rig, struct rig *other, struct job *job)
+{
+    *other = *rig;
+    assert_int_equal(claas_device_client_new(rig->device, &other->client), 0);
+    fake.pass_ns = 8000000;
+    job_fill(job, 20, 20, 0, 100000);
+    fake_close_gate(0);
+    job_submit(other, job);
+    fake_wait_at_gate();
+}
+
+static void end_stream(struct rig *other, struct job *job)
+{
+    claas_device_cancel(other->client, job->id);
+    jobs_wait(other, job, 1, -1);
+    job_check(job);
+    claas_device_client_free(&other->client);
+}
+
 static void test_training_yields(void **state)
 {
-    struct rig rig = rig_open((struct claas_device_options){.slice_ms = 50});
-    struct rig other = rig;
+    struct rig rig = rig_open((struct claas_device_options){.slice_ms = 50}), other;
     claas_adapter_t *adapter = adapter_new(&rig, 1);
     struct job *job = jobs_new(1);
     uint64_t id;
 
-    assert_int_equal(claas_device_client_new(rig.device, &other.client), 0);
     fake.train_operations = 400; /* of 10 ms: 80 slices */
-    fake.pass_ns = 8000000;
-    job_fill(job, 20, 20, 0, 100000);
-    fake_close_gate(0);
-    job_submit(&other, job);
-    fake_wait_at_gate();
+    begin_stream(&rig, &other, job);
     assert_int_equal(train_submit(&rig, adapter, true, &id), 0);
     fake_open_gate();
     finish_training(&rig, id);
@@ -282,11 +296,8 @@ static void test_training_yields(void **state)
     assert_in_range(fake.longest_slice, 10000000, 50000000);
     assert_true(fake.fewest_operations >= 1);
     assert_int_equal(fake.operations_done, 400);
-    claas_device_cancel(other.client, job->id);
-    jobs_wait(&other, job, 1, -1);
-    job_check(job);
+    end_stream(&other, job);
     claas_adapter_unref(&adapter);
-    claas_device_client_free(&other.client);
     free(job);
     rig_close(&rig);
 }
@@ -294,20 +305,14 @@ static void test_training_yields(void **state)
 /* A copy of an adapter is read back between two steps of a cycle: chats go on meanwhile. */
 static void test_copying_yields(void **state)
 {
-    struct rig rig = rig_open((struct claas_device_options){.slice_ms = 50});
-    struct rig other = rig;
+    struct rig rig = rig_open((struct claas_device_options){.slice_ms = 50}), other;
     claas_adapter_t *adapter = adapter_new(&rig, 1);
     struct claas_device_event event;
     struct job *job = jobs_new(1);
     uint64_t id;
 
-    assert_int_equal(claas_device_client_new(rig.device, &other.client), 0);
     fake.download_operations = 90; /* of 10 ms: 18 slices */
-    fake.pass_ns = 8000000;
-    job_fill(job, 20, 20, 0, 100000);
-    fake_close_gate(0);
-    job_submit(&other, job);
-    fake_wait_at_gate();
+    begin_stream(&rig, &other, job);
     assert_int_equal(claas_device_adapter_copy(rig.client, adapter, &id), 0);
     fake_open_gate();
     event = wait_for(&rig, CLAAS_EVENT_ADAPTER, id);
@@ -315,11 +320,8 @@ static void test_copying_yields(void **state)
     assert_in_range(fake.longest_slice, 10000000, 50000000);
     assert_int_equal(fake.operations_done, 90);
     claas_device_event_done(&event);
-    claas_device_cancel(other.client, job->id);
-    jobs_wait(&other, job, 1, -1);
-    job_check(job);
+    end_stream(&other, job);
     claas_adapter_unref(&adapter);
-    claas_device_client_free(&other.client);
     free(job);
     rig_close(&rig);
 }
