@@ -1,13 +1,13 @@
 /* The CPU back-end of the engine: opens the model on an operation table and a pool of threads, and
  * names the functions. */
 #include "cpu/step.h"
+#include "pack/backend_common.h"
 
 #include "claas/err.h"
 #include "claas/mem.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 /* Activations that a training step may keep: as much as half of the weights, and never less than
  * this (1300 tokens of a 135M model). */
@@ -18,10 +18,8 @@ void claas_cpu_memory_changed(claas_backend_t *backend)
     uint64_t now = backend->model.panels.bytes + backend->model.small.bytes +
                    backend->model.blocks_bytes + backend->kv.bytes +
                    atomic_load(&backend->bytes_adapters) + atomic_load(&backend->bytes_workspace);
-    uint64_t peak = atomic_load(&backend->bytes_peak);
 
-    while (now > peak && !atomic_compare_exchange_weak(&backend->bytes_peak, &peak, now))
-        ;
+    claas_backend_peak(&backend->bytes_peak, now);
 }
 
 static void close_backend(claas_backend_t **backend)
@@ -37,17 +35,6 @@ static void close_backend(claas_backend_t **backend)
     claas_pool_free(&b->pool);
     free(b);
     *backend = NULL;
-}
-
-static int read_precision(const char *name, enum claas_precision *ret)
-{
-    if (!name || strcmp(name, "bf16") == 0)
-        *ret = CLAAS_PRECISION_BF16;
-    else if (strcmp(name, "f32") == 0)
-        *ret = CLAAS_PRECISION_F32;
-    else
-        return claas_fail(CLAAS_ERR_INVALID, "precision '%s' is none of bf16, f32", name);
-    return 0;
 }
 
 static int open_kv(claas_backend_t *backend)
@@ -66,8 +53,8 @@ static int open_backend(const struct claas_backend_options *options, claas_model
                         claas_backend_t **ret)
 {
     CLAAS_AUTO(close_backend) claas_backend_t *backend = CLAAS_NEW(claas_backend_t);
-    enum claas_precision precision = CLAAS_PRECISION_BF16;
-    int code = read_precision(options->precision, &precision);
+    bool f32 = false;
+    int code = claas_backend_precision(options, &f32);
 
     if (!backend)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -76,7 +63,7 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     if (options->kv_blocks < 1 || options->max_tokens < 1)
         return claas_fail(CLAAS_ERR_INVALID, "%d key/value blocks, %d tokens in a pass",
                           options->kv_blocks, options->max_tokens);
-    backend->ops = claas_ops_pick(precision);
+    backend->ops = claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16);
     backend->kv_blocks = options->kv_blocks;
     backend->max_tokens = options->max_tokens;
     code = claas_pool_new(options->threads, &backend->pool);

@@ -1,6 +1,7 @@
 /* What the machine could do at best: matrix products of training's shapes, and reading memory with
  * all threads. */
 #include "cpu/step.h"
+#include "pack/backend_common.h"
 
 #include "claas/clock.h"
 #include "claas/err.h"
@@ -135,13 +136,15 @@ static int measure_reading(claas_pool_t *pool, double *ret)
 
 int claas_cpu_floor(const struct claas_backend_options *options, struct claas_device_floor *ret)
 {
-    bool f32 = options->precision != NULL && strcmp(options->precision, "f32") == 0;
-    const struct claas_ops *ops = claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16);
     CLAAS_AUTO(claas_pool_free) claas_pool_t *pool = NULL;
-    int rc = claas_pool_new(options->threads, &pool);
+    bool f32 = false;
+    int rc = claas_backend_precision(options, &f32);
 
     if (rc == 0)
-        rc = measure_gemms(ops, pool, &ret->gemm_flop_s);
+        rc = claas_pool_new(options->threads, &pool);
+    if (rc == 0)
+        rc = measure_gemms(claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16), pool,
+                           &ret->gemm_flop_s);
     if (rc == 0)
         rc = measure_reading(pool, &ret->memory_bytes_s);
     return rc;

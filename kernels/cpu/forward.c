@@ -3,6 +3,7 @@
  * batch never exist together. Its workspace is its own: the pass may run between two operations of
  * a training step. */
 #include "cpu/step.h"
+#include "pack/backend_common.h"
 #include "pack/segments.h"
 
 /* Floats of the logits buffer: 64 rows of a small vocabulary, 27 of a large one. */
@@ -15,10 +16,9 @@ static void place(claas_backend_t *backend, struct cpu_arena *arena)
     struct cpu_forward_space *space = &backend->forward;
     const struct claas_model_config *c = &backend->model.config;
     size_t m = (size_t)backend->max_tokens, vocab = (size_t)c->vocab;
-    size_t rows = LOGITS_FLOATS / vocab;
 
-    rows = rows > LOGITS_ROWS ? LOGITS_ROWS : rows < LOGITS_ROWS_MIN ? LOGITS_ROWS_MIN : rows;
-    space->logits_rows = (int)(rows < m ? rows : m);
+    space->logits_rows = claas_backend_logits_rows(LOGITS_FLOATS, LOGITS_ROWS_MIN, LOGITS_ROWS,
+                                                   c->vocab, backend->max_tokens);
     space->pass.lds[CPU_QKV] = 3 * CLAAS_RANK_MAX;
     space->pass.lds[CPU_O] = CLAAS_RANK_MAX;
     space->pass.lds[CPU_GATE_UP] = 2 * CLAAS_RANK_MAX;

@@ -3,22 +3,19 @@
 #include "cuda/cuda_backend.h"
 #include "cuda/cuda_floor.h"
 #include "cuda/pass.h"
+#include "pack/backend_common.h"
 
 #include "claas/mem.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define KV_SHARE      0.35 /* of the card's memory */
 #define KV_TOKENS_MAX ((size_t)4 << 20)
 
 void cuda_memory_changed(claas_backend_t *backend)
 {
-    uint64_t now = backend->context.bytes, peak = atomic_load(&backend->bytes_peak);
-
-    while (now > peak && !atomic_compare_exchange_weak(&backend->bytes_peak, &peak, now))
-        ;
+    claas_backend_peak(&backend->bytes_peak, backend->context.bytes);
 }
 
 static void close_backend(claas_backend_t **backend)
@@ -42,17 +39,6 @@ static void close_backend(claas_backend_t **backend)
     cuda_context_close(&b->context);
     free(b);
     *backend = NULL;
-}
-
-static int read_precision(const char *name, enum cuda_type *ret)
-{
-    if (!name || strcmp(name, "bf16") == 0)
-        *ret = CUDA_TYPE_BF16;
-    else if (strcmp(name, "f32") == 0)
-        *ret = CUDA_TYPE_F32;
-    else
-        return claas_fail(CLAAS_ERR_INVALID, "precision '%s' is none of bf16, f32", name);
-    return 0;
 }
 
 /* A pool as large as leaves room for a training step: a share of the card, but no more than half of
@@ -103,8 +89,8 @@ static int open_backend(const struct claas_backend_options *options, claas_model
                         claas_backend_t **ret)
 {
     CLAAS_AUTO(close_backend) claas_backend_t *backend = CLAAS_NEW(claas_backend_t);
-    enum cuda_type act = CUDA_TYPE_BF16;
-    int code = read_precision(options->precision, &act);
+    bool f32 = false;
+    int code = claas_backend_precision(options, &f32);
 
     if (!backend)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -117,7 +103,7 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     backend->max_tokens = options->max_tokens;
     backend->max_sequences =
         options->max_sequences > 0 ? options->max_sequences : options->max_tokens;
-    code = cuda_context_open(act, &backend->context);
+    code = cuda_context_open(f32 ? CUDA_TYPE_F32 : CUDA_TYPE_BF16, &backend->context);
     if (code >= 0)
         code = cuda_model_load(&backend->context, model, &backend->model);
     if (code >= 0)
@@ -132,8 +118,8 @@ static int open_backend(const struct claas_backend_options *options, claas_model
         code = cuda_wait(&backend->context);
     if (code < 0)
         return code;
-    (void)snprintf(backend->name, sizeof(backend->name), "cuda %s %s",
-                   act == CUDA_TYPE_BF16 ? "bf16" : "f32", backend->context.name);
+    (void)snprintf(backend->name, sizeof(backend->name), "cuda %s %s", f32 ? "f32" : "bf16",
+                   backend->context.name);
     cuda_memory_changed(backend);
     *ret = CLAAS_TAKE(backend);
     return 0;
@@ -208,6 +194,15 @@ static int adapter_download(claas_backend_t *backend, const claas_backend_adapte
                                  ret);
 }
 
+static int measure_floor(const struct claas_backend_options *options,
+                         struct claas_device_floor *ret)
+{
+    bool f32 = false;
+    int code = claas_backend_precision(options, &f32);
+
+    return code >= 0 ? cuda_floor(f32 ? CUDA_TYPE_F32 : CUDA_TYPE_BF16, ret) : code;
+}
+
 const struct claas_backend_ops claas_backend_cuda = {
     .name = "cuda",
     .prefill_chunk = 2048,
@@ -223,5 +218,5 @@ const struct claas_backend_ops claas_backend_cuda = {
     .adapter_download = adapter_download,
     .forward = cuda_forward,
     .train = cuda_train,
-    .floor = cuda_floor,
+    .floor = measure_floor,
 };

@@ -1,15 +1,16 @@
-/* The card's own limits, measured: claas_backend_ops.floor of the CUDA back-end. */
+/* The card's own limits, measured: what a share of the peak is a share of. */
 #ifndef CLAAS_CUDA_CUDA_FLOOR_H
 #define CLAAS_CUDA_CUDA_FLOOR_H
 
-#include "engine/backend.h"
+#include "claas/device.h"
+#include "cuda/context.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 /* Takes 2.4 GB of the device for about a second. */
-int cuda_floor(const struct claas_backend_options *options, struct claas_device_floor *ret);
+int cuda_floor(enum cuda_type act, struct claas_device_floor *ret);
 
 #ifdef __cplusplus
 }

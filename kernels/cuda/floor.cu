@@ -144,15 +144,14 @@ static int open_space(enum cuda_type act, struct floor_space *space)
     return rc;
 }
 
-int cuda_floor(const struct claas_backend_options *options, struct claas_device_floor *ret)
+int cuda_floor(enum cuda_type act, struct claas_device_floor *ret)
 {
-    const bool f32 = options->precision && strcmp(options->precision, "f32") == 0;
     struct floor_space space;
     double gemm_ms = 0, copy_ms = 0;
     int rc;
 
     memset(&space, 0, sizeof(space));
-    rc = open_space(f32 ? CUDA_TYPE_F32 : CUDA_TYPE_BF16, &space);
+    rc = open_space(act, &space);
     if (rc >= 0)
         rc = time_best(&space, GEMM_RUNS, &gemm_ms, multiply);
     if (rc >= 0)

@@ -10,6 +10,7 @@
 #include "cuda/gemm_few.h"
 #include "cuda/pass.h"
 #include "cuda/sample.h"
+#include "pack/backend_common.h"
 #include "pack/segments.h"
 
 #include "claas/mem.h"
@@ -61,15 +62,17 @@ static void place(claas_backend_t *backend, struct cuda_arena *arena)
     struct cuda_forward_space *space = &backend->forward;
     const struct claas_model_config *c = &backend->model.config;
     size_t m = (size_t)backend->max_tokens, vocab = (size_t)c->vocab;
-    size_t rows = LOGITS_FLOATS / vocab;
 
-    rows = rows > LOGITS_ROWS ? LOGITS_ROWS : rows < LOGITS_ROWS_MIN ? LOGITS_ROWS_MIN : rows;
-    space->logits_rows = (int)(rows < m ? rows : m);
+    space->logits_rows = claas_backend_logits_rows(LOGITS_FLOATS, LOGITS_ROWS_MIN, LOGITS_ROWS,
+                                                   c->vocab, backend->max_tokens);
     space->pass.lds[CUDA_QKV] = 3 * CLAAS_RANK_MAX;
     space->pass.lds[CUDA_O] = CLAAS_RANK_MAX;
     space->pass.lds[CUDA_GATE_UP] = 2 * CLAAS_RANK_MAX;
     space->pass.lds[CUDA_DOWN] = CLAAS_RANK_MAX;
     cuda_place_pass(backend, arena, (int)m, &space->pass);
+    space->pass.lora_sums =
+        cuda_take(arena, CUDA_LORA_PARTS * (m < CUDA_LORA_FEW ? m : CUDA_LORA_FEW) *
+                             (size_t)space->pass.lds[CUDA_QKV] * sizeof(float));
     space->pass.split_bytes = cuda_attention_scratch_bytes(c->heads, c->kv_heads, c->head_dim,
                                                            most_runs(backend), (int)m, c->context);
     space->pass.splits = cuda_take(arena, space->pass.split_bytes);
@@ -115,8 +118,11 @@ int cuda_forward_open(claas_backend_t *backend)
     struct cuda_arena arena = {0};
     int table = (c->context + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK, code;
     size_t m = (size_t)backend->max_tokens;
-    /* runs of a pass share blocks but not their lists: each may be as long as the context */
-    size_t tables = m * (size_t)(table < backend->kv_blocks ? table : backend->kv_blocks);
+    /* sequences share blocks but not their lists: each may be as long as the context; what fills a
+     * pass of decoding up has one block a row */
+    size_t tables = (size_t)backend->max_sequences *
+                        (size_t)(table < backend->kv_blocks ? table : backend->kv_blocks) +
+                    DECODE_ROWS_MAX;
 
     place(backend, &arena);
     code = cuda_region_new(&backend->context, &space->region, arena.used, "the forward pass");

@@ -10,14 +10,10 @@ void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, i
                      struct cuda_pass *pass)
 {
     const struct claas_model_config *c = &backend->model.config;
-    size_t act = (size_t)m * backend->context.act_bytes, few = (size_t)m, widest = 0;
+    size_t act = (size_t)m * backend->context.act_bytes;
 
-    for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
-        widest = widest > (size_t)pass->lds[kind] ? widest : (size_t)pass->lds[kind];
-    few = few < CUDA_LORA_FEW ? few : CUDA_LORA_FEW;
     pass->xn = cuda_take(arena, act * (size_t)c->hidden);
     pass->h = cuda_take(arena, act * (size_t)c->intermediate);
-    pass->lora_sums = cuda_take(arena, CUDA_LORA_PARTS * few * widest * sizeof(float));
 }
 
 struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,

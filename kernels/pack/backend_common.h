@@ -1,0 +1,19 @@
+/* What every back-end does alike with its options and figures. */
+#ifndef CLAAS_PACK_BACKEND_COMMON_H
+#define CLAAS_PACK_BACKEND_COMMON_H
+
+#include "engine/backend.h"
+
+#include <stdatomic.h>
+
+/* Whether the options ask for float32 ("f32"; NULL and "bf16" do not). INVALID for another name. */
+int claas_backend_precision(const struct claas_backend_options *options, bool *ret_f32);
+
+/* peak = max(peak, now), from any thread. */
+void claas_backend_peak(_Atomic uint64_t *peak, uint64_t now);
+
+/* Rows of a logits buffer of about `floats` numbers: from `least` to `most`, and no more than a
+ * pass has tokens. */
+int claas_backend_logits_rows(size_t floats, int least, int most, int vocab, int max_tokens);
+
+#endif
