@@ -8,8 +8,9 @@
  *
  *   1  copy into shared memory; max z, max zt
  *   2  sum es, sum et (integers), sum es us, sum et (ut - us), sum es (us - ut)
- *   3  by variant: nothing (forward, reverse KL); log(S/M) of every element and two sums
- *      (Jensen-Shannon); selection of the K largest and the sums over buckets (top K)
+ *   3  by variant: nothing (forward, reverse KL: pass 2 left es and x in shared memory); log(S/M) of
+ *      every element and two sums (Jensen-Shannon); selection of the K largest and the sums over
+ *      buckets (top K)
  *   4  gradient a x + c es, corrected at the K selected and at the token
  *
  * and the scalars between them are doubles of thread 0. From log(T/S) = ut - us + log(sum es / sum
@@ -71,7 +72,7 @@ struct loss_row {
     struct loss_scalars *scalars;
     struct row_slice z, zt;
     float max, max_t;
-    bool stored;     /* Jensen-Shannon: z and zt became es and x */
+    bool stored;     /* z and zt became es and x */
     row_key_t bound; /* members' keys are no smaller */
 };
 
@@ -109,34 +110,52 @@ static __device__ __forceinline__ void find_maxima(struct loss_row *row)
     row->max_t = sums.max[1];
 }
 
-/* Four elements are added in float, then in double. */
-static __device__ __forceinline__ void add_terms(const struct loss_row *row, float4 z4, float4 zt4,
-                                                 float scale, struct row_sums *sums)
+/* Four elements are added in float, then in double. They become es and the x of the gradient's a x +
+ * c es, which in both of these forms follows from the element alone. */
+static __device__ __forceinline__ void add_terms(const struct loss_row *row, float z[4],
+                                                 float zt[4], enum loss_form form, float scale,
+                                                 struct row_sums *sums)
 {
-    float z[4] = {z4.x, z4.y, z4.z, z4.w}, zt[4] = {zt4.x, zt4.y, zt4.z, zt4.w};
     float s_us = 0, t_less = 0, s_less = 0;
 
     for (int k = 0; k < 4; k++) {
         struct loss_term term = term_of(z[k], zt[k], row->max, row->max_t);
+        float s_gap = term.es != 0 ? term.es * term.gap : 0.0F;
 
         sums->mass[0] += to_mass(term.es, scale);
         sums->mass[1] += to_mass(term.et, scale);
         s_us += term.es != 0 ? term.es * term.us : 0.0F;
         t_less += term.et != 0 ? term.et * term.gap : 0.0F;
-        s_less -= term.es != 0 ? term.es * term.gap : 0.0F;
+        s_less -= s_gap;
+        z[k] = term.es;
+        zt[k] = form == FORM_FORWARD ? term.et : -s_gap;
     }
     sums->sum[0] += (double)s_us;
     sums->sum[1] += (double)t_less;
     sums->sum[2] += (double)s_less;
 }
 
-static __device__ __forceinline__ void measure(struct loss_row *row, float scale)
+/* Where the slice lies in shared memory and the form is forward or reverse KL, es and x replace the
+ * logits there: the gradient needs no exponentials then. */
+static __device__ __forceinline__ void measure(struct loss_row *row, const struct loss_args *args)
 {
+    enum loss_form form = args->form;
+    bool store = args->plan.resident && (form == FORM_FORWARD || form == FORM_REVERSE);
+    float scale = args->mass_scale;
     struct row_sums sums = row_nothing();
     struct loss_scalars *ret = row->scalars;
 
-    for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x)
-        add_terms(row, row_quad(&row->z, i), row_quad(&row->zt, i), scale, &sums);
+    for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x) {
+        float4 z4 = row_quad(&row->z, i), zt4 = row_quad(&row->zt, i);
+        float z[4] = {z4.x, z4.y, z4.z, z4.w}, zt[4] = {zt4.x, zt4.y, zt4.z, zt4.w};
+
+        add_terms(row, z, zt, form, scale, &sums);
+        if (store) {
+            *(float4 *)(row->z.values + i) = make_float4(z[0], z[1], z[2], z[3]);
+            *(float4 *)(row->zt.values + i) = make_float4(zt[0], zt[1], zt[2], zt[3]);
+        }
+    }
+    row->stored = store;
     sums = row_fold(&row->block, sums, FOLD_MASS | FOLD_SUM | FOLD_MORE);
     if (threadIdx.x == 0) {
         /* A NaN among the terms is a NaN in these sums, and integers do not show it. */
@@ -652,7 +671,7 @@ static __global__ void __launch_bounds__(1024, 1) loss_rows(const struct loss_ar
     row.scalars = &shared->scalars;
     fetch(&row, &args, z, zt, TOP_K ? (float *)(bins + 1) : (float *)bins);
     find_maxima(&row);
-    measure(&row, args.mass_scale);
+    measure(&row, &args);
     if constexpr (TOP_K)
         top_k(&row, &args, position.token, z_token, known ? zt[position.token] : NAN, bins);
     else
