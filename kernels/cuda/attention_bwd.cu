@@ -25,19 +25,9 @@
  * depend on where in the pack its sequence lies.
  *
  * Source: Dao, FlashAttention-2 (2023), section 3.1.2. */
-#include "cuda/attention_tiles.cuh"
+#include "cuda/attention_grad.cuh"
 
 #define ROWS 64 /* of a tile */
-
-struct grad_args {
-    struct cuda_attention a;
-    const int32_t *children;
-    const bf16 *dout;
-    const float *delta;
-    bf16 *dqkv;
-    int group, queries; /* of a tile */
-    float scale2;       /* scale log2 e */
-};
 
 /* --- delta --- */
 
@@ -71,59 +61,6 @@ static __global__ __launch_bounds__(ATTN_THREADS) void row_deltas(size_t count, 
 }
 
 /* --- keys and values --- */
-
-/* The tiles of queries that see a block of keys, in order. */
-struct query_walk {
-    struct cuda_attn_run run; /* whose queries these are */
-    int tile, tiles;
-    int shift;     /* position in its sequence of a key = the key's row + shift */
-    int limit;     /* a child sees the keys before this position; 0: the run itself, causal */
-    int next, end; /* children to come */
-};
-
-static __device__ __forceinline__ struct query_walk
-walk_begin(const struct grad_args &args, const struct cuda_attn_run &run, int key_row)
-{
-    struct query_walk walk;
-
-    walk.run = run;
-    walk.tile = (key_row - run.first) / args.queries;
-    walk.tiles = (run.count + args.queries - 1) / args.queries;
-    walk.shift = run.pos - run.first;
-    walk.limit = 0;
-    walk.next = run.child_from;
-    walk.end = run.child_end;
-    return walk;
-}
-
-/* False at the end. */
-static __device__ __forceinline__ bool walk_next(const struct grad_args &args,
-                                                 struct query_walk &walk, int key_row)
-{
-    if (++walk.tile < walk.tiles)
-        return true;
-    while (walk.next < walk.end) {
-        walk.run = args.a.runs[args.children[walk.next++]];
-        walk.tile = 0;
-        walk.tiles = (walk.run.count + args.queries - 1) / args.queries;
-        walk.shift = -walk.run.parent_first;
-        walk.limit = walk.run.pos;
-        if (walk.tiles > 0 && key_row + walk.shift < walk.limit)
-            return true;
-    }
-    return false;
-}
-
-/* Whether some query of the tile does not see some key of the block that begins at key_row. */
-static __device__ __forceinline__ bool walk_masked(const struct grad_args &args,
-                                                   const struct query_walk &walk, int key_row)
-{
-    const int last = key_row + ROWS - 1 + walk.shift;
-
-    if (walk.limit)
-        return last >= walk.limit;
-    return last > walk.run.pos + walk.tile * args.queries;
-}
 
 /* A tile of queries in shared memory, with what belongs to each of its rows. */
 template <int D> struct query_tile {
@@ -217,7 +154,7 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
     load_queries<D, ROWS>(shared->v, (const bf16 *)a.qkv + v_at, ld, key_row, count, 1);
     load_walk<D>(args, walk, g, &shared->tiles[0]);
     for (int stage = 0, more = 1; more; stage = 1 - stage) {
-        const bool masked = walk_masked(args, walk, key_row);
+        const bool masked = walk_masked(args, walk, key_row + ROWS - 1);
         const int key = key_row + row + walk.shift;
 
         copies_wait();
@@ -429,5 +366,7 @@ extern "C" int cuda_attention_bwd(struct cuda_context *context,
     args.group = a->heads / a->kv_heads;
     args.queries = ROWS / args.group;
     args.scale2 = a->scale * ATTN_LOG2E;
+    if (attn_sm90(context))
+        return cuda_attention_bwd_sm90(context, args);
     return a->head_dim == 64 ? launch<64>(context, args) : launch<128>(context, args);
 }

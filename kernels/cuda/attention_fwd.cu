@@ -26,7 +26,7 @@
 #include "cuda/attention_tiles.cuh"
 #include "cuda/launch.cuh"
 
-#define PART_ROWS 16  /* a run of no more rows is done in parts */
+#define PART_ROWS ATTN_PART_ROWS
 #define PART_KEYS 128 /* at least */
 #define PARTS_MAX 32
 
@@ -55,7 +55,7 @@ static __device__ __forceinline__ int parts_of(const struct attend_args &args,
 {
     const int end = run.pos + run.count, keys = part_keys(end);
 
-    if (!args.a.kv || run.count * args.group > PART_ROWS)
+    if (!attn_in_parts(args.a, args.group, run))
         return 0;
     return (end + keys - 1) / keys;
 }
@@ -497,6 +497,8 @@ template <int D> static int pick(struct cuda_context *context, const struct atte
         err = launch_parts<D>(context, args);
     if (err < 0 || (args.a.kv && args.a.longest * args.group <= PART_ROWS))
         return err;
+    if (attn_sm90(context))
+        return cuda_attention_sm90(context, &args.a);
     if (blocks >= 2 * context->multiprocessors)
         return launch_windows<D, 2>(context, args);
     return launch_windows<D, 1>(context, args);

@@ -60,6 +60,21 @@ static inline bool attn_tiled(const struct cuda_context *context, const struct c
            a->heads / a->kv_heads <= ATTN_GROUP_MAX && a->ldqkv % 8 == 0 && places % 16 == 0;
 }
 
+/* Serving: a run of no more rows (queries times heads of a group) is done in parts of its keys. */
+#define ATTN_PART_ROWS 16
+static __host__ __device__ __forceinline__ bool
+attn_in_parts(const struct cuda_attention &a, int group, const struct cuda_attn_run &run)
+{
+    return a.kv && run.count * group <= ATTN_PART_ROWS;
+}
+
+/* Products of warpgroups, in place of mma.sync: not for the parts of decoding. The tiled calls. */
+static inline bool attn_sm90(const struct cuda_context *context)
+{
+    return context->arch == 90;
+}
+int cuda_attention_sm90(struct cuda_context *context, const struct cuda_attention *args);
+
 /* The arguments that both paths refuse. */
 int attn_check(const struct cuda_attention *a);
 

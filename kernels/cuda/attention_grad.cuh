@@ -1,0 +1,73 @@
+/* What attention's gradient for any card and the one for sm_90a share: their arguments, and the order
+ * in which the queries that see a block of keys are visited. */
+#ifndef CLAAS_CUDA_ATTENTION_GRAD_CUH
+#define CLAAS_CUDA_ATTENTION_GRAD_CUH
+
+#include "cuda/attention_tiles.cuh"
+
+struct grad_args {
+    struct cuda_attention a;
+    const int32_t *children;
+    const bf16 *dout;
+    const float *delta;
+    bf16 *dqkv;
+    int group, queries; /* of a tile */
+    float scale2;       /* scale log2 e */
+};
+
+int cuda_attention_bwd_sm90(struct cuda_context *context, const struct grad_args &args);
+
+/* The tiles of queries that see a block of keys, in order. */
+struct query_walk {
+    struct cuda_attn_run run; /* whose queries these are */
+    int tile, tiles;
+    int shift;     /* position in its sequence of a key = the key's row + shift */
+    int limit;     /* a child sees the keys before this position; 0: the run itself, causal */
+    int next, end; /* children to come */
+};
+
+static __device__ __forceinline__ struct query_walk
+walk_begin(const struct grad_args &args, const struct cuda_attn_run &run, int key_row)
+{
+    struct query_walk walk;
+
+    walk.run = run;
+    walk.tile = (key_row - run.first) / args.queries;
+    walk.tiles = (run.count + args.queries - 1) / args.queries;
+    walk.shift = run.pos - run.first;
+    walk.limit = 0;
+    walk.next = run.child_from;
+    walk.end = run.child_end;
+    return walk;
+}
+
+/* False at the end. */
+static __device__ __forceinline__ bool walk_next(const struct grad_args &args,
+                                                 struct query_walk &walk, int key_row)
+{
+    if (++walk.tile < walk.tiles)
+        return true;
+    while (walk.next < walk.end) {
+        walk.run = args.a.runs[args.children[walk.next++]];
+        walk.tile = 0;
+        walk.tiles = (walk.run.count + args.queries - 1) / args.queries;
+        walk.shift = -walk.run.parent_first;
+        walk.limit = walk.run.pos;
+        if (walk.tiles > 0 && key_row + walk.shift < walk.limit)
+            return true;
+    }
+    return false;
+}
+
+/* Whether some query of the tile does not see some key up to the row last_row. */
+static __device__ __forceinline__ bool walk_masked(const struct grad_args &args,
+                                                   const struct query_walk &walk, int last_row)
+{
+    const int last = last_row + walk.shift;
+
+    if (walk.limit)
+        return last >= walk.limit;
+    return last > walk.run.pos + walk.tile * args.queries;
+}
+
+#endif

@@ -1,0 +1,109 @@
+/* What attention's two files for sm_90a share: tiles in the layout of wgmma.cuh, filled and emptied by
+ * the threads of a block. THREADS: of the block. */
+#ifndef CLAAS_CUDA_ATTENTION_SM90_CUH
+#define CLAAS_CUDA_ATTENTION_SM90_CUH
+
+#include "cuda/attention_tiles.cuh"
+#include "cuda/wgmma.cuh"
+
+/* Ends a group of copies. */
+static __device__ __forceinline__ void wide_close(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* All copies but those of the last PENDING groups (0: and those of no group yet) are there for the
+ * products of all threads. */
+template <int PENDING> static __device__ __forceinline__ void wide_arrived(void)
+{
+    if (PENDING == 0)
+        copies_wait();
+    else
+        asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+    wgmma_publish();
+    __syncthreads();
+}
+
+/* Starts the copy of the keys (or values, `base`) at positions first … first+ROWS-1; zeros beyond
+ * `last`. */
+template <int D, int ROWS, int THREADS>
+static __device__ __forceinline__ void wide_keys(bf16 *tile, const struct attn_keys<bf16> &keys,
+                                                 const bf16 *base, int first, int last)
+{
+    constexpr int chunks = D / 8, step = THREADS / chunks;
+    const int chunk = (int)threadIdx.x % chunks, row = (int)threadIdx.x / chunks;
+
+#pragma unroll 4
+    for (int r = row; r < ROWS; r += step) {
+        const int p = first + r;
+        const bool valid = p <= last;
+
+        copy_16(tile + wgmma_place<ROWS>(r, chunk),
+                base + attn_key_at(keys, valid ? p : last) + (size_t)(chunk * 8), valid);
+    }
+}
+
+/* Starts the copy of `count` rows with the heads of a group: tile row i*group + h is head h of
+ * matrix row first+i, at `base` + row*ld + h*D. Zeros beyond, up to ROWS rows. */
+template <int D, int ROWS, int THREADS>
+static __device__ __forceinline__ void wide_rows(bf16 *tile, const bf16 *base, size_t ld, int first,
+                                                 int count, int group)
+{
+    constexpr int chunks = D / 8, step = THREADS / chunks;
+    const int chunk = (int)threadIdx.x % chunks, row = (int)threadIdx.x / chunks;
+
+#pragma unroll 4
+    for (int r = row; r < ROWS; r += step) {
+        const bool valid = r < count * group;
+        const int i = valid ? r / group : 0, h = valid ? r - i * group : 0;
+
+        copy_16(tile + wgmma_place<ROWS>(r, chunk),
+                base + (size_t)(first + i) * ld + (size_t)(h * D + chunk * 8), valid);
+    }
+}
+
+/* Puts this warp's result (16 x D) into rows `row` … of a tile that no other warp uses any more,
+ * elements 0, 1 times low, 2, 3 times high. */
+template <int D, int ROWS>
+static __device__ __forceinline__ void wide_stage(bf16 *tile, int row, const float (&c)[D / 8][4],
+                                                  float low, float high)
+{
+    const int lane = (int)threadIdx.x % 32, r = row + lane / 4, within = 2 * (lane % 4);
+
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+        *(uint32_t *)(tile + wgmma_place<ROWS>(r, n) + within) =
+            pack_pair(c[n][0] * low, c[n][1] * low);
+        *(uint32_t *)(tile + wgmma_place<ROWS>(r + 8, n) + within) =
+            pack_pair(c[n][2] * high, c[n][3] * high);
+    }
+}
+
+/* Writes the warp's rows row … row+15 of a tile, those below `rows`, to the places that wide_rows
+ * reads. */
+template <int D, int ROWS>
+static __device__ __forceinline__ void wide_store(bf16 *base, size_t ld, int first, int group,
+                                                  const bf16 *tile, int row, int rows)
+{
+    constexpr int chunks = D / 8, step = 32 / chunks;
+    const int lane = (int)threadIdx.x % 32, chunk = lane % chunks;
+
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 16; j += step) {
+        const int r = row + j + lane / chunks, i = r / group, h = r - i * group;
+
+        if (r < rows)
+            *(uint4 *)(base + (size_t)(first + i) * ld + (size_t)(h * D + chunk * 8)) =
+                *(const uint4 *)(tile + wgmma_place<ROWS>(r, chunk));
+    }
+}
+
+/* The sum over the four lanes of a row. */
+static __device__ __forceinline__ float lanes4_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+#endif

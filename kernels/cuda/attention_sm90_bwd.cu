@@ -1,0 +1,366 @@
+/* Causal attention, backward, on sm_90a: what grad_keys and grad_queries of attention_bwd.cu do
+ * (formulas there), by warpgroup products.
+ *
+ * grad_keys_wide: a block takes a window of 128 key rows of one kv head, each of its two warpgroups
+ *   64 of them, and walks over the queries that see them in tiles of 64 rows (64 / group queries
+ *   with all heads of the group). Of a tile: S^T = K Q^T and dP^T = V dO^T from shared memory; P^T
+ *   and dS^T, in registers, are the left operands of dV += P^T dO and dK += dS^T Q.
+ * grad_queries_wide: a block takes a window of 128 rows (query, head of the group) and walks over
+ *   the keys in tiles of 64 positions: S = Q K^T, dP = dO V^T, dQ += dS K.
+ *
+ * The exponentials of a tile run beside dP, the differences beside dV, and the last product beside
+ * the next tile's first: tiles come in three stages, so that the one before stays until it is read.
+ * Shared memory, D = 128: 2 x 32 KB and 3 x 32 KB; registers: dK 64, dV 64, S 32, dP 32, operands
+ * 32.
+ *
+ * Every sum has one owner and one order, and tiles begin where those of attention_bwd.cu do. */
+#include "cuda/attention_grad.cuh"
+#include "cuda/attention_sm90.cuh"
+
+#define WG      2
+#define THREADS (128 * WG)
+#define ROWS    (64 * WG) /* of a block */
+#define TILE    64        /* rows of a tile walked over */
+#define NT      (TILE / 8)
+#define STAGES  3
+
+/* The result of a product over a tile as the left operand of the next. */
+typedef uint32_t operand[NT / 2][4];
+
+/* --- keys and values --- */
+
+template <int D> struct key_block {
+    bf16 k[ROWS * D], v[ROWS * D];
+    bf16 q[STAGES][TILE * D], dout[STAGES][TILE * D];
+    float lse[STAGES][TILE], delta[STAGES][TILE];
+    int limit[STAGES][TILE]; /* sees the keys up to this position */
+};
+
+/* Starts the copy of the walk's tile. Beyond the last query all is zero, and so is what it adds. */
+template <int D>
+static __device__ __forceinline__ void load_walk(const struct grad_args &args,
+                                                 const struct query_walk &walk, int g,
+                                                 struct key_block<D> *to, int stage)
+{
+    const struct cuda_attention &a = args.a;
+    const int i0 = walk.tile * args.queries, first = walk.run.first + i0;
+    const int count = min(args.queries, walk.run.count - i0), head = g * args.group;
+
+    wide_rows<D, TILE, THREADS>(to->q[stage], (const bf16 *)a.qkv + (size_t)head * D,
+                                (size_t)a.ldqkv, first, count, args.group);
+    wide_rows<D, TILE, THREADS>(to->dout[stage], args.dout + (size_t)head * D,
+                                (size_t)(a.heads * D), first, count, args.group);
+    if (threadIdx.x < TILE) {
+        const int r = (int)threadIdx.x;
+        const bool valid = r < count * args.group;
+        const int i = valid ? r / args.group : 0, h = valid ? r - i * args.group : 0;
+        const size_t at = (size_t)(first + i) * a.heads + head + h;
+
+        copy_4(&to->lse[stage][r], a.lse + at, valid);
+        copy_4(&to->delta[stage][r], args.delta + at, valid);
+        to->limit[stage][r] = walk.limit ? walk.limit - 1 : walk.run.pos + i0 + i;
+    }
+}
+
+/* Scores of the warp's 16 keys (rows; the first at position `key`) and a tile's queries (columns)
+ * become probabilities. */
+static __device__ __forceinline__ void probabilities(float (&s)[NT][4], const float *lse,
+                                                     const int *limit, int key, bool masked,
+                                                     float scale2)
+{
+    const int lane = (int)threadIdx.x % 32, column = 2 * (lane % 4), row = key + lane / 4;
+
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const float2 log = *(const float2 *)(lse + 8 * n + column);
+        const float base[2] = {-log.x * ATTN_LOG2E, -log.y * ATTN_LOG2E};
+
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s[n][e] = power_of_2(fmaf(s[n][e], scale2, base[e % 2]));
+    }
+    if (masked)
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const int2 last = *(const int2 *)(limit + 8 * n + column);
+
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (row + 8 * (e / 2) > (e % 2 ? last.y : last.x))
+                    s[n][e] = 0;
+        }
+}
+
+/* dP becomes dS = P (dP - delta), delta of the columns. */
+static __device__ __forceinline__ void differences(float (&dp)[NT][4], const float (&p)[NT][4],
+                                                   const float *delta)
+{
+    const int column = 2 * ((int)threadIdx.x % 4);
+
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const float2 mean = *(const float2 *)(delta + 8 * n + column);
+
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            dp[n][e] = p[n][e] * (dp[n][e] - (e % 2 ? mean.y : mean.x));
+    }
+}
+
+/* Asks for what a tile adds to the warpgroup's 64 keys, from row0 of the block on; the last two
+ * groups of products are still on their way at the end. key: position of the warp's first key. */
+template <int D>
+static __device__ __forceinline__ void
+add_tile(float (&dk)[D / 8][4], float (&dv)[D / 8][4], operand &left_p, operand &left_s,
+         const struct key_block<D> *shared, int stage, int row0, int key, bool masked, float scale2)
+{
+    float p[NT][4], dp[NT][4];
+
+    wgmma_begin();
+    wgmma_product_nt<D, ROWS, TILE>(p, shared->k, row0, shared->q[stage]);
+    wgmma_close();
+    wgmma_product_nt<D, ROWS, TILE>(dp, shared->v, row0, shared->dout[stage]);
+    wgmma_close();
+    wgmma_wait<1>(); /* also the products of the tile before */
+    wgmma_settle(p);
+    wgmma_settle(dk);
+    wgmma_settle(dv);
+    probabilities(p, shared->lse[stage], shared->limit[stage], key, masked, scale2);
+    as_operand<NT>(left_p, p);
+    wgmma_settle(left_p);
+    wgmma_begin();
+    wgmma_product_nn<TILE>(dv, left_p, shared->dout[stage]);
+    wgmma_close();
+    wgmma_wait<1>();
+    wgmma_settle(dp);
+    differences(dp, p, shared->delta[stage]);
+    as_operand<NT>(left_s, dp);
+    wgmma_settle(left_s);
+    wgmma_begin();
+    wgmma_product_nn<TILE>(dk, left_s, shared->q[stage]);
+    wgmma_close();
+}
+
+/* The gradient of the run's keys and values in rows key_row … key_row+count-1, count <= 128. */
+template <int D>
+static __device__ __forceinline__ void
+grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run, int g, int key_row,
+                  int count, struct key_block<D> *shared)
+{
+    const struct cuda_attention &a = args.a;
+    const size_t k_at = (size_t)(a.heads + g) * D, v_at = k_at + (size_t)a.kv_heads * D;
+    const size_t ld = (size_t)a.ldqkv;
+    const int row0 = (int)threadIdx.x / 128 * 64, row = (int)threadIdx.x / 32 * 16;
+    struct query_walk walk = walk_begin(args, run, key_row);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    operand left_p, left_s;
+    int stage = 0;
+
+    wide_rows<D, ROWS, THREADS>(shared->k, (const bf16 *)a.qkv + k_at, ld, key_row, count, 1);
+    wide_rows<D, ROWS, THREADS>(shared->v, (const bf16 *)a.qkv + v_at, ld, key_row, count, 1);
+    load_walk<D>(args, walk, g, shared, 0);
+    for (bool more = true; more;) {
+        const bool masked = walk_masked(args, walk, key_row + ROWS - 1);
+        const int key = key_row + row + walk.shift, next = stage + 1 < STAGES ? stage + 1 : 0;
+
+        wide_arrived<0>(); /* the next stage was read two tiles ago */
+        more = walk_next(args, walk, key_row);
+        if (more)
+            load_walk<D>(args, walk, g, shared, next);
+        add_tile<D>(dk, dv, left_p, left_s, shared, stage, row0, key, masked, args.scale2);
+        stage = next;
+    }
+    wgmma_wait<0>();
+    wgmma_settle(dk);
+    wgmma_settle(dv);
+    __syncthreads();
+    wide_stage<D, ROWS>(shared->k, row, dk, a.scale, a.scale);
+    wide_store<D, ROWS>(args.dqkv + k_at, ld, key_row, 1, shared->k, row, count);
+    wide_stage<D, ROWS>(shared->v, row, dv, 1, 1);
+    wide_store<D, ROWS>(args.dqkv + v_at, ld, key_row, 1, shared->v, row, count);
+    __syncthreads();
+}
+
+template <int D>
+static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct grad_args args)
+{
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int begin = (int)blockIdx.y * ROWS, end = min(begin + ROWS, args.a.m);
+
+    for (int row = begin; row < end;) {
+        const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
+        const int stop = min(end, run.first + run.count);
+
+        grad_keys_segment<D>(args, run, (int)blockIdx.x, row, stop - row,
+                             (struct key_block<D> *)memory);
+        row = stop;
+    }
+}
+
+/* --- queries --- */
+
+template <int D> struct query_block {
+    bf16 q[ROWS * D], dout[ROWS * D];
+    bf16 k[STAGES][TILE * D], v[STAGES][TILE * D];
+};
+
+/* What a lane knows of its rows l / 4 and l / 4 + 8. */
+struct query_rows {
+    int position[2];
+    float lse2[2], delta[2]; /* lse log2 e */
+};
+
+static __device__ __forceinline__ struct query_rows
+query_rows_of(const struct grad_args &args, int first, int first_pos, int row, int used, int head)
+{
+    struct query_rows rows;
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = row + 8 * half + (int)threadIdx.x % 32 / 4;
+        const bool valid = r < used;
+        const int i = valid ? r / args.group : 0, h = valid ? r - i * args.group : 0;
+        const size_t at = (size_t)(first + i) * args.a.heads + head + h;
+
+        rows.position[half] = first_pos + i;
+        rows.lse2[half] = valid ? args.a.lse[at] * ATTN_LOG2E : 0.0f;
+        rows.delta[half] = valid ? args.delta[at] : 0.0f;
+    }
+    return rows;
+}
+
+/* Asks for what a tile of keys, the first at position `key`, adds to the warpgroup's 64 rows; the
+ * last product is still on its way at the end. */
+template <int D>
+static __device__ __forceinline__ void
+add_keys(float (&dq)[D / 8][4], operand &left, const struct query_block<D> *shared, int stage,
+         int row0, const struct query_rows &rows, int key, bool masked, float scale2)
+{
+    const int column = key + 2 * ((int)threadIdx.x % 4);
+    float s[NT][4], dp[NT][4];
+
+    wgmma_begin();
+    wgmma_product_nt<D, ROWS, TILE>(s, shared->q, row0, shared->k[stage]);
+    wgmma_close();
+    wgmma_product_nt<D, ROWS, TILE>(dp, shared->dout, row0, shared->v[stage]);
+    wgmma_close();
+    wgmma_wait<1>(); /* also the product of the tile before */
+    wgmma_settle(s);
+    wgmma_settle(dq);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            s[n][e] = power_of_2(fmaf(s[n][e], scale2, -rows.lse2[e / 2]));
+            if (masked && column + 8 * n + e % 2 > rows.position[e / 2])
+                s[n][e] = 0;
+        }
+    wgmma_wait<0>();
+    wgmma_settle(dp);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            dp[n][e] = s[n][e] * (dp[n][e] - rows.delta[e / 2]);
+    as_operand<NT>(left, dp);
+    wgmma_settle(left);
+    wgmma_begin();
+    wgmma_product_nn<TILE>(dq, left, shared->k[stage]);
+    wgmma_close();
+}
+
+/* The gradient of the run's queries i0 … i0+count-1 in the heads of group g. */
+template <int D>
+static __device__ __forceinline__ void
+grad_queries_segment(const struct grad_args &args, const struct cuda_attn_run &run, int g, int i0,
+                     int count, struct query_block<D> *shared)
+{
+    const struct cuda_attention &a = args.a;
+    const struct attn_keys<bf16> keys = attn_keys_of<bf16>(a, run, g);
+    const int first = run.first + i0, first_pos = run.pos + i0, head = g * args.group;
+    const int last = first_pos + count - 1, tiles = last / TILE + 1, used = count * args.group;
+    const int row0 = (int)threadIdx.x / 128 * 64, row = (int)threadIdx.x / 32 * 16;
+    const struct query_rows rows = query_rows_of(args, first, first_pos, row, used, head);
+    float dq[D / 8][4] = {};
+    operand left;
+
+    wide_rows<D, ROWS, THREADS>(shared->q, (const bf16 *)a.qkv + (size_t)head * D, (size_t)a.ldqkv,
+                                first, count, args.group);
+    wide_rows<D, ROWS, THREADS>(shared->dout, args.dout + (size_t)head * D, (size_t)(a.heads * D),
+                                first, count, args.group);
+    wide_keys<D, TILE, THREADS>(shared->k[0], keys, keys.k, 0, last);
+    wide_keys<D, TILE, THREADS>(shared->v[0], keys, keys.v, 0, last);
+    for (int t = 0, stage = 0; t < tiles; t++) {
+        const int key = t * TILE, next = stage + 1 < STAGES ? stage + 1 : 0;
+
+        wide_arrived<0>(); /* the next stage was read two tiles ago */
+        if (t + 1 < tiles) {
+            wide_keys<D, TILE, THREADS>(shared->k[next], keys, keys.k, key + TILE, last);
+            wide_keys<D, TILE, THREADS>(shared->v[next], keys, keys.v, key + TILE, last);
+        }
+        add_keys<D>(dq, left, shared, stage, row0, rows, key, key + TILE - 1 > first_pos,
+                    args.scale2);
+        stage = next;
+    }
+    wgmma_wait<0>();
+    wgmma_settle(dq);
+    __syncthreads();
+    wide_stage<D, ROWS>(shared->q, row, dq, a.scale, a.scale);
+    wide_store<D, ROWS>(args.dqkv + (size_t)head * D, (size_t)a.ldqkv, first, args.group, shared->q,
+                        row, used);
+    __syncthreads();
+}
+
+template <int D>
+static __global__ __launch_bounds__(THREADS, 1) void grad_queries_wide(const struct grad_args args)
+{
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int queries = ROWS / args.group;
+    const int begin = (int)(gridDim.y - 1 - blockIdx.y) * queries;
+    const int end = min(begin + queries, args.a.m);
+
+    for (int row = begin; row < end;) {
+        const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
+        const int stop = min(end, run.first + run.count);
+
+        grad_queries_segment<D>(args, run, (int)blockIdx.x, row - run.first, stop - row,
+                                (struct query_block<D> *)memory);
+        row = stop;
+    }
+}
+
+/* --- host --- */
+
+/* Heads first: blocks that begin together then have walks of one length. */
+template <int D>
+static int launch_wide(struct cuda_context *context, const struct grad_args &args)
+{
+    static bool keys_ready = false, queries_ready = false;
+    const size_t keys_bytes = sizeof(struct key_block<D>), bytes = sizeof(struct query_block<D>);
+    const unsigned groups = (unsigned)args.a.kv_heads;
+    const int queries = ROWS / args.group;
+    int err = allow_shared(context, grad_keys_wide<D>, keys_bytes, &keys_ready);
+
+    if (err < 0)
+        return err;
+    err = allow_shared(context, grad_queries_wide<D>, bytes, &queries_ready);
+    if (err < 0)
+        return err;
+    grad_keys_wide<D><<<dim3(groups, (unsigned)((args.a.m + ROWS - 1) / ROWS)), THREADS, keys_bytes,
+                        context->stream>>>(args);
+    err = cuda_check_launch(context, "attention's gradient of keys");
+    if (err < 0)
+        return err;
+    grad_queries_wide<D><<<dim3(groups, (unsigned)((args.a.m + queries - 1) / queries)), THREADS,
+                           bytes, context->stream>>>(args);
+    return cuda_check_launch(context, "attention's gradient of queries");
+}
+
+int cuda_attention_bwd_sm90(struct cuda_context *context, const struct grad_args &args)
+{
+    struct grad_args tiled = args;
+
+    tiled.queries = TILE / args.group;
+    return args.a.head_dim == 64 ? launch_wide<64>(context, tiled)
+                                 : launch_wide<128>(context, tiled);
+}

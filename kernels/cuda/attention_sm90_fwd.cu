@@ -1,0 +1,257 @@
+/* Causal attention, forward, on sm_90a: what attend of attention_fwd.cu does, by warpgroup products.
+ *
+ *   S = scale Q K^T, P = softmax of each row of S, O = P V, lse = log sum exp of S's row
+ *
+ * A block takes 64 or 128 rows (one or two warpgroups of 64) of one kv head: a window of 64 WG /
+ * group queries of the pack, with all heads of the group side by side. Keys come in tiles of 128,
+ * keys and values in two stages each, by cp.async. The order of a tile's work:
+ *
+ *   S of the next tile is asked for, then O += P V of this one; while the second runs, the first is
+ *   turned into probabilities (online softmax); then O is rescaled
+ *
+ * so that a warpgroup's exponentials hide behind its own products. Shared memory for D = 128, WG =
+ * 2: Q 32 KB, 2 x (K, V) 128 KB; registers: O 64, S 64, P 32.
+ *
+ * A row's result depends on its run alone, as in attention_fwd.cu; the tiles begin at multiples of
+ * 128 positions. Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2. */
+#include "cuda/attention_sm90.cuh"
+#include "cuda/launch.cuh"
+
+#define KEYS 128 /* of a tile */
+
+struct wide_args {
+    struct cuda_attention a;
+    int group;
+    float scale2; /* scale log2 e */
+};
+
+/* What a warp keeps of its 16 rows; [..][0] is of row l / 4, [..][1] of row l / 4 + 8. The sum is
+ * this lane's share. */
+template <int D> struct wide_state {
+    float out[D / 8][4];
+    float max[2], sum[2];
+};
+
+template <int D, int WG> struct wide_shared {
+    bf16 q[64 * WG * D];
+    bf16 k[2][KEYS * D], v[2][KEYS * D];
+};
+
+/* Scores of one row half become exp2(scale2 (s - max)). Returns what earlier sums are multiplied
+ * by: exactly 1 where the maximum stays. */
+static __device__ __forceinline__ float soften(float (&s)[KEYS / 8][4], float &max, float &sum,
+                                               int half, float scale2)
+{
+    float top = max, seen, base, shrink, added = 0;
+
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+        top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    seen = top == -INFINITY ? 0.0f : top;
+    base = seen * scale2;
+    shrink = power_of_2((max - seen) * scale2);
+    max = top;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+        s[n][2 * half] = power_of_2(fmaf(s[n][2 * half], scale2, -base));
+        s[n][2 * half + 1] = power_of_2(fmaf(s[n][2 * half + 1], scale2, -base));
+        added += s[n][2 * half] + s[n][2 * half + 1];
+    }
+    sum = fmaf(sum, shrink, added);
+    return shrink;
+}
+
+/* Masks the scores of the tile whose first key is at position `key` and makes them probabilities. */
+template <int D>
+static __device__ __forceinline__ void
+take_scores(struct wide_state<D> &state, float (&s)[KEYS / 8][4], int key, const int (&position)[2],
+            bool masked, float scale2, float (&shrink)[2])
+{
+    const int column = key + 2 * ((int)threadIdx.x % 4);
+
+    if (masked)
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (column + 8 * n + e % 2 > position[e / 2])
+                    s[n][e] = -INFINITY;
+    shrink[0] = soften(s, state.max[0], state.sum[0], 0, scale2);
+    shrink[1] = soften(s, state.max[1], state.sum[1], 1, scale2);
+}
+
+/* All tiles of keys up to position `last`. Ends with the products done, stages not yet free. */
+template <int D, int WG>
+static __device__ __forceinline__ void
+walk_keys(const struct wide_args &args, const struct attn_keys<bf16> &keys,
+          struct wide_shared<D, WG> *shared, int row0, int first_pos, int last,
+          const int (&position)[2], struct wide_state<D> &state)
+{
+    const int tiles = last / KEYS + 1;
+    float s[KEYS / 8][4], shrink[2];
+    uint32_t p[KEYS / 16][4];
+
+    wide_arrived<1>(); /* Q and the first keys */
+    wgmma_begin();
+    wgmma_product_nt<D, 64 * WG, KEYS>(s, shared->q, row0, shared->k[0]);
+    wgmma_close();
+    wgmma_wait<0>();
+    wgmma_settle(s);
+    take_scores(state, s, 0, position, KEYS - 1 > first_pos, args.scale2, shrink);
+    as_operand<KEYS / 8>(p, s);
+    for (int t = 0; t + 1 < tiles; t++) {
+        const int now = t % 2, next = 1 - now, key = (t + 1) * KEYS;
+
+        wide_arrived<0>(); /* the next keys and these values; the others' readers are done */
+        if (t + 2 < tiles)
+            wide_keys<D, KEYS, 128 * WG>(shared->k[now], keys, keys.k, key + KEYS, last);
+        wide_keys<D, KEYS, 128 * WG>(shared->v[next], keys, keys.v, key, last);
+        wgmma_settle(state.out);
+        wgmma_settle(p);
+        wgmma_begin();
+        wgmma_product_nt<D, 64 * WG, KEYS>(s, shared->q, row0, shared->k[next]);
+        wgmma_close();
+        wgmma_product_nn<KEYS>(state.out, p, shared->v[now]);
+        wgmma_close();
+        wgmma_wait<1>();
+        wgmma_settle(s);
+        take_scores(state, s, key, position, key + KEYS - 1 > first_pos, args.scale2, shrink);
+        wgmma_wait<0>();
+        wgmma_settle(s); /* P takes the place of what was being multiplied */
+        wgmma_settle(state.out);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                state.out[n][e] *= shrink[e / 2];
+        as_operand<KEYS / 8>(p, s);
+    }
+    wide_arrived<0>();
+    wgmma_settle(state.out);
+    wgmma_settle(p);
+    wgmma_begin();
+    wgmma_product_nn<KEYS>(state.out, p, shared->v[(tiles - 1) % 2]);
+    wgmma_close();
+    wgmma_wait<0>();
+    wgmma_settle(state.out);
+}
+
+/* The warp's rows divided by their sums, by way of Q's rows, which no other warp reads. */
+template <int D, int WG>
+static __device__ __forceinline__ void
+store_result(const struct wide_args &args, struct wide_state<D> &state, bf16 *q, int row, int first,
+             int head, int used)
+{
+    const struct cuda_attention &a = args.a;
+    const int lane = (int)threadIdx.x % 32, r = row + lane / 4;
+    const float low = lanes4_sum(state.sum[0]), high = lanes4_sum(state.sum[1]);
+
+    if (a.lse && lane % 4 == 0) {
+        if (r < used)
+            a.lse[(size_t)(first + r / args.group) * a.heads + head + r % args.group] =
+                state.max[0] * a.scale + logf(low);
+        if (r + 8 < used)
+            a.lse[(size_t)(first + (r + 8) / args.group) * a.heads + head + (r + 8) % args.group] =
+                state.max[1] * a.scale + logf(high);
+    }
+    wide_stage<D, 64 * WG>(q, row, state.out, 1.0f / low, 1.0f / high);
+    wide_store<D, 64 * WG>((bf16 *)a.out + (size_t)head * D, (size_t)(a.heads * D), first,
+                           args.group, q, row, used);
+}
+
+/* The run's queries i0 … i0+count-1 of kv head g. Ends with all warps past their use of `shared`.
+ */
+template <int D, int WG>
+static __device__ __forceinline__ void
+attend_segment(const struct wide_args &args, const struct cuda_attn_run &run, int g, int i0,
+               int count, struct wide_shared<D, WG> *shared)
+{
+    constexpr int rows = 64 * WG, threads = 128 * WG;
+    const struct cuda_attention &a = args.a;
+    const struct attn_keys<bf16> keys = attn_keys_of<bf16>(a, run, g);
+    const int lane = (int)threadIdx.x % 32, row0 = (int)threadIdx.x / 128 * 64;
+    const int row = (int)threadIdx.x / 32 * 16; /* of the warp */
+    const int used = count * args.group, first = run.first + i0, head = g * args.group;
+    const int first_pos = run.pos + i0, last = first_pos + count - 1;
+    struct wide_state<D> state = {};
+    int position[2];
+
+    state.max[0] = state.max[1] = -INFINITY;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = row + 8 * half + lane / 4;
+
+        position[half] = r < used ? first_pos + r / args.group : last;
+    }
+    wide_rows<D, rows, threads>(shared->q, (const bf16 *)a.qkv + (size_t)head * D, (size_t)a.ldqkv,
+                                first, count, args.group);
+    wide_keys<D, KEYS, threads>(shared->k[0], keys, keys.k, 0, last);
+    wide_close();
+    if (last >= KEYS)
+        wide_keys<D, KEYS, threads>(shared->k[1], keys, keys.k, KEYS, last);
+    wide_keys<D, KEYS, threads>(shared->v[0], keys, keys.v, 0, last);
+    wide_close();
+    walk_keys<D, WG>(args, keys, shared, row0, first_pos, last, position, state);
+    store_result<D, WG>(args, state, shared->q, row, first, head, used);
+    __syncthreads();
+}
+
+template <int D, int WG>
+static __global__ __launch_bounds__(128 * WG, 1) void attend_wide(const struct wide_args args)
+{
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int queries = 64 * WG / args.group;
+    const int begin = (int)(gridDim.x - 1 - blockIdx.x) * queries;
+    const int end = min(begin + queries, args.a.m);
+
+    launch_next();
+    launch_wait();
+    for (int row = begin; row < end;) {
+        const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
+        const int stop = min(end, run.first + run.count);
+
+        if (!attn_in_parts(args.a, args.group, run))
+            attend_segment<D, WG>(args, run, (int)blockIdx.y, row - run.first, stop - row,
+                                  (struct wide_shared<D, WG> *)memory);
+        row = stop;
+    }
+}
+
+/* --- host --- */
+
+template <int D, int WG>
+static int launch_wide(struct cuda_context *context, const struct wide_args &args)
+{
+    static bool ready = false;
+    const size_t bytes = sizeof(struct wide_shared<D, WG>);
+    const int queries = 64 * WG / args.group;
+    const dim3 grid((unsigned)((args.a.m + queries - 1) / queries), (unsigned)args.a.kv_heads);
+    const int err = allow_shared(context, attend_wide<D, WG>, bytes, &ready);
+
+    if (err < 0)
+        return err;
+    return launch(context, "attention", attend_wide<D, WG>, grid, dim3(128 * WG), bytes, args);
+}
+
+/* Two warpgroups share their keys; one where blocks of two would leave multiprocessors idle. The
+ * numbers are the same. */
+template <int D> static int pick(struct cuda_context *context, const struct wide_args &args)
+{
+    const int queries = 128 / args.group;
+    const int64_t blocks = (int64_t)((args.a.m + queries - 1) / queries) * args.a.kv_heads;
+
+    return blocks >= context->multiprocessors ? launch_wide<D, 2>(context, args)
+                                              : launch_wide<D, 1>(context, args);
+}
+
+int cuda_attention_sm90(struct cuda_context *context, const struct cuda_attention *a)
+{
+    struct wide_args args = {};
+
+    args.a = *a;
+    args.group = a->heads / a->kv_heads;
+    args.scale2 = a->scale * ATTN_LOG2E;
+    return a->head_dim == 64 ? pick<64>(context, args) : pick<128>(context, args);
+}
