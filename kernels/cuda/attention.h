@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-#define CUDA_KV_BLOCK 16
+#define CUDA_KV_BLOCK   16
+#define CUDA_KEY_WINDOW 128
 
 /* Rows [first, first+count) of the pack are positions pos … of one sequence. Positions 0 … pos-1
  * are rows parent_first … of the same pack (training; pos = 0: none), or in the blocks (serving).
@@ -67,6 +68,10 @@ int cuda_attention_reach(int furthest);
 struct cuda_attention_bwd {
     struct cuda_attention forward; /* as it was, out and lse filled; training only */
     const int32_t *children;
+    /* device: windows of CUDA_KEY_WINDOW rows of the pack, those whose keys most queries see first,
+     * each in the low half of its word: an order of work, which does not show in the numbers. NULL:
+     * as they lie. */
+    const int64_t *key_order;
     const void *dout;
     float *delta;
     void *dqkv;

@@ -360,6 +360,7 @@ extern "C" int cuda_attention_bwd(struct cuda_context *context,
         return cuda_attention_bwd_plain(context, bwd);
     args.a = *a;
     args.children = bwd->children;
+    args.key_order = bwd->key_order;
     args.dout = (const bf16 *)bwd->dout;
     args.delta = bwd->delta;
     args.dqkv = (bf16 *)bwd->dqkv;

@@ -8,6 +8,7 @@
 struct grad_args {
     struct cuda_attention a;
     const int32_t *children;
+    const int64_t *key_order;
     const bf16 *dout;
     const float *delta;
     bf16 *dqkv;

@@ -24,41 +24,75 @@ template <int PENDING> static __device__ __forceinline__ void wide_arrived(void)
     __syncthreads();
 }
 
+/* How a block's threads share the copy of a tile: a thread takes chunk `chunk` of the rows row, row +
+ * step, …; the swizzle of them is one, since step is a multiple of 8. */
+template <int D, int THREADS> struct wide_share {
+    static const int chunks = D / 8, step = THREADS / chunks;
+
+    static __device__ __forceinline__ int chunk(void)
+    {
+        return (int)threadIdx.x % chunks;
+    }
+    static __device__ __forceinline__ int row(void)
+    {
+        return (int)threadIdx.x / chunks;
+    }
+};
+
 /* Starts the copy of the keys (or values, `base`) at positions first … first+ROWS-1; zeros beyond
  * `last`. */
 template <int D, int ROWS, int THREADS>
 static __device__ __forceinline__ void wide_keys(bf16 *tile, const struct attn_keys<bf16> &keys,
                                                  const bf16 *base, int first, int last)
 {
-    constexpr int chunks = D / 8, step = THREADS / chunks;
-    const int chunk = (int)threadIdx.x % chunks, row = (int)threadIdx.x / chunks;
+    using share = wide_share<D, THREADS>;
+    const int chunk = share::chunk(), row = share::row();
+    bf16 *to = tile + wgmma_place<ROWS>(row, chunk);
 
+    base += 8 * chunk;
+    first += row;
+    if (keys.table) {
 #pragma unroll 4
-    for (int r = row; r < ROWS; r += step) {
-        const int p = first + r;
-        const bool valid = p <= last;
+        for (int i = 0; i < ROWS / share::step; i++) {
+            const int p = first + i * share::step;
 
-        copy_16(tile + wgmma_place<ROWS>(r, chunk),
-                base + attn_key_at(keys, valid ? p : last) + (size_t)(chunk * 8), valid);
+            copy_16(to + i * share::step * 64, base + attn_key_at(keys, min(p, last)), p <= last);
+        }
+        return;
     }
+#pragma unroll
+    for (int i = 0; i < ROWS / share::step; i++) {
+        const int p = first + i * share::step, at = min(p, last);
+        const int from = at + (at < keys.pos ? keys.parent : keys.own - keys.pos);
+
+        copy_16(to + i * share::step * 64, base + (size_t)from * keys.stride, p <= last);
+    }
+}
+
+/* r / group = r inverse >> 16, for r < 128 and group <= 64. */
+static __device__ __forceinline__ int wide_inverse(int group)
+{
+    return (65535 + group) / group;
 }
 
 /* Starts the copy of `count` rows with the heads of a group: tile row i*group + h is head h of
  * matrix row first+i, at `base` + row*ld + h*D. Zeros beyond, up to ROWS rows. */
 template <int D, int ROWS, int THREADS>
 static __device__ __forceinline__ void wide_rows(bf16 *tile, const bf16 *base, size_t ld, int first,
-                                                 int count, int group)
+                                                 int count, int group, int inverse)
 {
-    constexpr int chunks = D / 8, step = THREADS / chunks;
-    const int chunk = (int)threadIdx.x % chunks, row = (int)threadIdx.x / chunks;
+    using share = wide_share<D, THREADS>;
+    const int chunk = share::chunk(), row = share::row();
+    bf16 *to = tile + wgmma_place<ROWS>(row, chunk);
 
-#pragma unroll 4
-    for (int r = row; r < ROWS; r += step) {
+    base += (size_t)first * ld + (size_t)(8 * chunk);
+#pragma unroll
+    for (int j = 0; j < ROWS / share::step; j++) {
+        const int r = row + j * share::step;
         const bool valid = r < count * group;
-        const int i = valid ? r / group : 0, h = valid ? r - i * group : 0;
+        const int i = valid ? r * inverse >> 16 : 0, h = valid ? r - i * group : 0;
 
-        copy_16(tile + wgmma_place<ROWS>(r, chunk),
-                base + (size_t)(first + i) * ld + (size_t)(h * D + chunk * 8), valid);
+        copy_16(to + j * share::step * 64, base + (size_t)i * ld + (size_t)(h * D), valid);
     }
 }
 

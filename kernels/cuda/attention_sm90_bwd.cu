@@ -40,20 +40,20 @@ template <int D> struct key_block {
 template <int D>
 static __device__ __forceinline__ void load_walk(const struct grad_args &args,
                                                  const struct query_walk &walk, int g,
-                                                 struct key_block<D> *to, int stage)
+                                                 int inverse, struct key_block<D> *to, int stage)
 {
     const struct cuda_attention &a = args.a;
     const int i0 = walk.tile * args.queries, first = walk.run.first + i0;
     const int count = min(args.queries, walk.run.count - i0), head = g * args.group;
 
     wide_rows<D, TILE, THREADS>(to->q[stage], (const bf16 *)a.qkv + (size_t)head * D,
-                                (size_t)a.ldqkv, first, count, args.group);
+                                (size_t)a.ldqkv, first, count, args.group, inverse);
     wide_rows<D, TILE, THREADS>(to->dout[stage], args.dout + (size_t)head * D,
-                                (size_t)(a.heads * D), first, count, args.group);
+                                (size_t)(a.heads * D), first, count, args.group, inverse);
     if (threadIdx.x < TILE) {
         const int r = (int)threadIdx.x;
         const bool valid = r < count * args.group;
-        const int i = valid ? r / args.group : 0, h = valid ? r - i * args.group : 0;
+        const int i = valid ? r * inverse >> 16 : 0, h = valid ? r - i * args.group : 0;
         const size_t at = (size_t)(first + i) * a.heads + head + h;
 
         copy_4(&to->lse[stage][r], a.lse + at, valid);
@@ -107,20 +107,27 @@ static __device__ __forceinline__ void differences(float (&dp)[NT][4], const flo
     }
 }
 
-/* Asks for what a tile adds to the warpgroup's 64 keys, from row0 of the block on; the last two
+/* Asks for the products of 64 rows of two tiles, from row0 on, with all rows of two others. */
+template <int D>
+static __device__ __forceinline__ void ask_scores(float (&s)[NT][4], float (&dp)[NT][4],
+                                                  const bf16 *left, const bf16 *left_d, int row0,
+                                                  const bf16 *right, const bf16 *right_d)
+{
+    wgmma_begin();
+    wgmma_product_nt<D, ROWS, TILE>(s, left, row0, right);
+    wgmma_close();
+    wgmma_product_nt<D, ROWS, TILE>(dp, left_d, row0, right_d);
+    wgmma_close();
+}
+
+/* When the scores are there, asks for what the tile adds to the warpgroup's 64 keys; these last two
  * groups of products are still on their way at the end. key: position of the warp's first key. */
 template <int D>
 static __device__ __forceinline__ void
-add_tile(float (&dk)[D / 8][4], float (&dv)[D / 8][4], operand &left_p, operand &left_s,
-         const struct key_block<D> *shared, int stage, int row0, int key, bool masked, float scale2)
+add_queries(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&p)[NT][4], float (&dp)[NT][4],
+            operand &left_p, operand &left_s, const struct key_block<D> *shared, int stage, int key,
+            bool masked, float scale2)
 {
-    float p[NT][4], dp[NT][4];
-
-    wgmma_begin();
-    wgmma_product_nt<D, ROWS, TILE>(p, shared->k, row0, shared->q[stage]);
-    wgmma_close();
-    wgmma_product_nt<D, ROWS, TILE>(dp, shared->v, row0, shared->dout[stage]);
-    wgmma_close();
     wgmma_wait<1>(); /* also the products of the tile before */
     wgmma_settle(p);
     wgmma_settle(dk);
@@ -151,23 +158,27 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
     const size_t k_at = (size_t)(a.heads + g) * D, v_at = k_at + (size_t)a.kv_heads * D;
     const size_t ld = (size_t)a.ldqkv;
     const int row0 = (int)threadIdx.x / 128 * 64, row = (int)threadIdx.x / 32 * 16;
+    const int inverse = wide_inverse(args.group);
     struct query_walk walk = walk_begin(args, run, key_row);
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {}, p[NT][4], dp[NT][4];
     operand left_p, left_s;
     int stage = 0;
 
-    wide_rows<D, ROWS, THREADS>(shared->k, (const bf16 *)a.qkv + k_at, ld, key_row, count, 1);
-    wide_rows<D, ROWS, THREADS>(shared->v, (const bf16 *)a.qkv + v_at, ld, key_row, count, 1);
-    load_walk<D>(args, walk, g, shared, 0);
+    wide_rows<D, ROWS, THREADS>(shared->k, (const bf16 *)a.qkv + k_at, ld, key_row, count, 1,
+                                65536);
+    wide_rows<D, ROWS, THREADS>(shared->v, (const bf16 *)a.qkv + v_at, ld, key_row, count, 1,
+                                65536);
+    load_walk<D>(args, walk, g, inverse, shared, 0);
     for (bool more = true; more;) {
         const bool masked = walk_masked(args, walk, key_row + ROWS - 1);
         const int key = key_row + row + walk.shift, next = stage + 1 < STAGES ? stage + 1 : 0;
 
         wide_arrived<0>(); /* the next stage was read two tiles ago */
+        ask_scores<D>(p, dp, shared->k, shared->v, row0, shared->q[stage], shared->dout[stage]);
         more = walk_next(args, walk, key_row);
         if (more)
-            load_walk<D>(args, walk, g, shared, next);
-        add_tile<D>(dk, dv, left_p, left_s, shared, stage, row0, key, masked, args.scale2);
+            load_walk<D>(args, walk, g, inverse, shared, next);
+        add_queries<D>(dk, dv, p, dp, left_p, left_s, shared, stage, key, masked, args.scale2);
         stage = next;
     }
     wgmma_wait<0>();
@@ -185,8 +196,10 @@ template <int D>
 static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct grad_args args)
 {
     extern __shared__ __align__(1024) uint8_t memory[];
-    const int begin = (int)blockIdx.y * ROWS, end = min(begin + ROWS, args.a.m);
+    const int window = args.key_order ? (int)args.key_order[blockIdx.y] : (int)blockIdx.y;
+    const int begin = window * ROWS, end = min(begin + ROWS, args.a.m);
 
+    static_assert(ROWS == CUDA_KEY_WINDOW, "a block takes a window");
     for (int row = begin; row < end;) {
         const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
         const int stop = min(end, run.first + run.count);
@@ -229,21 +242,16 @@ query_rows_of(const struct grad_args &args, int first, int first_pos, int row, i
     return rows;
 }
 
-/* Asks for what a tile of keys, the first at position `key`, adds to the warpgroup's 64 rows; the
- * last product is still on its way at the end. */
+/* When the scores are there, asks for what a tile of keys, the first at position `key`, adds to the
+ * warpgroup's 64 rows; this product is still on its way at the end. */
 template <int D>
-static __device__ __forceinline__ void
-add_keys(float (&dq)[D / 8][4], operand &left, const struct query_block<D> *shared, int stage,
-         int row0, const struct query_rows &rows, int key, bool masked, float scale2)
+static __device__ __forceinline__ void add_keys(float (&dq)[D / 8][4], float (&s)[NT][4],
+                                                float (&dp)[NT][4], operand &left, const bf16 *k,
+                                                const struct query_rows &rows, int key, bool masked,
+                                                float scale2)
 {
     const int column = key + 2 * ((int)threadIdx.x % 4);
-    float s[NT][4], dp[NT][4];
 
-    wgmma_begin();
-    wgmma_product_nt<D, ROWS, TILE>(s, shared->q, row0, shared->k[stage]);
-    wgmma_close();
-    wgmma_product_nt<D, ROWS, TILE>(dp, shared->dout, row0, shared->v[stage]);
-    wgmma_close();
     wgmma_wait<1>(); /* also the product of the tile before */
     wgmma_settle(s);
     wgmma_settle(dq);
@@ -255,6 +263,7 @@ add_keys(float (&dq)[D / 8][4], operand &left, const struct query_block<D> *shar
             if (masked && column + 8 * n + e % 2 > rows.position[e / 2])
                 s[n][e] = 0;
         }
+    wgmma_settle(s); /* before the wait, not after it */
     wgmma_wait<0>();
     wgmma_settle(dp);
 #pragma unroll
@@ -265,7 +274,7 @@ add_keys(float (&dq)[D / 8][4], operand &left, const struct query_block<D> *shar
     as_operand<NT>(left, dp);
     wgmma_settle(left);
     wgmma_begin();
-    wgmma_product_nn<TILE>(dq, left, shared->k[stage]);
+    wgmma_product_nn<TILE>(dq, left, k);
     wgmma_close();
 }
 
@@ -281,24 +290,26 @@ grad_queries_segment(const struct grad_args &args, const struct cuda_attn_run &r
     const int last = first_pos + count - 1, tiles = last / TILE + 1, used = count * args.group;
     const int row0 = (int)threadIdx.x / 128 * 64, row = (int)threadIdx.x / 32 * 16;
     const struct query_rows rows = query_rows_of(args, first, first_pos, row, used, head);
-    float dq[D / 8][4] = {};
+    const int inverse = wide_inverse(args.group);
+    float dq[D / 8][4] = {}, s[NT][4], dp[NT][4];
     operand left;
 
     wide_rows<D, ROWS, THREADS>(shared->q, (const bf16 *)a.qkv + (size_t)head * D, (size_t)a.ldqkv,
-                                first, count, args.group);
+                                first, count, args.group, inverse);
     wide_rows<D, ROWS, THREADS>(shared->dout, args.dout + (size_t)head * D, (size_t)(a.heads * D),
-                                first, count, args.group);
+                                first, count, args.group, inverse);
     wide_keys<D, TILE, THREADS>(shared->k[0], keys, keys.k, 0, last);
     wide_keys<D, TILE, THREADS>(shared->v[0], keys, keys.v, 0, last);
     for (int t = 0, stage = 0; t < tiles; t++) {
         const int key = t * TILE, next = stage + 1 < STAGES ? stage + 1 : 0;
 
         wide_arrived<0>(); /* the next stage was read two tiles ago */
+        ask_scores<D>(s, dp, shared->q, shared->dout, row0, shared->k[stage], shared->v[stage]);
         if (t + 1 < tiles) {
             wide_keys<D, TILE, THREADS>(shared->k[next], keys, keys.k, key + TILE, last);
             wide_keys<D, TILE, THREADS>(shared->v[next], keys, keys.v, key + TILE, last);
         }
-        add_keys<D>(dq, left, shared, stage, row0, rows, key, key + TILE - 1 > first_pos,
+        add_keys<D>(dq, s, dp, left, shared->k[stage], rows, key, key + TILE - 1 > first_pos,
                     args.scale2);
         stage = next;
     }

@@ -17,7 +17,7 @@
 #include "cuda/attention_sm90.cuh"
 #include "cuda/launch.cuh"
 
-#define KEYS 128 /* of a tile */
+#define KEYS 64 /* of a tile */
 
 struct wide_args {
     struct cuda_attention a;
@@ -82,60 +82,110 @@ take_scores(struct wide_state<D> &state, float (&s)[KEYS / 8][4], int key, const
     shrink[1] = soften(s, state.max[1], state.sum[1], 1, scale2);
 }
 
-/* All tiles of keys up to position `last`. Ends with the products done, stages not yet free. */
+/* What the tiles of a block's rows have in common. */
+template <int D, int WG> struct walk {
+    const struct attn_keys<bf16> &keys;
+    struct wide_shared<D, WG> *shared;
+    int row0;             /* of the warpgroup */
+    int tiles;
+    int first_pos, last;  /* of the queries */
+    int position[2];      /* of this lane's rows */
+    float scale2;
+};
+
+template <int D, int WG>
+static __device__ __forceinline__ void ask_scores(const struct walk<D, WG> &walk,
+                                                  float (&s)[KEYS / 8][4], const bf16 *k)
+{
+    wgmma_begin();
+    wgmma_product_nt<D, 64 * WG, KEYS>(s, walk.shared->q, walk.row0, k);
+    wgmma_close();
+}
+
+/* Tile t, whose scores are `s`: those of the next one are asked for in `next` before these become
+ * probabilities, and are there at the end. */
 template <int D, int WG>
 static __device__ __forceinline__ void
-walk_keys(const struct wide_args &args, const struct attn_keys<bf16> &keys,
-          struct wide_shared<D, WG> *shared, int row0, int first_pos, int last,
-          const int (&position)[2], struct wide_state<D> &state)
+take_tile(const struct walk<D, WG> &walk, int t, float (&s)[KEYS / 8][4],
+          float (&next)[KEYS / 8][4], struct wide_state<D> &state)
 {
-    const int tiles = last / KEYS + 1;
-    float s[KEYS / 8][4], shrink[2];
+    struct wide_shared<D, WG> *shared = walk.shared;
+    const int key = t * KEYS, slot = t % 2;
+    float shrink[2];
     uint32_t p[KEYS / 16][4];
 
-    wide_arrived<1>(); /* Q and the first keys */
-    wgmma_begin();
-    wgmma_product_nt<D, 64 * WG, KEYS>(s, shared->q, row0, shared->k[0]);
-    wgmma_close();
-    wgmma_wait<0>();
-    wgmma_settle(s);
-    take_scores(state, s, 0, position, KEYS - 1 > first_pos, args.scale2, shrink);
+    wide_arrived<0>(); /* the next keys and these values; the others' readers are done */
+    ask_scores<D, WG>(walk, next, shared->k[1 - slot]);
+    if (t + 2 < walk.tiles)
+        wide_keys<D, KEYS, 128 * WG>(shared->k[slot], walk.keys, walk.keys.k, key + 2 * KEYS,
+                                     walk.last);
+    wide_keys<D, KEYS, 128 * WG>(shared->v[1 - slot], walk.keys, walk.keys.v, key + KEYS,
+                                 walk.last);
+    take_scores(state, s, key, walk.position, key + KEYS - 1 > walk.first_pos, walk.scale2, shrink);
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            state.out[n][e] *= shrink[e / 2];
     as_operand<KEYS / 8>(p, s);
-    for (int t = 0; t + 1 < tiles; t++) {
-        const int now = t % 2, next = 1 - now, key = (t + 1) * KEYS;
-
-        wide_arrived<0>(); /* the next keys and these values; the others' readers are done */
-        if (t + 2 < tiles)
-            wide_keys<D, KEYS, 128 * WG>(shared->k[now], keys, keys.k, key + KEYS, last);
-        wide_keys<D, KEYS, 128 * WG>(shared->v[next], keys, keys.v, key, last);
-        wgmma_settle(state.out);
-        wgmma_settle(p);
-        wgmma_begin();
-        wgmma_product_nt<D, 64 * WG, KEYS>(s, shared->q, row0, shared->k[next]);
-        wgmma_close();
-        wgmma_product_nn<KEYS>(state.out, p, shared->v[now]);
-        wgmma_close();
-        wgmma_wait<1>();
-        wgmma_settle(s);
-        take_scores(state, s, key, position, key + KEYS - 1 > first_pos, args.scale2, shrink);
-        wgmma_wait<0>();
-        wgmma_settle(s); /* P takes the place of what was being multiplied */
-        wgmma_settle(state.out);
-#pragma unroll
-        for (int n = 0; n < D / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                state.out[n][e] *= shrink[e / 2];
-        as_operand<KEYS / 8>(p, s);
-    }
-    wide_arrived<0>();
     wgmma_settle(state.out);
     wgmma_settle(p);
     wgmma_begin();
-    wgmma_product_nn<KEYS>(state.out, p, shared->v[(tiles - 1) % 2]);
+    wgmma_product_nn<KEYS>(state.out, p, shared->v[slot]);
+    wgmma_close();
+    wgmma_wait<0>();
+    wgmma_settle(next);
+    wgmma_settle(state.out);
+}
+
+template <int D, int WG>
+static __device__ __forceinline__ void take_last(const struct walk<D, WG> &walk,
+                                                 float (&s)[KEYS / 8][4],
+                                                 struct wide_state<D> &state)
+{
+    const int t = walk.tiles - 1, key = t * KEYS;
+    float shrink[2];
+    uint32_t p[KEYS / 16][4];
+
+    wide_arrived<0>();
+    take_scores(state, s, key, walk.position, key + KEYS - 1 > walk.first_pos, walk.scale2, shrink);
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            state.out[n][e] *= shrink[e / 2];
+    as_operand<KEYS / 8>(p, s);
+    wgmma_settle(state.out);
+    wgmma_settle(p);
+    wgmma_begin();
+    wgmma_product_nn<KEYS>(state.out, p, walk.shared->v[t % 2]);
     wgmma_close();
     wgmma_wait<0>();
     wgmma_settle(state.out);
+}
+
+/* All tiles. Ends with the products done. */
+template <int D, int WG>
+static __device__ __forceinline__ void walk_keys(const struct walk<D, WG> &walk,
+                                                 struct wide_state<D> &state)
+{
+    float even[KEYS / 8][4], odd[KEYS / 8][4];
+    int t = 0;
+
+    wide_arrived<1>(); /* Q and the first keys */
+    ask_scores<D, WG>(walk, even, walk.shared->k[0]);
+    wgmma_wait<0>();
+    wgmma_settle(even);
+    for (; t + 2 < walk.tiles; t += 2) {
+        take_tile<D, WG>(walk, t, even, odd, state);
+        take_tile<D, WG>(walk, t + 1, odd, even, state);
+    }
+    if (t + 1 < walk.tiles) {
+        take_tile<D, WG>(walk, t, even, odd, state);
+        take_last<D, WG>(walk, odd, state);
+    } else {
+        take_last<D, WG>(walk, even, state);
+    }
 }
 
 /* The warp's rows divided by their sums, by way of Q's rows, which no other warp reads. */
@@ -176,24 +226,24 @@ attend_segment(const struct wide_args &args, const struct cuda_attn_run &run, in
     const int used = count * args.group, first = run.first + i0, head = g * args.group;
     const int first_pos = run.pos + i0, last = first_pos + count - 1;
     struct wide_state<D> state = {};
-    int position[2];
+    struct walk<D, WG> walk = {keys, shared, row0, last / KEYS + 1, first_pos, last, {}, args.scale2};
 
     state.max[0] = state.max[1] = -INFINITY;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int r = row + 8 * half + lane / 4;
 
-        position[half] = r < used ? first_pos + r / args.group : last;
+        walk.position[half] = r < used ? first_pos + r / args.group : last;
     }
     wide_rows<D, rows, threads>(shared->q, (const bf16 *)a.qkv + (size_t)head * D, (size_t)a.ldqkv,
-                                first, count, args.group);
+                                first, count, args.group, wide_inverse(args.group));
     wide_keys<D, KEYS, threads>(shared->k[0], keys, keys.k, 0, last);
     wide_close();
     if (last >= KEYS)
         wide_keys<D, KEYS, threads>(shared->k[1], keys, keys.k, KEYS, last);
     wide_keys<D, KEYS, threads>(shared->v[0], keys, keys.v, 0, last);
     wide_close();
-    walk_keys<D, WG>(args, keys, shared, row0, first_pos, last, position, state);
+    walk_keys<D, WG>(walk, state);
     store_result<D, WG>(args, state, shared->q, row, first, head, used);
     __syncthreads();
 }

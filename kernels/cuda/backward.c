@@ -144,6 +144,7 @@ static int attention_backward(const struct backward *bw)
     struct cuda_attention_bwd args = {
         .forward = cuda_attention_args(&space->pass, bw->layer, bw->acts),
         .children = bw->batch->pack.children,
+        .key_order = bw->batch->pack.key_order,
         .dout = bw->dattn,
         .delta = space->delta,
         .dqkv = space->dy,

@@ -44,6 +44,7 @@ int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload);
 struct cuda_pack {
     int m, run_count, longest, furthest;
     const int32_t *tokens, *pos, *blocks, *row_run, *tables, *children;
+    const int64_t *key_order; /* training: see cuda_attention_bwd */
     const struct cuda_attn_run *runs;
     struct cuda_lora_rows rows; /* whose the rows are */
     struct cuda_lora_rows tail; /* likewise of the pack's tail, numbered along it */

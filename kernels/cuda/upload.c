@@ -2,6 +2,7 @@
  * whose the rows are (LoRA's groups and tiles), tokens and positions, runs, block numbers. */
 #include "cuda/pass.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* --- buffers --- */
@@ -72,13 +73,19 @@ int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload)
 
 /* --- packs --- */
 
+static size_t windows_of(int m)
+{
+    return ((size_t)m + CUDA_KEY_WINDOW - 1) / CUDA_KEY_WINDOW;
+}
+
 size_t cuda_pack_bytes(int m, int runs, int tables)
 {
     size_t lora = (size_t)runs * sizeof(struct cuda_lora_group) +
                   (size_t)m * sizeof(struct cuda_lora_tile) + 32;
 
     return 4 * ((size_t)m * sizeof(int32_t) + 16) + (size_t)runs * sizeof(struct cuda_attn_run) +
-           2 * lora + ((size_t)runs + (size_t)tables) * sizeof(int32_t) + 64;
+           2 * lora + ((size_t)runs + (size_t)tables) * sizeof(int32_t) +
+           windows_of(m) * sizeof(int64_t) + 64;
 }
 
 static int blocks_of(const struct claas_pack_run *run)
@@ -170,6 +177,46 @@ static void fill_runs(const struct claas_pack *pack, struct cuda_attn_run *runs,
     }
 }
 
+/* Query rows that see some key of the pack's rows first … end-1. */
+static int64_t queries_of_keys(const struct claas_pack *pack, const struct cuda_attn_run *runs,
+                               const int32_t *children, int first, int end)
+{
+    int64_t rows = 0;
+
+    for (int i = 0; i < pack->run_count; i++) {
+        const struct cuda_attn_run *run = &runs[i];
+        int from = first > run->first ? first - run->first : 0;
+
+        if (run->first >= end || from >= run->count)
+            continue;
+        rows += run->count - from;
+        for (int j = run->child_from; j < run->child_end; j++)
+            rows += runs[children[j]].count;
+    }
+    return rows;
+}
+
+static int compare_keys(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* The windows of keys by falling work, each in the low half of its word. */
+static void fill_order(const struct claas_pack *pack, const struct cuda_attn_run *runs,
+                       const int32_t *children, int64_t *order)
+{
+    int count = (int)windows_of(pack->m);
+
+    for (int i = 0; i < count; i++) {
+        int first = i * CUDA_KEY_WINDOW, end = first + CUDA_KEY_WINDOW;
+
+        order[i] = (INT32_MAX - queries_of_keys(pack, runs, children, first, end)) << 32 | i;
+    }
+    qsort(order, (size_t)count, sizeof(order[0]), compare_keys);
+}
+
 static void fill_rows(const struct claas_pack *pack, const struct cuda_attn_run *runs,
                       int32_t *tokens, int32_t *pos, int32_t *blocks, int32_t *row_run,
                       struct cuda_pack *ret)
@@ -235,8 +282,8 @@ static int fill_lora(struct cuda_upload *upload, const struct claas_pack *pack, 
     return 0;
 }
 
-/* What does not depend on how far the runs go, then the block numbers. */
-static int take_arrays(struct cuda_upload *upload, int m, int runs, size_t tables, void *host[7],
+/* What does not depend on how far the runs go, then `last` bytes. */
+static int take_arrays(struct cuda_upload *upload, int m, int runs, size_t last, void *host[7],
                        const void *at[7])
 {
     size_t rows = (size_t)m * sizeof(int32_t);
@@ -245,7 +292,7 @@ static int take_arrays(struct cuda_upload *upload, int m, int runs, size_t table
         host[i] = cuda_upload_take(upload, rows, &at[i]);
     host[4] = cuda_upload_take(upload, (size_t)runs * sizeof(struct cuda_attn_run), &at[4]);
     host[5] = cuda_upload_take(upload, (size_t)runs * sizeof(int32_t), &at[5]);
-    host[6] = cuda_upload_take(upload, tables * sizeof(int32_t), &at[6]);
+    host[6] = cuda_upload_take(upload, last, &at[6]);
     for (int i = 0; i < 7; i++)
         if (!host[i])
             return claas_fail(CLAAS_ERR_LIMIT, "a pack of %d rows is larger than its buffer", m);
@@ -267,13 +314,17 @@ int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bo
         table += (size_t)blocks_of(&pack->runs[i]);
     code = fill_lora(upload, pack, false, few, &ret->rows);
     if (code >= 0)
-        code = take_arrays(upload, pack->m, ret->run_count, table, host, at);
+        code = take_arrays(upload, pack->m, ret->run_count,
+                           paged ? table * sizeof(int32_t) : windows_of(pack->m) * sizeof(int64_t),
+                           host, at);
     if (code < 0)
         return code;
-    if (paged)
+    if (paged) {
         fill_paged(pack, queries, host[4], host[6]);
-    else
+    } else {
         fill_runs(pack, host[4], host[5]);
+        fill_order(pack, host[4], host[5], host[6]);
+    }
     fill_rows(pack, host[4], host[0], host[1], host[2], host[3], ret);
     ret->tokens = at[0];
     ret->pos = at[1];
@@ -281,7 +332,8 @@ int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bo
     ret->row_run = at[3];
     ret->runs = at[4];
     ret->children = at[5];
-    ret->tables = at[6];
+    ret->tables = paged ? at[6] : NULL;
+    ret->key_order = paged ? NULL : at[6];
     if (pack->tail_count < pack->m)
         return fill_lora(upload, pack, true, few, &ret->tail);
     ret->tail = ret->rows;

@@ -275,6 +275,16 @@ static std::vector<float> taken(check_array *a)
     return std::vector<float>(a->host, a->host + a->count);
 }
 
+/* Windows of keys from the last to the first; what is in the upper halves is nobody's business. */
+static check_buffer backwards_order(int m)
+{
+    std::vector<int64_t> order;
+
+    for (int64_t i = (m + CUDA_KEY_WINDOW - 1) / CUDA_KEY_WINDOW - 1; i >= 0; i--)
+        order.push_back((7 - i) * ((int64_t)1 << 32) + i);
+    return buffer_of(order);
+}
+
 static results run_device(cuda_context *context, runs *r, const data *x, float scale)
 {
     check_array qkv = check_copy_of(x->type, x->qkv.data(), x->qkv.size());
@@ -323,14 +333,17 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
     got.lse = taken(&lse);
     if (!r->paged) {
         struct cuda_attention_bwd bwd = {};
+        check_buffer order = backwards_order(r->m);
 
         bwd.forward = args;
+        bwd.key_order = (const int64_t *)order.data;
         bwd.children = (const int32_t *)children.data;
         bwd.dout = dout.data;
         bwd.delta = (float *)delta.data;
         bwd.dqkv = dqkv.data;
         check_rc(cuda_attention_bwd(context, &bwd), "cuda_attention_bwd");
         got.dqkv = taken(&dqkv);
+        check_buffer_free(&order, "key_order");
     } else {
         check_free(&kv, "kv");
         check_buffer_free(&tables, "tables");
