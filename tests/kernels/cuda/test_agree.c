@@ -317,18 +317,26 @@ static void compare_models(const char *model, const char *precision,
     free(got);
 }
 
+/* CLAAS_TEST_SMALL, for runs under compute-sanitizer: the tiny ones. */
+static bool is_left_out(const char *model)
+{
+    return getenv("CLAAS_TEST_SMALL") != NULL && strncmp(model, "random:tiny", 11) != 0;
+}
+
 static void float32_steps_are_those_of_the_cpu(void **state)
 {
     for (size_t i = 0; i < CLAAS_COUNT(models); i++)
-        compare_models(models[i].path, "f32", models[i].loss, F32_LIMIT, &f32_limits);
+        if (!is_left_out(models[i].path))
+            compare_models(models[i].path, "f32", models[i].loss, F32_LIMIT, &f32_limits);
 }
 
 static void bfloat16_steps_point_where_float32_does(void **state)
 {
     for (size_t i = 0; i < CLAAS_COUNT(models); i++)
-        compare_models(models[i].path, "bf16",
-                       models[i].loss == &mixed ? &jensen_shannon : models[i].loss, 0.02,
-                       &bf16_limits);
+        if (!is_left_out(models[i].path))
+            compare_models(models[i].path, "bf16",
+                           models[i].loss == &mixed ? &jensen_shannon : models[i].loss, 0.02,
+                           &bf16_limits);
 }
 
 /* The gradient of the divergence from the base grows with the difference of two log-probs, which
@@ -338,7 +346,7 @@ static void bfloat16_steps_point_where_float32_does(void **state)
 static void bfloat16_steps_near_the_base_point_there_too(void **state)
 {
     for (size_t i = 0; i < CLAAS_COUNT(models); i++)
-        if (models[i].loss == &mixed)
+        if (models[i].loss == &mixed && !is_left_out(models[i].path))
             compare_models(models[i].path, "bf16", &mixed, 0.02, &base_kl_limits);
 }
 
