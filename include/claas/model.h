@@ -84,8 +84,8 @@ struct claas_tensor {
      * row r of head h in Hugging Face's order is row h*head_rows + (r < head_rows/2 ? 2r : 2(r -
      * head_rows/2) + 1) of `data`. */
     int permuted_head_rows;
-    uint64_t random_seed; /* random models: values are nearly normal(0, random_std), or all 1 where
-                             that is 0 (norms) */
+    uint64_t random_seed; /* random models: values are nearly normal(0, random_std), rounded to
+                             bfloat16, or all 1 where that is 0 (norms) */
     float random_std;
 };
 

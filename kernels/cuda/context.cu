@@ -252,7 +252,6 @@ static int check_device(struct cuda_context *context)
         return cuda_check(context, code, "opening the CUDA device");
     context->arch = 10 * properties.major + properties.minor;
     context->multiprocessors = properties.multiProcessorCount;
-    context->early = context->arch >= 90 && !(early && strcmp(early, "0") == 0);
     context->memory = properties.totalGlobalMem;
     (void)snprintf(context->name, sizeof(context->name), "%.63s", properties.name);
     if (context->arch < OLDEST_ARCH)
@@ -266,7 +265,14 @@ static int check_device(struct cuda_context *context)
                           "this build has no code for %s (compute capability %d.%d)", context->name,
                           properties.major, properties.minor);
     }
-    return cuda_check(context, code, "opening the CUDA device");
+    if (code != cudaSuccess)
+        return cuda_check(context, code, "opening the CUDA device");
+    /* Code of an older kind that the driver compiled for this card has what that kind has: no
+     * clusters, no waiting for the kernel before. All files are compiled for the same kinds. */
+    if (attributes.ptxVersion >= OLDEST_ARCH && attributes.ptxVersion < context->arch)
+        context->arch = attributes.ptxVersion;
+    context->early = context->arch >= 90 && !(early && strcmp(early, "0") == 0);
+    return 0;
 }
 
 static int open_library(struct cuda_context *context)

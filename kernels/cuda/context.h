@@ -43,7 +43,7 @@ struct cuda_use {
 
 struct cuda_context {
     int ordinal;
-    int arch; /* 80, 86, 90, … */
+    int arch; /* 80, 86, 90, …: of the card, or of the code that it runs where that is older */
     int multiprocessors;
     bool early;    /* kernels may begin before the one before them ends (launch.cuh): sm_90, and
                       CLAAS_CUDA_EARLY is not 0 */

@@ -8,7 +8,7 @@
  * makes.
  *
  *   fill: one thread per four columns; element (row, 4q + i) is
- *   (sum of the four bytes of word i of philox(seed, row, q) - 510) std / 147.800542 */
+ *   bf16((sum of the four bytes of word i of philox(seed, row, q) - 510) std / 147.800542) */
 #include "cuda/cuda_model.h"
 
 #include "claas/mem.h"
@@ -97,9 +97,10 @@ static __device__ void philox(uint64_t seed, uint64_t stream, uint64_t index, ui
     ret[3] = c3;
 }
 
+/* Rounded to bfloat16 in every precision (see make_random_row of kernels/model). */
 static __device__ void store(float *out, float value)
 {
-    *out = value;
+    *out = __bfloat162float(__float2bfloat16_rn(value));
 }
 
 static __device__ void store(__nv_bfloat16 *out, float value)

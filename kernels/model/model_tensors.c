@@ -254,9 +254,21 @@ const struct claas_tensor *claas_model_tensor(const claas_model_t *model, const 
                    compare_tensors);
 }
 
+/* To nearest even; x is finite. */
+static float round_to_bf16(float x)
+{
+    uint32_t bits;
+
+    memcpy(&bits, &x, sizeof(bits));
+    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
 /* A nearly normal deviate without libm, so that every machine (and any other language) makes the
  * same weights: the sum of four uniform bytes has mean 510 and variance 4 * (256^2 - 1) / 12. One
- * Philox block gives four of them. */
+ * Philox block gives four of them. Rounded to bfloat16, as the weights of real models are: then a
+ * random model, too, is the same one in every precision. */
 static void make_random_row(const struct claas_tensor *tensor, int row, float *out)
 {
     const float unit = tensor->random_std / 147.800542f;
@@ -269,7 +281,7 @@ static void make_random_row(const struct claas_tensor *tensor, int row, float *o
             uint32_t word = words[i];
             int sum = (int)((word & 255) + (word >> 8 & 255) + (word >> 16 & 255) + (word >> 24));
 
-            out[column + i] = (float)(sum - 510) * unit;
+            out[column + i] = round_to_bf16((float)(sum - 510) * unit);
         }
     }
 }

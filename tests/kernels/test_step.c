@@ -1,6 +1,9 @@
 /* The promises of the CPU back-end that are about bits: decode, chunked prefill and training agree
  * exactly, whatever shares a pass or a step; two runs and any number of threads agree; save, load
- * and continue equals never having stopped; a step that fails or is given up changes nothing. */
+ * and continue equals never having stopped; a step that fails or is given up changes nothing.
+ *
+ * With CLAAS_TEST_BACKEND=cuda the first is a matter of limits: there the way of a product depends
+ * on the number of rows. What is apart by how much is printed. */
 #include "step_fixture.h"
 
 #include "claas/err.h"
@@ -34,8 +37,20 @@ static const struct variant {
     const char *precision, *cpu;
 } variants[] = {{"f32", "ref"}, {"f32", NULL}, {"bf16", "ref"}, {"bf16", NULL}};
 
+/* What decoding, prefill and training may be apart in a log-prob, in nats, where a back-end does
+ * not promise the same bits. */
+#define F32_APART  2e-5
+#define BF16_APART 0.1
+#define FEW_ROWS   64  /* of a pass whose rows have their own bits on a GPU, too */
+#define FEW_HIDDEN 256 /* of models that this is promised for */
+
 struct bits {
     struct step_fixture f;
+    bool exact;   /* the same bits are promised, whatever a pass is made of; only tests ask, so the
+                     seam has no word for it */
+    bool few;     /* they are promised for passes of up to FEW_ROWS rows of one adapter */
+    double limit; /* where they are not */
+    double apart; /* the largest difference since `report` */
     claas_backend_adapter_t *adapters[ADAPTERS];
     int32_t tokens[ADAPTERS][LENGTH];
     float scores[ADAPTERS][LENGTH]; /* decoded one by one */
@@ -48,6 +63,9 @@ static void open_bits(struct bits *b, const char *model, const char *precision, 
 
     *b = (struct bits){0};
     step_open(&b->f, model, precision, threads, cpu);
+    b->exact = b->f.ops == &claas_backend_cpu;
+    b->few = strcmp(precision, "bf16") == 0 && b->f.config->hidden >= FEW_HIDDEN;
+    b->limit = strcmp(precision, "bf16") == 0 ? BF16_APART : F32_APART;
     image = step_image(&b->f, &wide, 11, 0.1f);
     b->adapters[1] = step_adapter(&b->f, &image, CLAAS_ADAPTER_TRAIN);
     claas_adapter_image_done(&image);
@@ -75,6 +93,30 @@ static void expect_same(const float *a, const float *b, int count, const char *w
 
 /* --- decode = prefill = training --- */
 
+/* Against what was decoded one by one: the same bits if `exact`, else within the limit. */
+static void expect_near(struct bits *b, const float *got, const float *decoded, int count,
+                        const char *what, int adapter, bool exact)
+{
+    if (exact)
+        expect_same(got, decoded, count, what, adapter);
+    for (int i = 0; i < count; i++) {
+        const double apart = fabs((double)got[i] - (double)decoded[i]);
+
+        if (!(apart <= b->limit))
+            fail_msg("%s, adapter %d, position %d: %.9g, decoded %.9g, apart by more than %g nats",
+                     what, adapter, i, got[i], decoded[i], b->limit);
+        b->apart = fmax(b->apart, apart);
+    }
+}
+
+static void report(struct bits *b, const char *what)
+{
+    if (!b->exact)
+        print_message("  %s: apart from decoding by %.3g nats at most (goal 0, limit %g)\n", what,
+                      b->apart, b->limit);
+    b->apart = 0;
+}
+
 static void check_chunks(struct bits *b)
 {
     static const int chunks[] = {7, 16, 64, LENGTH};
@@ -84,9 +126,12 @@ static void check_chunks(struct bits *b)
         step_score(&b->f, b->adapters[a], b->tokens[a], LENGTH, 1, 0, b->scores[a]);
         for (size_t i = 0; i < CLAAS_COUNT(chunks); i++) {
             step_score(&b->f, b->adapters[a], b->tokens[a], LENGTH, chunks[i], 20, scores);
-            expect_same(scores, b->scores[a], LENGTH - 1, "chunked", a);
+            /* an odd rank has another way than decoding's, whatever the rows */
+            expect_near(b, scores, b->scores[a], LENGTH - 1, "chunked", a,
+                        b->exact || (b->few && chunks[i] <= FEW_ROWS && a != 2));
         }
     }
+    report(b, "chunked prefill");
 }
 
 /* All three sequences side by side, in pieces of different size, so that packs mix adapters in
@@ -136,8 +181,9 @@ static void check_mixed(struct bits *b)
             }
         }
         for (int a = 0; a < ADAPTERS; a++)
-            expect_same(scores[a], b->scores[a], LENGTH - 1, "mixed", a);
+            expect_near(b, scores[a], b->scores[a], LENGTH - 1, "mixed", a, b->exact);
     }
+    report(b, "sequences side by side");
 }
 
 /* A row per adapter and split of its tokens into prompt and response; some share their prompt. */
@@ -162,6 +208,20 @@ static size_t make_rows(struct bits *b, int first_adapter, struct claas_backend_
     return count;
 }
 
+/* Training's log-probs against those decoded, the rollout's. */
+static void expect_ratio(struct bits *b, const struct claas_train_result *result, size_t rows,
+                         const char *what)
+{
+    assert_true(result->finite);
+    if (!(result->max_ratio_error <= (b->exact ? 0 : b->limit)))
+        fail_msg("%s: a log-prob differs by %g, limit %g", what, result->max_ratio_error,
+                 b->exact ? 0 : b->limit);
+    b->apart = fmax(b->apart, (double)result->max_ratio_error);
+    for (size_t i = 0; i < rows; i++)
+        if (!(fabs((double)result->rows[i].ratio - 1) <= (b->exact ? 0 : 2 * b->limit)))
+            fail_msg("%s: the ratio of row %zu is %.9g", what, i, (double)result->rows[i].ratio);
+}
+
 static void check_training(struct bits *b)
 {
     struct claas_backend_row rows[5 * ADAPTERS];
@@ -172,17 +232,13 @@ static void check_training(struct bits *b)
         struct claas_train_result result =
             step_train(&b->f, rows, count, &forward_kl, &still, update);
 
-        assert_true(result.finite);
-        if (!(result.max_ratio_error == 0))
-            fail_msg("%s: a log-prob differs by %g", update ? "training" : "evaluation",
-                     result.max_ratio_error);
-        for (size_t i = 0; i < count; i++)
-            assert_true(result.rows[i].ratio == 1);
+        expect_ratio(b, &result, count, update ? "training" : "evaluation");
         free(result.rows);
     }
+    report(b, "training");
 }
 
-static void decode_prefill_and_training_agree_bit_for_bit(void **state)
+static void decode_prefill_and_training_agree(void **state)
 {
     /* the last one is read from its quantised blocks when it decodes */
     const char *const models[] = {"random:tiny-llama", "random:tiny-qwen2-untied",
@@ -214,20 +270,20 @@ static void check_long(struct bits *b)
     step_random_tokens(&b->f, 31, COUNT, tokens);
     step_score(&b->f, b->adapters[1], tokens, COUNT, 1, 0, decoded);
     step_score(&b->f, b->adapters[1], tokens, COUNT, 256, 40, chunked);
-    expect_same(chunked, decoded, COUNT - 1, "chunked, long", 1);
+    expect_near(b, chunked, decoded, COUNT - 1, "chunked, long", 1, b->exact);
+    report(b, "chunked prefill, long");
     row.row = (struct claas_train_row){.student_prompt = tokens,
                                        .student_count = PROMPT,
                                        .response = tokens + PROMPT,
                                        .response_count = COUNT - PROMPT,
                                        .rollout_logprobs = decoded + PROMPT - 1};
     result = step_train(&b->f, &row, 1, &forward_kl, NULL, false);
-    if (!(result.max_ratio_error == 0))
-        fail_msg("evaluation, long: a log-prob differs by %g", result.max_ratio_error);
-    assert_true(result.rows[0].ratio == 1);
+    expect_ratio(b, &result, 1, "evaluation, long");
+    report(b, "evaluation, long");
     free(result.rows);
 }
 
-static void the_embedded_model_agrees_bit_for_bit(void **state)
+static void the_embedded_model_agrees(void **state)
 {
     const char *path = getenv("CLAAS_TEST_MODEL");
     struct bits b;
@@ -441,8 +497,8 @@ static void an_image_is_the_same_adapter(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(decode_prefill_and_training_agree_bit_for_bit),
-        cmocka_unit_test(the_embedded_model_agrees_bit_for_bit),
+        cmocka_unit_test(decode_prefill_and_training_agree),
+        cmocka_unit_test(the_embedded_model_agrees),
         cmocka_unit_test(a_new_adapter_is_the_base_model),
         cmocka_unit_test(runs_and_thread_counts_agree),
         cmocka_unit_test(together_is_alone),

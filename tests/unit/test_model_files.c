@@ -441,9 +441,8 @@ static void test_random(void **state)
  * of other programs depend on them. */
 static void test_random_pinned(void **state)
 {
-    static const float embedding[] = {-0x1.4c8e6ap-8f, -0x1.7d0ddap-5f, -0x1.9df69cp-3f,
-                                      0x1.f2d5ap-6f};
-    static const float q[] = {0x1.b1041ap-4f, -0x1.87724ep-3f};
+    static const float embedding[] = {-0x1.4cp-8f, -0x1.7ep-5f, -0x1.9ep-3f, 0x1.f2p-6f};
+    static const float q[] = {0x1.b2p-4f, -0x1.88p-3f};
     CLAAS_AUTO(claas_model_free) claas_model_t *model = NULL;
     const struct claas_model_options options = {.path = "random:tiny-llama:3"};
     float row[64];

@@ -2,22 +2,26 @@
 # Everything that a card must show, part by part, in a folder that tests/kernels/cuda/bundle made.
 #   all.sh PART[:SECONDS]...     a part is cut off after so many seconds; without them its own limit holds
 #     kernels    every kernel against its reference, with times (300)
+#     errors     the error of each bfloat16 kernel beside PyTorch's in bfloat16 (120)
+#     sm80       the kernels' tests with code for sm_80 alone, compiled by the driver (400); sm80-agree: whole steps (300)
 #     steps      test_step* of the CPU's suite on the card (240)
 #     agree      whole steps against the CPU back-end (300)
 #     bench      the training steps, prefill, decode and cycles of the target table, one JSON line each (500)
 #     bench-NAME one group of them: bench-step, bench-many, bench-decode, bench-prefill, bench-cycle (200)
 #     peers      the same steps in PyTorch (500); peers-ROW: one row of peers.sh
-#     sanitize   the kernel tests under memcheck, racecheck and initcheck, as far as they get (500); sanitize-NAME: of one test (280)
+#     sanitize   the kernel tests under memcheck, racecheck and initcheck, a line for each (580); sanitize-TOOL: one of the three;
+#                sanitize-NAME: the tests whose names have that (280)
 # Output also goes to $OUT/PART.txt if OUT is set; the last line of each part is `PART: passed|FAILED, SECONDS s`. The exit status is 0 only if
 # every part passed.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# -gt 0 ] || { sed -n '2,12s/^# //p' "$0"; exit 64; }
+[ $# -gt 0 ] || { sed -n '2,16s/^# //p' "$0"; exit 64; }
 
 paths=$here/lib
 for place in /usr/local/cuda/lib64 /usr/local/cuda/targets/*/lib /usr/local/lib/python3*/*-packages/nvidia/*/lib \
-    /usr/lib/python3*/*-packages/nvidia/*/lib /opt/*/lib/python3*/site-packages/nvidia/*/lib /usr/local/nvidia/lib64; do
+    /usr/lib/python3*/*-packages/nvidia/*/lib /opt/*/lib/python3*/site-packages/nvidia/*/lib \
+    /opt/*/.venv/lib/python3*/site-packages/nvidia/*/lib /usr/local/nvidia/lib64; do
     if [ -d "$place" ]; then paths=$paths:$place; fi
 done
 export LD_LIBRARY_PATH=$paths${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -80,6 +84,23 @@ part_bench() {
     return $bench_failed
 }
 
+# The arrays go to a folder of their own, which is too large to keep.
+part_errors() {
+    local python work status=0
+    python=$("$here/find-python" torch) || return 1
+    work=$(mktemp -d)
+    CLAAS_CUDA_CHOICES="" "$here/dump_ops" "$work" || status=$?
+    [ $status != 0 ] || "$python" "$here/pytorch_error.py" "$work" || status=$?
+    rm -rf "$work"
+    return $status
+}
+
+# What the driver compiles is kept: the tests hold the same kernels.
+part_sm80() {
+    export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/claas-ptx} CLAAS_TEST_NO_TIMES=1
+    "$here/run" "$here/sm80$1"
+}
+
 # part NAME: what it does.
 part() {
     case $1 in
@@ -90,7 +111,11 @@ part() {
     bench-step | bench-many | bench-prefill | bench-decode | bench-cycle) part_bench "${1#bench-}" ;;
     peers) "$here/peers.sh" ;;
     peers-*) "$here/peers.sh" "${1#peers-}" ;;
+    errors) part_errors ;;
+    sm80) part_sm80 "" ;;
+    sm80-agree) part_sm80 /agree ;;
     sanitize) "$here/run" --sanitize "$here" ;;
+    sanitize-memcheck | sanitize-racecheck | sanitize-initcheck) "$here/run" --sanitize --tool "${1#sanitize-}" "$here" ;;
     sanitize-*) "$here/run" --sanitize --only "${1#sanitize-}" "$here" ;;
     *) printf 'all.sh: no part "%s"\n' "$1" >&2; return 64 ;;
     esac
@@ -99,7 +124,10 @@ part() {
 limit_of() {
     case $1 in
     steps) echo 240 ;;
-    bench | peers | sanitize) echo 500 ;;
+    errors) echo 120 ;;
+    sm80) echo 400 ;;
+    sanitize) echo 580 ;;
+    bench | peers) echo 500 ;;
     bench-*) echo 200 ;;
     sanitize-*) echo 280 ;;
     *) echo 300 ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PyTorch's times for the training steps that `all.sh bench` measures ours by: run both in one call, on the same card.
 #   peers.sh [ROW]...     rows: 8b 8b-200 8b-1024 0.6b smollm2 8b-compile smollm2-compile; all of them by default
-# Needs python3 with torch, transformers and peft, and pytorch_step.py beside this file or in tests/bench/peers. One JSON line for
+# Needs a Python with torch, transformers and peft, and pytorch_step.py beside this file or in tests/bench/peers. One JSON line for
 # each mode: `strong` is batched PyTorch in bf16, `compile` the same under torch.compile, `reference` one sample after the other. A row that
 # takes longer than its limit (compiling included) is cut off and said so. PEERS_LIMIT=SECONDS sets one limit for all rows.
 set -uo pipefail
@@ -14,13 +14,15 @@ case "${1:-}" in -*) sed -n '2,6s/^# //p' "$0"; exit 64 ;; esac
 # Nothing is to be fetched; the models are random.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+python=$("$here/find-python" torch transformers peft) || exit 1
+
 failed=0
 
 # peer LIMIT ARGUMENT...: one run of pytorch_step.py.
 peer() {
     local limit=${PEERS_LIMIT:-$1} status=0
     shift
-    timeout -k 5 "$limit" python3 "$step" --device cuda --hint 64 --rank 32 "$@" 2>peers.log || status=$?
+    timeout -k 5 "$limit" "$python" "$step" --device cuda --hint 64 --rank 32 "$@" 2>peers.log || status=$?
     if [ $status != 0 ]; then
         failed=1
         printf '{"peer": "%s", "failed": "%s"}\n' "$*" "$([ $status = 124 ] && echo "longer than $limit s" || echo "exit status $status")"

@@ -30,8 +30,8 @@
 
 #define F32_LIMIT     1e-5  /* relative: the loss, and the whole gradient */
 #define F32_TENSOR    2e-5  /* of one tensor: both sides add long sums up in float32 */
-#define BF16_COSINE   0.999 /* of the whole gradient */
-#define BF16_TENSOR   0.998 /* of one tensor of these small models */
+#define BF16_COSINE   0.999 /* of the whole gradient, and of every tensor */
+#define BF16_BASE_KL  0.998 /* of one tensor where the loss holds the student to the base */
 #define BF16_PACKED   0.06  /* alone and packed: as far apart as either is from float32 */
 #define BF16_LOGPROB  0.03  /* nats, root of the mean square */
 
@@ -39,6 +39,8 @@ static const struct claas_lora_config lora = {.rank = 8, .alpha = 16, .modules =
 
 static const struct claas_loss_config forward_kl = {.variant = CLAAS_LOSS_FULL, .is_clip = 2};
 static const struct claas_loss_config reverse_kl = {.variant = CLAAS_LOSS_FULL, .alpha = 1};
+static const struct claas_loss_config jensen_shannon = {
+    .variant = CLAAS_LOSS_FULL, .alpha = 0.5f, .is_clip = 2};
 static const struct claas_loss_config mixed = {
     .variant = CLAAS_LOSS_FULL, .alpha = 0.5f, .kl_weight = 0.1f, .is_clip = 2};
 
@@ -212,27 +214,21 @@ static struct difference compare(const float *got, const float *want, size_t cou
     return (struct difference){.relative = sqrt(apart / b), .cosine = dot / sqrt(a * b)};
 }
 
-/* What every tensor must keep to. `peer`, if not NULL: another back-end's gradient in the same
- * precision. A random model's weights are rounded to bfloat16 here, which a real one's are already,
- * so where the peer's cosine is low too, 1.5 times its distance from 1 will do. */
+/* What every tensor must keep to. */
 struct limits {
     double relative, cosine;
-    const float *peer;
 };
 static const struct limits f32_limits = {.relative = F32_TENSOR, .cosine = 0.9999999};
-static const struct limits bf16_limits = {.relative = 0.1, .cosine = BF16_TENSOR};
+static const struct limits bf16_limits = {.relative = 0.1, .cosine = BF16_COSINE};
+static const struct limits base_kl_limits = {.relative = 0.1, .cosine = BF16_BASE_KL};
 
 static void check_tensor(const char *what, struct difference d, const struct limits *limits,
-                         const float *got, const float *want, const float *peer, size_t count)
+                         const float *got, const float *want)
 {
-    double cosine = limits->cosine;
-
-    if (peer != NULL)
-        cosine = fmin(cosine, 1 - 1.5 * (1 - compare(peer, want, count).cosine));
-    if (!(d.relative <= limits->relative) || !(d.cosine >= cosine))
+    if (!(d.relative <= limits->relative) || !(d.cosine >= limits->cosine))
         fail_msg("%s: off by %.3g of its norm (limit %.3g), cosine %.6f (limit %.6f); first values "
                  "%.8g, want %.8g",
-                 what, d.relative, limits->relative, d.cosine, cosine, (double)got[0],
+                 what, d.relative, limits->relative, d.cosine, limits->cosine, (double)got[0],
                  (double)want[0]);
 }
 
@@ -254,8 +250,7 @@ static struct difference check_tensors(const struct work *w, const float *got, c
 
                 (void)snprintf(what, sizeof(what), "layer %d, %s, lora_%c", l,
                                claas_module_name(module), matrix ? 'B' : 'A');
-                check_tensor(what, d, limits, got + at, want + at,
-                             limits->peer != NULL ? limits->peer + at : NULL, count);
+                check_tensor(what, d, limits, got + at, want + at);
                 worst.relative = fmax(worst.relative, d.relative);
                 worst.cosine = fmin(worst.cosine, d.cosine);
             }
@@ -282,46 +277,77 @@ static float *gradient_of(const char *backend, const char *model, const char *pr
     return grad;
 }
 
+static void print_difference(const char *who, struct difference whole, struct difference worst)
+{
+    print_message("  %s: off by %.3g, cosine %.6f; worst tensor off by %.3g, cosine %.6f\n", who,
+                  whole.relative, whole.cosine, worst.relative, worst.cosine);
+}
+
+/* In bfloat16 the CPU's own difference is reported beside the device's. */
 static void compare_models(const char *model, const char *precision,
                            const struct claas_loss_config *loss, double loss_limit,
-                           struct limits limits)
+                           const struct limits *limits)
 {
+    static const struct limits none = {.relative = INFINITY, .cosine = -1};
     const bool exact = strcmp(precision, "f32") == 0;
     double want_loss, got_loss, peer_loss;
     float *want = gradient_of("cpu", model, "f32", loss, &want_loss);
     float *peer = exact ? NULL : gradient_of("cpu", model, precision, loss, &peer_loss);
     float *got = gradient_of(device_name, model, precision, loss, &got_loss);
-    struct difference worst, whole;
+    struct difference whole;
     struct work w;
 
-    limits.peer = peer;
     open_work(&w, "cpu", model, "f32", 0);
     whole = compare(got, want, w.parameters);
-    print_message("%s %s: loss %.8g, want %.8g; gradient off by %.3g, cosine %.6f\n", model,
-                  precision, got_loss, want_loss, whole.relative, whole.cosine);
-    worst = check_tensors(&w, got, want, &limits);
-    close_work(&w);
-    print_message("  worst tensor off by %.3g, cosine %.6f\n", worst.relative, worst.cosine);
+    print_message("%s %s: loss %.8g, want %.8g; the gradient\n", model, precision, got_loss,
+                  want_loss);
+    print_difference(device_name, whole, check_tensors(&w, got, want, &none));
+    if (peer != NULL)
+        print_difference("the CPU in the same precision", compare(peer, want, w.parameters),
+                         check_tensors(&w, peer, want, &none));
     if (!(fabs(got_loss - want_loss) <= loss_limit * fabs(want_loss)))
         fail_msg("%s %s: loss %.9g, want %.9g", model, precision, got_loss, want_loss);
     if (!(exact ? whole.relative <= F32_LIMIT : whole.cosine >= BF16_COSINE))
         fail_msg("%s %s: the gradient is off by %.3g of its norm, cosine %.6f", model, precision,
                  whole.relative, whole.cosine);
+    (void)check_tensors(&w, got, want, limits);
+    close_work(&w);
     free(want);
     free(peer);
     free(got);
 }
 
+/* CLAAS_TEST_SMALL, for runs under compute-sanitizer: the tiny ones. */
+static bool is_left_out(const char *model)
+{
+    return getenv("CLAAS_TEST_SMALL") != NULL && strncmp(model, "random:tiny", 11) != 0;
+}
+
 static void float32_steps_are_those_of_the_cpu(void **state)
 {
     for (size_t i = 0; i < CLAAS_COUNT(models); i++)
-        compare_models(models[i].path, "f32", models[i].loss, F32_LIMIT, f32_limits);
+        if (!is_left_out(models[i].path))
+            compare_models(models[i].path, "f32", models[i].loss, F32_LIMIT, &f32_limits);
 }
 
 static void bfloat16_steps_point_where_float32_does(void **state)
 {
     for (size_t i = 0; i < CLAAS_COUNT(models); i++)
-        compare_models(models[i].path, "bf16", models[i].loss, 0.02, bf16_limits);
+        if (!is_left_out(models[i].path))
+            compare_models(models[i].path, "bf16",
+                           models[i].loss == &mixed ? &jensen_shannon : models[i].loss, 0.02,
+                           &bf16_limits);
+}
+
+/* The gradient of the divergence from the base grows with the difference of two log-probs, which
+ * for an adapter near the base is not much larger than what the rounding of activations leaves of
+ * them (0.01 to 0.015 nats): an error of the whole forward pass, in which no single rounding
+ * dominates; without it these models keep to the limit above. */
+static void bfloat16_steps_near_the_base_point_there_too(void **state)
+{
+    for (size_t i = 0; i < CLAAS_COUNT(models); i++)
+        if (models[i].loss == &mixed && !is_left_out(models[i].path))
+            compare_models(models[i].path, "bf16", &mixed, 0.02, &base_kl_limits);
 }
 
 static void score(const char *backend, const char *model, const char *precision, float *out)
@@ -645,6 +671,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(float32_steps_are_those_of_the_cpu),
         cmocka_unit_test(bfloat16_steps_point_where_float32_does),
+        cmocka_unit_test(bfloat16_steps_near_the_base_point_there_too),
         cmocka_unit_test(bfloat16_logprobs_are_near_those_of_float32),
         cmocka_unit_test(two_runs_have_the_same_bits),
         cmocka_unit_test(an_adapter_alone_is_one_among_others),

@@ -569,6 +569,9 @@ static void test_type(enum cuda_type act)
     check_open(act, &context);
     for (int few = 0; few < 2; few++) {
         for (const struct dims *dims : all) {
+            /* one kernel does all of float32 */
+            if (act == CUDA_TYPE_F32 && check_leaves_out(dims->hidden, 100))
+                continue;
             run_case(&context, dims, "one row", one_row, 1, few);
             run_case(&context, dims, "several", several, 5, few);
             run_case(&context, dims, "hostile", hostile, 5, few);
@@ -829,7 +832,7 @@ int main(void)
     test_type(CUDA_TYPE_F32);
     test_type(CUDA_TYPE_BF16);
     test_gemm_way();
-    if (!getenv("CLAAS_TEST_NO_TIMES"))
+    if (check_measures())
         time_all();
     return check_finish();
 }

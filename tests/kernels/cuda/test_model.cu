@@ -457,7 +457,7 @@ static void test_context(void)
 
     check_open(CUDA_TYPE_BF16, &context);
     check_begin("context");
-    printf("device: %s, compute capability %d.%d, %d multiprocessors, %zu MiB\n", context.name,
+    printf("device: %s, code for compute capability %d.%d, %d multiprocessors, %zu MiB\n", context.name,
            context.arch / 10, context.arch % 10, context.multiprocessors, context.memory >> 20);
     before = context.bytes;
     check_rc(cuda_region_new(&context, &region, sizeof(bytes), "a test"), "cuda_region_new");
@@ -510,7 +510,7 @@ int main(void)
         test_adapters((enum cuda_type)type, tiny[0]);
         test_adapters((enum cuda_type)type, tiny[3]);
     }
-    if (!getenv("CLAAS_TEST_NO_TIMES")) {
+    if (check_measures()) {
         test_load(CUDA_TYPE_BF16, "random:qwen3-8b", 35, 4001);
         time_adapter();
     }

@@ -757,7 +757,7 @@ static void run_all(enum cuda_type act)
     test_qkv();
     test_swiglu();
     test_copies();
-    if (act == CUDA_TYPE_BF16 && !getenv("CLAAS_TEST_NO_TIMES")) {
+    if (act == CUDA_TYPE_BF16 && check_measures()) {
         space = time_space_new();
         time_norm(&space, TIME_ROWS, TIME_D), time_norm(&space, TIME_ROWS, 1024);
         time_norm(&space, 1, TIME_D);
