@@ -6,6 +6,39 @@
 #include "cuda/attention_tiles.cuh"
 #include "cuda/wgmma.cuh"
 
+/* The order in which windows of queries are taken: the longest walks first, because a block that
+ * begins one last is waited for by the whole card. Runs of a pack are often equally long, so windows at one
+ * place of every `period` go together, the last place first. */
+struct wide_order {
+    int windows, period, rounds;
+};
+
+/* Windows of `queries` rows in a pack whose longest run has `longest`. */
+static inline struct wide_order wide_order_of(const struct cuda_attention *a, int queries)
+{
+    struct wide_order order;
+    int period = (a->longest + queries / 2) / queries;
+
+    order.windows = (a->m + queries - 1) / queries;
+    order.period = period < 1 ? 1 : period < order.windows ? period : order.windows;
+    order.rounds = (order.windows + order.period - 1) / order.period;
+    return order;
+}
+
+/* Of blocks (kv heads, places in the order). Some places have no window. */
+static inline dim3 wide_grid(const struct wide_order &order, const struct cuda_attention *a)
+{
+    return dim3((unsigned)a->kv_heads, (unsigned)(order.period * order.rounds));
+}
+
+/* The window at a place; order.windows or more: none. */
+static __device__ __forceinline__ int wide_window(const struct wide_order &order, int place)
+{
+    const int at = place / order.rounds, round = place - at * order.rounds;
+
+    return round * order.period + order.period - 1 - at;
+}
+
 /* Ends a group of copies. */
 static __device__ __forceinline__ void wide_close(void)
 {

@@ -323,11 +323,12 @@ grad_queries_segment(const struct grad_args &args, const struct cuda_attn_run &r
 }
 
 template <int D>
-static __global__ __launch_bounds__(THREADS, 1) void grad_queries_wide(const struct grad_args args)
+static __global__ __launch_bounds__(THREADS, 1) void
+grad_queries_wide(const struct grad_args args, const struct wide_order order)
 {
     extern __shared__ __align__(1024) uint8_t memory[];
     const int queries = ROWS / args.group;
-    const int begin = (int)(gridDim.y - 1 - blockIdx.y) * queries;
+    const int begin = wide_window(order, (int)blockIdx.y) * queries;
     const int end = min(begin + queries, args.a.m);
 
     for (int row = begin; row < end;) {
@@ -349,7 +350,7 @@ static int launch_wide(struct cuda_context *context, const struct grad_args &arg
     static bool keys_ready = false, queries_ready = false;
     const size_t keys_bytes = sizeof(struct key_block<D>), bytes = sizeof(struct query_block<D>);
     const unsigned groups = (unsigned)args.a.kv_heads;
-    const int queries = ROWS / args.group;
+    const struct wide_order order = wide_order_of(&args.a, ROWS / args.group);
     int err = allow_shared(context, grad_keys_wide<D>, keys_bytes, &keys_ready);
 
     if (err < 0)
@@ -362,8 +363,8 @@ static int launch_wide(struct cuda_context *context, const struct grad_args &arg
     err = cuda_check_launch(context, "attention's gradient of keys");
     if (err < 0)
         return err;
-    grad_queries_wide<D><<<dim3(groups, (unsigned)((args.a.m + queries - 1) / queries)), THREADS,
-                           bytes, context->stream>>>(args);
+    grad_queries_wide<D>
+        <<<wide_grid(order, &args.a), THREADS, bytes, context->stream>>>(args, order);
     return cuda_check_launch(context, "attention's gradient of queries");
 }
 

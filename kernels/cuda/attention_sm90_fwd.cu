@@ -23,6 +23,7 @@ struct wide_args {
     struct cuda_attention a;
     int group;
     float scale2; /* scale log2 e */
+    struct wide_order order;
 };
 
 /* What a warp keeps of its 16 rows; [..][0] is of row l / 4, [..][1] of row l / 4 + 8. The sum is
@@ -253,7 +254,7 @@ static __global__ __launch_bounds__(128 * WG, 1) void attend_wide(const struct w
 {
     extern __shared__ __align__(1024) uint8_t memory[];
     const int queries = 64 * WG / args.group;
-    const int begin = (int)(gridDim.x - 1 - blockIdx.x) * queries;
+    const int begin = wide_window(args.order, (int)blockIdx.y) * queries;
     const int end = min(begin + queries, args.a.m);
 
     launch_next();
@@ -263,7 +264,7 @@ static __global__ __launch_bounds__(128 * WG, 1) void attend_wide(const struct w
         const int stop = min(end, run.first + run.count);
 
         if (!attn_in_parts(args.a, args.group, run))
-            attend_segment<D, WG>(args, run, (int)blockIdx.y, row - run.first, stop - row,
+            attend_segment<D, WG>(args, run, (int)blockIdx.x, row - run.first, stop - row,
                                   (struct wide_shared<D, WG> *)memory);
         row = stop;
     }
@@ -272,17 +273,17 @@ static __global__ __launch_bounds__(128 * WG, 1) void attend_wide(const struct w
 /* --- host --- */
 
 template <int D, int WG>
-static int launch_wide(struct cuda_context *context, const struct wide_args &args)
+static int launch_wide(struct cuda_context *context, struct wide_args args)
 {
     static bool ready = false;
     const size_t bytes = sizeof(struct wide_shared<D, WG>);
-    const int queries = 64 * WG / args.group;
-    const dim3 grid((unsigned)((args.a.m + queries - 1) / queries), (unsigned)args.a.kv_heads);
     const int err = allow_shared(context, attend_wide<D, WG>, bytes, &ready);
 
     if (err < 0)
         return err;
-    return launch(context, "attention", attend_wide<D, WG>, grid, dim3(128 * WG), bytes, args);
+    args.order = wide_order_of(&args.a, 64 * WG / args.group);
+    return launch(context, "attention", attend_wide<D, WG>, wide_grid(args.order, &args.a),
+                  dim3(128 * WG), bytes, args);
 }
 
 /* Two warpgroups share their keys; one where blocks of two would leave multiprocessors idle. The
