@@ -44,6 +44,8 @@ claas_model_t *claas_device_model(const claas_device_t *device);
 /* Longest sequence (prompt and answer) that can be generated: the model's context, or all of the KV
  * pool where that is smaller. */
 int claas_device_context(const claas_device_t *device);
+/* How many learning cycles at the same time keep it busy: their rollouts share its passes. */
+int claas_device_cycles(const claas_device_t *device);
 
 /* What `claas health`, /metrics and `claas bench` show. */
 struct claas_device_stats {

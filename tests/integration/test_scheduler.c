@@ -24,6 +24,7 @@
 
 #define JOBS_MAX   16
 #define CYCLES_MAX 64
+#define GATHER_MAX 4
 #define WAIT_S     20
 
 /* --- the world ---------------------------------------------------------------------------------
@@ -43,7 +44,15 @@ struct script {
     bool after; /* fails when it has taken effect */
     bool hold;  /* is never answered */
     bool block; /* waits until the test clears it */
+    int gather; /* answers when so many wait, all at once */
+    struct claas_reply_to waiting[GATHER_MAX];
+    int waiting_count;
     void (*hook)(void);
+};
+
+/* A cycle between CYCLE_BEGIN and CYCLE_END. */
+struct open_cycle {
+    char cycle_id[65], lora_id[64];
 };
 
 static struct world {
@@ -51,12 +60,16 @@ static struct world {
     pthread_cond_t changed;
     struct world_job jobs[JOBS_MAX];
     int job_count;
-    int64_t seq, version, withdrawn;
+    int64_t seq, versions[4], withdrawn; /* versions of the adapters that end in a … d */
     bool deleted, bad_gate;
     struct script scripts[32];
     char cycles[CYCLES_MAX][64]; /* the jobs of each CYCLE_BEGIN, "job-1 job-2 " */
     int64_t seeds[CYCLES_MAX];
     int cycle_count, ends;
+    struct open_cycle open[CYCLES_MAX];
+    int open_count, open_most;
+    bool open_twice;  /* one adapter in two cycles at the same time */
+    int trainer_jobs; /* what the trainer says to CYCLE_BEGIN, 0 = nothing */
 } world = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
 static struct script *script_of(int type)
@@ -87,6 +100,16 @@ static struct world_job *find_in(struct world *in, const char *id)
         if (strcmp(in->jobs[i].id, id) == 0)
             return &in->jobs[i];
     return NULL;
+}
+
+static int64_t *version_of(const claas_message_t *message)
+{
+    const char *lora_id = "?";
+
+    claas_json_get_string(message->body, "lora_id", &lora_id);
+    lora_id += strlen(lora_id) - 1;
+    assert_in_range(*lora_id, 'a', 'a' + CLAAS_COUNT(world.versions) - 1);
+    return &world.versions[*lora_id - 'a'];
 }
 
 static struct world_job *find(const char *id)
@@ -236,7 +259,7 @@ static int cycle_input(const claas_message_t *message, cJSON *reply)
         claas_json_set_string(item, "feedback", find(id->valuestring)->feedback);
         cJSON_AddItemToArray(items, item);
     }
-    claas_json_set_int(reply, "version", world.version);
+    claas_json_set_int(reply, "version", *version_of(message));
     claas_json_set_int(reply, "withdrawn", world.withdrawn);
     claas_json_set_string(reply, "directory", "/somewhere");
     claas_json_set_string(reply, "staging", "/staging");
@@ -255,7 +278,7 @@ static int cycle_check(const claas_message_t *message, cJSON *reply)
     claas_json_get_int(message->body, "withdrawn", 0, 1000, &withdrawn);
     if (world.deleted)
         return claas_fail(CLAAS_ERR_NOT_FOUND, "no adapter");
-    if (version != world.version || withdrawn != world.withdrawn)
+    if (version != *version_of(message) || withdrawn != world.withdrawn)
         return claas_fail(CLAAS_ERR_CONFLICT, "no longer so");
     return 0;
 }
@@ -263,24 +286,24 @@ static int cycle_check(const claas_message_t *message, cJSON *reply)
 static int version_publish(const claas_message_t *message, cJSON *reply)
 {
     cJSON *events = claas_json_set(reply, "events", cJSON_CreateArray());
-    int64_t parent = -1;
+    int64_t parent = -1, *version = version_of(message);
     const cJSON *id;
     int rc = check_open(message);
 
     claas_json_get_int(message->body, "parent", -1, 1000, &parent);
-    if (rc == 0 && parent != world.version)
+    if (rc == 0 && parent != *version)
         rc = claas_fail(CLAAS_ERR_CONFLICT, "the current version is another");
     if (rc < 0)
         return rc;
-    world.version++;
+    ++*version;
     cJSON_ArrayForEach(id, claas_json_get(message->body, "job_ids"))
     {
         struct world_job *job = find(id->valuestring);
 
-        job->version = world.version;
+        job->version = *version;
         cJSON_AddItemToArray(events, add_event(job, "done", NULL));
     }
-    claas_json_set_int(reply, "version", world.version);
+    claas_json_set_int(reply, "version", *version);
     claas_json_set_string(reply, "directory", "/v");
     return 0;
 }
@@ -315,6 +338,21 @@ static cJSON *figures(double nll)
     return json;
 }
 
+static void open_cycle(const claas_message_t *message)
+{
+    struct open_cycle *cycle = &world.open[world.open_count];
+    const char *cycle_id = "", *lora_id = "";
+
+    claas_json_get_string(message->body, "cycle_id", &cycle_id);
+    claas_json_get_string(message->body, "lora_id", &lora_id);
+    for (int i = 0; i < world.open_count; i++)
+        world.open_twice = world.open_twice || strcmp(world.open[i].lora_id, lora_id) == 0;
+    claas_copy_text(cycle->cycle_id, sizeof(cycle->cycle_id), cycle_id);
+    claas_copy_text(cycle->lora_id, sizeof(cycle->lora_id), lora_id);
+    if (++world.open_count > world.open_most)
+        world.open_most = world.open_count;
+}
+
 static int cycle_begin(const claas_message_t *message, cJSON *reply)
 {
     char *ids = world.cycles[world.cycle_count];
@@ -337,6 +375,9 @@ static int cycle_begin(const claas_message_t *message, cJSON *reply)
                        &world.seeds[world.cycle_count++]);
     if (bad)
         return claas_fail(CLAAS_ERR_LIMIT, "the conversation is too long");
+    open_cycle(message);
+    if (world.trainer_jobs > 0)
+        claas_json_set_int(reply, "jobs", world.trainer_jobs);
     claas_json_set(reply, "base", figures(1));
     claas_json_set_string(reply, "model", "tiny");
     claas_json_set_string(reply, "fingerprint", "f");
@@ -373,8 +414,13 @@ static int cycle_stage(const claas_message_t *message, cJSON *reply)
 
 static int cycle_end(const claas_message_t *message, cJSON *reply)
 {
-    (void)message;
+    const char *cycle_id = "";
+
     (void)reply;
+    claas_json_get_string(message->body, "cycle_id", &cycle_id);
+    for (int i = 0; i < world.open_count; i++)
+        if (strcmp(world.open[i].cycle_id, cycle_id) == 0)
+            world.open[i] = world.open[--world.open_count];
     world.ends++;
     return 0;
 }
@@ -411,24 +457,45 @@ static int act(const claas_message_t *message, struct script *script, cJSON *rep
     return fails ? claas_fail(fails, "as the test wants it") : rc;
 }
 
+static int answer(claas_actor_t *actor, const claas_message_t *message, struct script *script,
+                  const struct claas_reply_to *to)
+{
+    CLAAS_AUTO(claas_json_free) cJSON *reply = cJSON_CreateObject();
+    int rc = act(message, script, reply);
+
+    if (rc < 0)
+        return claas_actor_reply_error(actor, to, rc, claas_error_text());
+    return claas_actor_reply(actor, to, CLAAS_TAKE(reply));
+}
+
+/* Whoever waits is answered by what the last one asks: these messages differ in nothing else. */
+static int gather(claas_actor_t *actor, const claas_message_t *message, struct script *script)
+{
+    script->waiting[script->waiting_count++] = message->reply_to;
+    if (script->waiting_count < script->gather)
+        return 0;
+    script->gather = 0;
+    for (int i = 0; i < script->waiting_count; i++)
+        answer(actor, message, script, &script->waiting[i]);
+    script->waiting_count = 0;
+    return 0;
+}
+
 static int fake_handle(void *self, claas_message_t *message)
 {
     struct script *script = script_lock(message->type);
-    CLAAS_AUTO(claas_json_free) cJSON *reply = cJSON_CreateObject();
-    bool hold;
     int rc = 0;
 
     script->calls++;
     pthread_cond_broadcast(&world.changed);
     while (script->block)
         pthread_cond_wait(&world.changed, &world.lock);
-    hold = script->hold;
-    if (!hold)
-        rc = act(message, script, reply);
+    if (script->gather > 0)
+        rc = gather(self, message, script);
+    else if (!script->hold)
+        rc = answer(self, message, script, &message->reply_to);
     unlock();
-    if (hold || rc < 0)
-        return rc;
-    return claas_actor_reply(self, &message->reply_to, CLAAS_TAKE(reply));
+    return rc;
 }
 
 static int fake_start(claas_actor_t *actor, const void *args, void **ret_self)
@@ -481,19 +548,29 @@ static void rig_start(struct rig *rig)
     assert_int_equal(claas_runtime_start(rig->runtime, &driver_class, "driver", rig->probe), 0);
 }
 
+static void configure(struct rig *rig, const char *jobs, const char *retries)
+{
+    char data[96];
+    const char *overrides[] = {data, jobs, retries, "cycle.steps=2", "log.level=error"};
+
+    snprintf(data, sizeof(data), "data=%s", rig->dir);
+    claas_config_free(&rig->config);
+    assert_int_equal(claas_config_load(NULL, overrides, CLAAS_COUNT(overrides), &rig->config), 0);
+}
+
 static int set_up(void **state)
 {
     struct rig *rig = CLAAS_NEW(struct rig);
-    char data[96];
-    const char *overrides[] = {data, "cycle.steps=2", "cycle.retries=2", "log.level=error"};
 
     claas_copy_text(rig->dir, sizeof(rig->dir), "/tmp/claas-test-XXXXXX");
     assert_non_null(mkdtemp(rig->dir));
-    snprintf(data, sizeof(data), "data=%s", rig->dir);
-    assert_int_equal(claas_config_load(NULL, overrides, CLAAS_COUNT(overrides), &rig->config), 0);
+    configure(rig, "trainer.jobs=0", "cycle.retries=2");
     rig->probe = probe_new();
     world.job_count = world.cycle_count = world.ends = 0;
-    world.seq = world.version = world.withdrawn = 0;
+    world.open_count = world.open_most = world.trainer_jobs = 0;
+    world.open_twice = false;
+    world.seq = world.withdrawn = 0;
+    memset(world.versions, 0, sizeof(world.versions));
     world.deleted = world.bad_gate = false;
     memset(world.scripts, 0, sizeof(world.scripts));
     *state = rig;
@@ -536,6 +613,12 @@ static void set_block(int type, bool block)
 static void set_hold(int type, bool hold)
 {
     script_lock(type)->hold = hold;
+    unlock();
+}
+
+static void set_gather(int type, int count)
+{
+    script_lock(type)->gather = count;
     unlock();
 }
 
@@ -666,7 +749,7 @@ static void test_done(void **state)
     assert_non_null(strstr(question.reply, "\"state\":\"done\""));
     assert_int_equal(question.ends, 1);
     assert_true(question.progress >= 7); /* queued, batched, training, 2 steps, gating, … */
-    assert_int_equal(look()->version, 1);
+    assert_int_equal(look()->versions[0], 1);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_KEEP), 1); /* the second score is no better */
 }
@@ -709,7 +792,7 @@ static void test_absent_peers_are_no_strikes(void **state)
     submit(rig, "me/a", "shorter");
     check_end("job-1", "done");
     assert_int_equal(look_for("job-1")->strikes, 0);
-    assert_int_equal(look()->version, 1);
+    assert_int_equal(look()->versions[0], 1);
 }
 
 /* What a job's own kernels fault on would lose every device, one life after the other. */
@@ -843,7 +926,7 @@ static void test_jobs_of_others(void **state)
 static void roll_back(void)
 {
     script_of(CLAAS_MSG_CYCLE_STAGE)->hook = NULL;
-    world.version = 40;
+    world.versions[0] = 40;
 }
 
 static void test_rollback_during_a_cycle(void **state)
@@ -899,7 +982,7 @@ static void test_feedback_withdrawn_at_the_end(void **state)
     check_end("job-1", "done");
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2 + 2);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STAGE), 1);
-    assert_int_equal(look()->version, 1);
+    assert_int_equal(look()->versions[0], 1);
 }
 
 /* Storage is away for a moment: no strike. */
@@ -965,7 +1048,7 @@ static void test_lost_answer_of_a_publication(void **state)
     rig_start(rig);
     assert_int_equal(probe_call(rig->probe, &watch), 0);
     assert_non_null(strstr(watch.reply, "\"state\":\"done\""));
-    assert_int_equal(look()->version, 1);
+    assert_int_equal(look()->versions[0], 1);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 2);
 }
 
@@ -1018,6 +1101,236 @@ static void test_stop_and_start(void **state)
     assert_true(look()->seeds[0] == look()->seeds[1]);
 }
 
+/* --- several cycles at the same time */
+
+/* Three wait for each other's step, which one after the other never would. */
+static void test_adapters_learn_together(void **state)
+{
+    struct rig *rig = *state;
+
+    configure(rig, "trainer.jobs=3", "cycle.retries=2");
+    set_gather(CLAAS_MSG_CYCLE_STEP, 3);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    submit(rig, "me/b", "2");
+    submit(rig, "me/c", "3");
+    submit(rig, "me/d", "4");
+    submit(rig, "me/a", "5");
+    for (int i = 1; i <= 5; i++) {
+        char id[16];
+
+        snprintf(id, sizeof(id), "job-%d", i);
+        check_end(id, "done");
+        assert_int_equal(look_for(id)->strikes, 0);
+    }
+    assert_int_equal(look()->open_most, 3);
+    assert_false(look()->open_twice);
+    assert_int_equal(look()->versions[0], 2);
+    assert_int_equal(look()->versions[3], 1);
+    assert_int_equal(look_for("job-1")->version, 1);
+    assert_int_equal(look_for("job-5")->version, 2);
+    assert_string_equal(look()->cycles[3], "job-4 "); /* job-5's adapter had its turn */
+}
+
+/* While its adapter learns, a job waits, whatever room there is; another's goes on. */
+static void test_one_adapter_one_cycle(void **state)
+{
+    struct rig *rig = *state;
+
+    configure(rig, "trainer.jobs=3", "cycle.retries=2");
+    set_hold(CLAAS_MSG_CYCLE_STEP, true);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    await_calls(CLAAS_MSG_CYCLE_STEP, 1);
+    set_hold(CLAAS_MSG_CYCLE_STEP, false);
+    submit(rig, "me/a", "2");
+    submit(rig, "me/b", "3");
+    check_end("job-3", "done");
+    assert_false(has_ended(look_for("job-2")));
+    assert_int_equal(look()->cycle_count, 2);
+    assert_string_equal(look()->cycles[1], "job-3 ");
+    assert_false(look()->open_twice);
+}
+
+/* One until the trainer has said how many. */
+static void test_the_trainer_says_how_many(void **state)
+{
+    struct rig *rig = *state;
+
+    world.trainer_jobs = 2;
+    set_gather(CLAAS_MSG_CYCLE_STEP, 2);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, true);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    submit(rig, "me/b", "2");
+    submit(rig, "me/c", "3");
+    await_calls(CLAAS_MSG_CYCLE_BEGIN, 1);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 1);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, false);
+    check_end("job-1", "done");
+    check_end("job-2", "done");
+    check_end("job-3", "done");
+    assert_int_equal(look()->open_most, 2);
+}
+
+/* Two jobs whose first steps end with `code`, together; retries=1. */
+static void fail_together(struct rig *rig, int count, int code)
+{
+    configure(rig, "trainer.jobs=2", "cycle.retries=1");
+    set_gather(CLAAS_MSG_CYCLE_STEP, 2);
+    fail_next(CLAAS_MSG_CYCLE_STEP, count, code, false);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    submit(rig, "me/b", "2");
+}
+
+/* Nobody pays for what happened in company: each has one more try, by itself. */
+static void test_a_strike_in_company(void **state)
+{
+    struct rig *rig = *state;
+
+    fail_together(rig, 2, CLAAS_ERR_DEVICE_LOST);
+    await_calls(CLAAS_MSG_CYCLE_STEP, 2);
+    pthread_mutex_lock(&world.lock);
+    world.open_most = 0;
+    unlock();
+    check_end("job-1", "done");
+    check_end("job-2", "done");
+    assert_int_equal(look_for("job-1")->strikes, 1);
+    assert_int_equal(look_for("job-2")->strikes, 1);
+    assert_int_equal(look()->open_most, 1);
+    assert_int_equal(look()->cycle_count, 4);
+}
+
+static void test_the_guilty_of_two(void **state)
+{
+    struct rig *rig = *state;
+    bool first;
+
+    fail_together(rig, 3, CLAAS_ERR_DEVICE_LOST);
+    await(job_ended, "job-1", "job-1");
+    await(job_ended, "job-2", "job-2");
+    first = strcmp(look_for("job-1")->state, "failed") == 0;
+    assert_string_equal(look_for(first ? "job-1" : "job-2")->state, "failed");
+    assert_int_equal(look_for(first ? "job-1" : "job-2")->strikes, 2);
+    assert_string_equal(look_for(first ? "job-2" : "job-1")->state, "done");
+}
+
+/* A device too full for two: no strike, and one after the other. The last one's is a strike. */
+static void test_a_full_device(void **state)
+{
+    struct rig *rig = *state;
+    struct question cancel = ask_about(CLAAS_MSG_JOB_CANCEL, "job-1");
+
+    configure(rig, "trainer.jobs=2", "cycle.retries=1");
+    set_hold(CLAAS_MSG_CYCLE_STEP, true);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    await_calls(CLAAS_MSG_CYCLE_STEP, 1);
+    fail_next(CLAAS_MSG_CYCLE_BEGIN, 1, CLAAS_ERR_NO_MEMORY, false);
+    submit(rig, "me/b", "2");
+    await_calls(CLAAS_MSG_CYCLE_BEGIN, 2);
+    set_hold(CLAAS_MSG_CYCLE_STEP, false);
+    submit(rig, "me/c", "3"); /* there is no room for it now */
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_BEGIN), 2);
+    assert_int_equal(probe_call(rig->probe, &cancel), 0);
+    check_end("job-2", "done");
+    check_end("job-3", "done");
+    assert_int_equal(look_for("job-2")->strikes, 0);
+    assert_int_equal(look()->open_most, 1);
+}
+
+static void test_cancel_beside_another(void **state)
+{
+    struct rig *rig = *state;
+    struct question cancel = ask_about(CLAAS_MSG_JOB_CANCEL, "job-1");
+
+    configure(rig, "trainer.jobs=2", "cycle.retries=2");
+    set_gather(CLAAS_MSG_CYCLE_STEP, 3);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    submit(rig, "me/b", "2");
+    await_calls(CLAAS_MSG_CYCLE_STEP, 2);
+    assert_int_equal(probe_call(rig->probe, &cancel), 0);
+    assert_non_null(strstr(cancel.reply, "\"cancelled\":true"));
+    submit(rig, "me/c", "3"); /* in its place: the third who is gathered */
+    check_end("job-2", "done");
+    check_end("job-3", "done");
+    assert_string_equal(look_for("job-1")->state, "cancelled");
+    assert_int_equal(look()->versions[0], 0);
+    assert_int_equal(look()->cycle_count, 3);
+}
+
+static void test_stop_and_start_with_several(void **state)
+{
+    struct rig *rig = *state;
+
+    configure(rig, "trainer.jobs=3", "cycle.retries=2");
+    set_hold(CLAAS_MSG_CYCLE_STEP, true);
+    rig_start(rig);
+    submit(rig, "me/a", "1");
+    submit(rig, "me/b", "2");
+    submit(rig, "me/c", "3");
+    await_calls(CLAAS_MSG_CYCLE_STEP, 3);
+    claas_runtime_free(&rig->runtime);
+    assert_int_equal(look()->ends, 3);
+    assert_int_equal(look()->open_count, 0);
+    set_hold(CLAAS_MSG_CYCLE_STEP, false);
+    rig_start(rig);
+    check_end("job-1", "done");
+    check_end("job-2", "done");
+    check_end("job-3", "done");
+    assert_int_equal(look_for("job-1")->strikes, 0);
+}
+
+static const char *marker_path;
+
+static void crash(void)
+{
+    FILE *file = fopen(marker_path, "w");
+
+    assert_non_null(file);
+    assert_true(fputs("signal 11\n", file) >= 0);
+    assert_int_equal(fclose(file), 0);
+}
+
+/* A trainer in another process: its crash is known by its marker. */
+static void test_a_job_that_crashes_the_trainer(void **state)
+{
+    struct rig *rig = *state;
+    struct question question = ask_feedback("me/a", "shorter", true);
+    char path[96];
+
+    snprintf(path, sizeof(path), "%s/%s", rig->dir, CLAAS_CRASH_MARKER_TRAINER);
+    marker_path = path;
+    set_hook(CLAAS_MSG_CYCLE_STEP, crash);
+    fail_next(CLAAS_MSG_CYCLE_STEP, 9, CLAAS_ERR_UNAVAILABLE, false);
+    rig_start(rig);
+    assert_int_equal(probe_call(rig->probe, &question), 0);
+    assert_non_null(strstr(question.reply, "\"state\":\"failed\""));
+    assert_non_null(strstr(question.reply, "the trainer crashed while it worked (signal 11)"));
+    assert_int_equal(look_for("job-1")->strikes, 2);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2);
+}
+
+/* An old marker says nothing about a trainer that goes away. */
+static void test_a_trainer_that_is_killed(void **state)
+{
+    struct rig *rig = *state;
+    struct timespec moment = {.tv_nsec = 20000000};
+    char path[96];
+
+    snprintf(path, sizeof(path), "%s/%s", rig->dir, CLAAS_CRASH_MARKER_TRAINER);
+    marker_path = path;
+    crash();
+    nanosleep(&moment, NULL); /* the granularity of a file's time */
+    fail_next(CLAAS_MSG_CYCLE_STEP, 2, CLAAS_ERR_UNAVAILABLE, false);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    assert_int_equal(look_for("job-1")->strikes, 0);
+}
+
 static void test_training_values(void **state)
 {
     struct rig *rig = *state;
@@ -1061,6 +1374,16 @@ int main(void)
         TEST(test_lost_answer_of_a_feedback),
         TEST(test_lost_answer_of_an_end),
         TEST(test_stop_and_start),
+        TEST(test_adapters_learn_together),
+        TEST(test_one_adapter_one_cycle),
+        TEST(test_the_trainer_says_how_many),
+        TEST(test_a_strike_in_company),
+        TEST(test_the_guilty_of_two),
+        TEST(test_a_full_device),
+        TEST(test_cancel_beside_another),
+        TEST(test_stop_and_start_with_several),
+        TEST(test_a_job_that_crashes_the_trainer),
+        TEST(test_a_trainer_that_is_killed),
         TEST(test_training_values),
     };
 
