@@ -68,7 +68,7 @@ struct cycle_run {
     uint64_t ask;    /* the request under way, 0 = none */
     bool publishing; /* too late to cancel */
     bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
-    bool company;    /* another cycle ran at some time of its life: who spoilt what is not certain */
+    bool company; /* another cycle ran at some time of its life: who spoilt what is not certain */
     int64_t started_ms, started_unix_ms;
 };
 
