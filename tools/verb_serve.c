@@ -278,6 +278,10 @@ static int run(struct serve_args *args, struct process *process)
     if (rc < 0)
         return claas_fail_context(rc, "log.level: ");
     claas_log_setup(level, claas_config_string(process->config, "log.format"));
+    rc = claas_runtime_check(process->config);
+    process->bad_config = rc < 0;
+    if (rc < 0)
+        return rc;
     prepare_signals(process);
     if (process_has_role(process, "trainer") || process_has_role(process, "sampler"))
         rc = process_open_device(process);
