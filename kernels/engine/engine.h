@@ -21,6 +21,9 @@
 #include "engine/kv.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
+/* The same of rollouts: the most cycles at the same time (64) of the largest steps (272). Chats are
+ * counted by themselves, so that learning refuses none. */
+#define CLAAS_ENGINE_ROLLOUTS_MAX (64 * 272)
 
 enum claas_request_kind {
     CLAAS_REQUEST_GENERATE,
@@ -157,7 +160,7 @@ struct claas_device {
     uint64_t last_id;
     struct claas_queue inbox, io;
     struct claas_request *live;
-    int waiting_count, lane_count, io_count; /* requests not begun, by kind */
+    int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
     claas_device_client_t *keepers;     /* of adapters that may go */
     int asked_count;                    /* of these, asked for memory and silent so far */
