@@ -123,7 +123,7 @@ void jobs_dispatch(struct scheduler *scheduler)
 
     if (scheduler->draining || !scheduler->loaded)
         return;
-    while (tries-- > 0 && (first = turn_next(scheduler, &wait)) != NULL)
+    while (scheduler->loaded && tries-- > 0 && (first = turn_next(scheduler, &wait)) != NULL)
         start_cycle(scheduler, first);
     if (wait > 0)
         jobs_wake(scheduler, wait);
