@@ -166,13 +166,29 @@ static const struct argp serve_argp = {
  * ----------------------------------------------------------------------------------------------------------
  */
 
-static char crash_marker[4096];
+static char crash_marker[4096]; /* "" = none */
 
-/* A crash of our own making counts against the job that ran; the marker tells the next start.
- * Async-signal-safe only. */
+/* Whose crash counts against the jobs that ran, and who will read the marker. A process that knows
+ * of no job has none. */
+static void choose_marker(const struct process *process)
+{
+    const char *data = claas_config_string(process->config, "data");
+    const char *name = NULL;
+
+    if (process_has_role(process, "storage") || process_has_role(process, "scheduler"))
+        name = CLAAS_CRASH_MARKER;
+    else if (process_has_role(process, "trainer"))
+        name = CLAAS_CRASH_MARKER_TRAINER;
+    if (name)
+        snprintf(crash_marker, sizeof(crash_marker), "%s/%s", data, name);
+}
+
+/* A crash of our own making counts against the job that ran. Async-signal-safe only. */
 __attribute__((unused)) static void on_crash(int number)
 {
-    int fd = open(crash_marker, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    int fd = crash_marker[0] == '\0'
+                 ? -1
+                 : open(crash_marker, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     char text[] = "signal 00\n";
 
     text[7] = (char)('0' + number / 10);
@@ -186,11 +202,11 @@ __attribute__((unused)) static void on_crash(int number)
 }
 
 /* Before any thread: SIGTERM and SIGINT are read by the runtime alone. */
-static void prepare_signals(const char *data)
+static void prepare_signals(const struct process *process)
 {
     sigset_t wanted;
 
-    snprintf(crash_marker, sizeof(crash_marker), "%s/crash-marker", data);
+    choose_marker(process);
     sigemptyset(&wanted);
     sigaddset(&wanted, SIGTERM);
     sigaddset(&wanted, SIGINT);
@@ -201,6 +217,8 @@ static void prepare_signals(const char *data)
     signal(SIGSEGV, on_crash);
     signal(SIGABRT, on_crash);
     signal(SIGBUS, on_crash);
+    signal(SIGFPE, on_crash);
+    signal(SIGILL, on_crash);
 #endif
 }
 
@@ -260,7 +278,11 @@ static int run(struct serve_args *args, struct process *process)
     if (rc < 0)
         return claas_fail_context(rc, "log.level: ");
     claas_log_setup(level, claas_config_string(process->config, "log.format"));
-    prepare_signals(claas_config_string(process->config, "data"));
+    rc = claas_runtime_check(process->config);
+    process->bad_config = rc < 0;
+    if (rc < 0)
+        return rc;
+    prepare_signals(process);
     if (process_has_role(process, "trainer") || process_has_role(process, "sampler"))
         rc = process_open_device(process);
     if (rc == 0) {

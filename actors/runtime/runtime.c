@@ -22,8 +22,8 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-#define JOIN_FIRST_MS 1000  /* until it is said that a node to join does not answer, and then */
-#define JOIN_AGAIN_MS 30000 /* how often */
+#define JOIN_FIRST_MS 5000  /* until it is said that a node to join does not answer, and then */
+#define JOIN_AGAIN_MS 60000 /* how often */
 #define STOP_MS       5000
 #define LOST_MS       3000 /* without a device there is little to finish */
 
@@ -57,12 +57,21 @@ static int join(const claas_runtime_t *runtime)
             return claas_fail(CLAAS_ERR_CANCELLED, "%s while waiting for the node at %s",
                               strsignal(number), endpoint);
         if (claas_clock_ms() >= say_ms) {
-            claas_warning("waiting for the node at %s", endpoint);
+            claas_warning("waiting for the node at %s: no server answers there yet; is the "
+                          "address right, and is the server started?",
+                          endpoint);
             say_ms += JOIN_AGAIN_MS;
         }
         (void)poll(&item, 1, 5);
     }
     return rc < 0 ? rc : 0;
+}
+
+int claas_runtime_check(const claas_config_t *config)
+{
+    const char *upstream = claas_config_string(config, "connect");
+
+    return upstream[0] ? claas_switch_check_upstream(upstream) : 0;
 }
 
 int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret)

@@ -358,11 +358,33 @@ static int open_inner(struct claas_switch *sw)
 /* --- birth and death ---------------------------------------------------------------------------
  */
 
+int claas_switch_check_upstream(const char *endpoint)
+{
+    const char *path = endpoint + strlen("ipc://");
+    struct stat status;
+
+    if (strncmp(endpoint, "ipc://", 6) != 0 || !path[0])
+        return claas_fail(CLAAS_ERR_INVALID,
+                          "connect: '%s' is not an address: ipc:// and the path of the server's "
+                          "socket, as in ipc:///var/lib/claas/claas.ipc",
+                          claas_quote(endpoint).text);
+    if (strlen(path) >= sizeof(((struct sockaddr_un *)0)->sun_path))
+        return claas_fail(CLAAS_ERR_INVALID, "connect: the path of a socket has at most %zu bytes",
+                          sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
+    if (stat(path, &status) == 0 && !S_ISSOCK(status.st_mode))
+        return claas_fail(CLAAS_ERR_INVALID, "connect: %s is not a socket", claas_quote(path).text);
+    return 0;
+}
+
 static int read_config(struct claas_switch *sw, const claas_config_t *config)
 {
     const char *connect = claas_config_string(config, "connect");
     const char *node_name = claas_config_string(config, "node_name");
 
+    int rc = connect[0] ? claas_switch_check_upstream(connect) : 0;
+
+    if (rc < 0)
+        return rc;
     sw->mailbox = (size_t)claas_config_int(config, "runtime.mailbox");
     if (claas_copy_text(sw->data, sizeof(sw->data), claas_config_string(config, "data")) < 0)
         return claas_fail(CLAAS_ERR_LIMIT, "the data directory's path is too long");

@@ -12,6 +12,9 @@ int claas_switch_new(const claas_config_t *config, struct claas_switch **ret);
 /* 1 once the other node has taken us in (or there is none), 0 while it has not answered, and its
  * refusal. */
 int claas_switch_joined(struct claas_switch *sw);
+/* Whether `connect` can be another node's address: ipc:// and a path where a socket is or may be.
+ */
+int claas_switch_check_upstream(const char *endpoint);
 /* What `connect` is set to. */
 const char *claas_switch_upstream(const struct claas_switch *sw);
 /* Stops the thread and closes the sockets; answers on their way out get a second. */

@@ -122,6 +122,15 @@ static bool drop_idle(struct adapter_cache *cache)
     return oldest != NULL;
 }
 
+int adapter_cache_drop_idle(struct adapter_cache *cache)
+{
+    int count = 0;
+
+    while (drop_idle(cache))
+        count++;
+    return count;
+}
+
 static struct entry *entry_add(struct adapter_cache *cache, const char *uid, int version,
                                const char *directory)
 {

@@ -19,6 +19,8 @@ void adapter_cache_free(struct adapter_cache **cache);
 /* Hands the version out now or once it is loaded. */
 int adapter_cache_get(struct adapter_cache *cache, const char *uid, int version,
                       const char *directory, adapter_ready_fn *ready, void *arg);
+/* Lets go of every version that no chat uses; how many. */
+int adapter_cache_drop_idle(struct adapter_cache *cache);
 /* Forgets a waiter that went away. */
 void adapter_cache_forget(struct adapter_cache *cache, void *arg);
 /* Takes an ADAPTER or FAILED event of the client; true if it was the cache's. */

@@ -9,6 +9,7 @@
 #include "claas/chat_template.h"
 #include "claas/clock.h"
 #include "claas/err.h"
+#include "claas/log.h"
 #include "claas/mem.h"
 #include "claas/metrics.h"
 
@@ -109,6 +110,16 @@ static void observe_device(struct sampler *sampler)
     claas_metric_set(CLAAS_METRIC_DEVICE_WAITING, stats.waiting);
 }
 
+/* The trainer needs the device's memory: adapters come back from disk in a moment. */
+static void give_memory(struct sampler *sampler)
+{
+    int count = adapter_cache_drop_idle(sampler->adapters);
+
+    if (count > 0)
+        claas_info("%d idle adapters make room for training", count);
+    claas_device_client_gave(sampler->client);
+}
+
 static void device_readable(void *self, int fd)
 {
     struct sampler *sampler = self;
@@ -120,8 +131,10 @@ static void device_readable(void *self, int fd)
     while (claas_device_client_next(sampler->client, &event) == 1) {
         if (event.kind == CLAAS_EVENT_FAILED && event.error == CLAAS_ERR_DEVICE_LOST)
             claas_actor_fail(sampler->actor, event.error, event.text);
-        if (!adapter_cache_event(sampler->adapters, &event) &&
-            find_choice(sampler, event.id, &chat, &choice))
+        if (event.kind == CLAAS_EVENT_MEMORY)
+            give_memory(sampler);
+        else if (!adapter_cache_event(sampler->adapters, &event) &&
+                 find_choice(sampler, event.id, &chat, &choice))
             chat_event(chat, choice, &event);
         claas_device_event_done(&event);
     }
@@ -180,6 +193,7 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
         rc = claas_actor_watch(actor, claas_device_client_fd(sampler->client), device_readable);
     if (rc < 0)
         return rc;
+    claas_device_client_keeps_idle(sampler->client);
     claas_actor_on_cancel(actor, cancelled);
     *ret_self = CLAAS_TAKE(self);
     return 0;

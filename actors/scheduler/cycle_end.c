@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "claas/clock.h"
 #include "claas/err.h"
@@ -16,11 +17,17 @@
 #define RETRY_FIRST_MS 500
 #define RETRY_FULL_MS  5000 /* the disk is full: look again now and then */
 #define STRIKES_MAX    100  /* of a job, in messages */
+#define CROWDED_MAX    3    /* full devices in company, then by itself */
 
 void cycle_run_free(struct cycle_run *run)
 {
     struct scheduler *scheduler = run->scheduler;
+    struct cycle_run **link = &scheduler->runs;
 
+    while (*link != run)
+        link = &(*link)->next;
+    *link = run->next;
+    scheduler->run_count--;
     if (run->ask)
         claas_actor_cancel(scheduler->actor, run->ask);
     for (int i = 0; i < run->job_count; i++)
@@ -30,8 +37,6 @@ void cycle_run_free(struct cycle_run *run)
     cJSON_Delete(run->best_metadata);
     cJSON_Delete(run->steps);
     cJSON_Delete(run->gate);
-    if (scheduler->run == run)
-        scheduler->run = NULL;
     free(run);
 }
 
@@ -174,12 +179,16 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     (void)text;
     run->ending = false;
     claas_json_get_int(reply, "strikes", 0, STRIKES_MAX, &strikes);
-    if (error)
+    if (error) {
         end_recorded(run, error, CLAAS_METRIC_JOBS_FAILED);
-    else if (run->job_count == 1 && strikes >= claas_config_int(scheduler->config, "cycle.retries"))
+    } else if (run->job_count == 1 && !run->company &&
+               strikes >= claas_config_int(scheduler->config, "cycle.retries")) {
         park(run, failed->code, failed->text);
-    else
+    } else {
+        for (int i = 0; i < run->job_count; i++)
+            run->jobs[i]->sole = true;
         part(run, retry_delay(failed->code, strikes));
+    }
     free(failed);
 }
 
@@ -200,7 +209,8 @@ static bool is_hopeless(int code)
            code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED || code == CLAAS_ERR_TOO_LARGE;
 }
 
-/* A strike for each of the jobs; what follows depends on how many they have now. */
+/* A strike for each of the jobs; what follows depends on how many they have now. Nobody is parked
+ * for what happened in company: the next try is with no other, and decides. */
 static void strike(struct cycle_run *run, int code, const char *text)
 {
     struct failed_run *failed = CLAAS_NEW(struct failed_run);
@@ -229,6 +239,19 @@ static void strike(struct cycle_run *run, int code, const char *text)
     }
 }
 
+/* A full device while others ran says nothing against the jobs, as long as it does not go on. */
+static bool is_crowded(struct cycle_run *run, int code)
+{
+    bool crowded = code == CLAAS_ERR_NO_MEMORY && run->company;
+
+    for (int i = 0; crowded && i < run->job_count; i++)
+        if (++run->jobs[i]->crowded >= CROWDED_MAX)
+            run->jobs[i]->sole = true;
+    if (crowded && run->scheduler->run_count > 1)
+        turns_narrow(run->scheduler);
+    return crowded;
+}
+
 void cycle_run_fail(struct cycle_run *run, int code, const char *text)
 {
     claas_warning("cycle %s of %s: %s", run->cycle_id, run->lora_id, text);
@@ -240,6 +263,8 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     if (code == CLAAS_ERR_CONFLICT) {
         jobs_load(run->scheduler); /* the parent changed, or a job has ended: which one? */
         requeue(run, RETRY_FIRST_MS);
+    } else if (is_crowded(run, code)) {
+        requeue(run, retry_delay(code, 0));
     } else if (is_blameless(code)) {
         requeue(run, code == CLAAS_ERR_NO_SPACE ? RETRY_FULL_MS : RETRY_FIRST_MS);
     } else if (!is_hopeless(code)) {
@@ -249,6 +274,35 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     } else {
         park(run, code, text);
     }
+}
+
+/* A trainer in another process that crashes cannot answer, but leaves a marker (claas serve). It
+ * counts against the cycles that were in it. kill -9 leaves none and counts for nothing. */
+static bool has_crashed(const struct cycle_run *run, char *ret_how, size_t size)
+{
+    const char *data = claas_config_string(run->scheduler->config, "data");
+    CLAAS_AUTO_FREE char *path = claas_format("%s/" CLAAS_CRASH_MARKER_TRAINER, data);
+    CLAAS_AUTO_FREE char *how = NULL;
+    struct stat status;
+
+    if (!path || stat(path, &status) < 0 ||
+        status.st_mtim.tv_sec * 1000 + status.st_mtim.tv_nsec / 1000000 < run->started_unix_ms ||
+        claas_file_read(path, CLAAS_CRASH_MARKER_MAX, &how, NULL) < 0)
+        return false;
+    how[strcspn(how, "\r\n")] = '\0';
+    snprintf(ret_how, size, "the trainer crashed while it worked (%s)",
+             claas_utf8_valid(how, strlen(how)) ? how : "unknown");
+    return true;
+}
+
+void cycle_run_fail_trainer(struct cycle_run *run, int code, const char *text)
+{
+    char how[128];
+
+    if (code == CLAAS_ERR_UNAVAILABLE && has_crashed(run, how, sizeof(how)))
+        cycle_run_fail(run, CLAAS_ERR_INTERNAL, how);
+    else
+        cycle_run_fail(run, code, text);
 }
 
 /* --- cancelling
@@ -313,7 +367,7 @@ static void staged(void *self, void *arg, claas_message_t *reply)
     (void)self;
     run->ask = 0;
     if (reply->error) {
-        cycle_run_fail(run, reply->error, reply->error_text);
+        cycle_run_fail_trainer(run, reply->error, reply->error_text);
         return;
     }
     claas_json_get_string(reply->body, "directory", &directory);
@@ -342,7 +396,8 @@ static void stage(struct cycle_run *run)
     record_jobs(run->scheduler, run->jobs, run->job_count,
                 &(struct record){.state = "publishing", .event = event});
     claas_json_set_string(body, "cycle_id", run->cycle_id);
-    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STAGE, body, 10 * ASK_MS, staged);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STAGE, body,
+                       cycle_run_patience(run, 10 * ASK_MS), staged);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }

@@ -36,6 +36,12 @@ int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, 
                            &run->ask);
 }
 
+/* The steps of the other cycles may come first. */
+int64_t cycle_run_patience(const struct cycle_run *run, int64_t ms)
+{
+    return ms + (turns_limit(run->scheduler) - 1) * (int64_t)STEP_ASK_MS;
+}
+
 static cJSON *cycle_body(const struct cycle_run *run)
 {
     cJSON *body = cJSON_CreateObject();
@@ -92,7 +98,7 @@ static void kept(void *self, void *arg, claas_message_t *reply)
     (void)self;
     run->ask = 0;
     if (reply->error) {
-        cycle_run_fail(run, reply->error, reply->error_text);
+        cycle_run_fail_trainer(run, reply->error, reply->error_text);
         return;
     }
     next_step(run);
@@ -127,7 +133,8 @@ static void keep_candidate(struct cycle_run *run)
     int rc;
 
     claas_json_set_int(body, "step", run->step);
-    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_KEEP, body, ASK_MS, kept);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_KEEP, body,
+                       cycle_run_patience(run, ASK_MS), kept);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }
@@ -143,7 +150,7 @@ static void stepped(void *self, void *arg, claas_message_t *reply)
         return;
     run->ask = 0;
     if (reply->error) {
-        cycle_run_fail(run, reply->error, reply->error_text);
+        cycle_run_fail_trainer(run, reply->error, reply->error_text);
         return;
     }
     claas_json_get_bool(reply->body, "finite", &finite);
@@ -178,7 +185,8 @@ static void send_step(struct cycle_run *run)
     claas_json_set(body, "rows", plan_rows(&run->plan, run->step));
     claas_json_set(body, "training", plan_training(&run->plan, run->scheduler->config, run->step));
     claas_json_set_bool(body, "gate", true);
-    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STEP, body, STEP_ASK_MS, stepped);
+    rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STEP, body,
+                       cycle_run_patience(run, STEP_ASK_MS), stepped);
     if (rc < 0)
         cycle_run_fail(run, rc, claas_error_text());
 }
@@ -232,13 +240,13 @@ static void begun(void *self, void *arg, claas_message_t *reply)
     struct scheduler *scheduler = self;
     struct cycle_run *run = arg;
     const char *model = "", *fingerprint = "";
-    int64_t prompts = 0;
+    int64_t prompts = 0, at_once = 1;
     int items = run->plan.items, replay = run->plan.replay;
     struct recipe recipe;
 
     run->ask = 0;
     if (reply->error) {
-        cycle_run_fail(run, reply->error, reply->error_text);
+        cycle_run_fail_trainer(run, reply->error, reply->error_text);
         return;
     }
     /* Where there are several trainers, the cycle is in the one that answered. */
@@ -246,6 +254,8 @@ static void begun(void *self, void *arg, claas_message_t *reply)
     claas_json_get_string(reply->body, "model", &model);
     claas_json_get_string(reply->body, "fingerprint", &fingerprint);
     claas_json_get_int(reply->body, "prompts", 0, 1000000, &prompts);
+    claas_json_get_int(reply->body, "jobs", 1, CYCLES_MAX, &at_once);
+    scheduler->trainer_jobs = (int)at_once;
     recipe = recipe_for(scheduler->config, fingerprint, model);
     plan_done(&run->plan);
     plan_init(&run->plan, scheduler->config, &recipe, run->jobs[0]->training);
@@ -255,6 +265,7 @@ static void begun(void *self, void *arg, claas_message_t *reply)
     run->base = cJSON_Duplicate(claas_json_get(reply->body, "base"), true);
     record_state(run, "training");
     next_step(run);
+    jobs_dispatch(scheduler); /* beside this one, now that the trainer has said how many it wants */
 }
 
 /* CYCLE_INPUT's standing entries have ids; the trainer needs the texts. */
@@ -314,7 +325,7 @@ static void input_read(void *self, void *arg, claas_message_t *reply)
                              .body = begin_body(run, reply->body),
                              .attachments = reply->attachments,
                              .attachment_count = reply->attachment_count,
-                             .timeout_ms = STEP_ASK_MS,
+                             .timeout_ms = cycle_run_patience(run, STEP_ASK_MS),
                              .principal = run->jobs[0]->principal,
                              .reply = begun,
                              .arg = run,
@@ -362,6 +373,7 @@ void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int c
     run->scheduler = scheduler;
     claas_copy_text(run->trainer, sizeof(run->trainer), "trainer");
     run->started_ms = claas_clock_ms();
+    run->started_unix_ms = claas_clock_unix_ms();
     run->steps = cJSON_CreateArray();
     claas_random_hex(hex, 8);
     snprintf(run->cycle_id, sizeof(run->cycle_id), "cycle-%s", hex);
@@ -372,8 +384,11 @@ void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int c
     }
     run->job_count = count;
     run->seed = seed > 0 ? (uint64_t)seed : seed_of(jobs[0]->id);
-    scheduler->run = run;
-    snprintf(scheduler->last_lora_id, sizeof(scheduler->last_lora_id), "%s", run->lora_id);
+    for (struct cycle_run *other = scheduler->runs; other; other = other->next)
+        other->company = run->company = true;
+    run->next = scheduler->runs;
+    scheduler->runs = run;
+    scheduler->run_count++;
     record_state(run, "batched");
     ask_input(run);
 }

@@ -1,6 +1,5 @@
-/* The list of unfinished jobs and the choice of the next cycle: the adapter that has waited
- * longest, but never the same one twice while another waits, with all its waiting jobs of the same
- * kind together. */
+/* The list of unfinished jobs, and the start of cycles: of the adapter whose turn it is (turns.c),
+ * all waiting jobs of the same kind together. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -87,32 +86,6 @@ void jobs_wake(struct scheduler *scheduler, int64_t delay_ms)
         claas_warning("jobs wait for the next feedback: %s", claas_error_text());
 }
 
-/* The first job of the adapter whose turn it is; NULL if none may start now. *ret_wait: until the
- * earliest may. */
-static struct job *first_job(struct scheduler *scheduler, int64_t *ret_wait)
-{
-    int64_t now = claas_clock_ms();
-    struct job *same = NULL;
-
-    *ret_wait = -1;
-    for (struct job *job = scheduler->jobs; job; job = job->next) {
-        int64_t wait = job->not_before_ms - now;
-
-        if (job->cancel)
-            continue;
-        if (wait > 0) {
-            if (*ret_wait < 0 || wait < *ret_wait)
-                *ret_wait = wait;
-            continue;
-        }
-        if (strcmp(job->lora_id, scheduler->last_lora_id) != 0)
-            return job;
-        if (!same)
-            same = job;
-    }
-    return same;
-}
-
 /* Whether two jobs may be learnt in one cycle. */
 static bool fits(const struct job *a, const struct job *b)
 {
@@ -125,29 +98,35 @@ static bool fits(const struct job *a, const struct job *b)
     return cJSON_Compare(a->training, b->training, true);
 }
 
-void jobs_dispatch(struct scheduler *scheduler)
+/* The cycle of the adapter whose first waiting job is `first`. */
+static void start_cycle(struct scheduler *scheduler, struct job *first)
 {
     struct job *taken[CYCLE_JOBS_MAX];
     int count = 0, items = 0;
     int items_max = (int)claas_config_int(scheduler->config, "feedback.items_max");
-    int64_t wait;
-    struct job *first;
 
-    if (scheduler->run || scheduler->draining || !scheduler->loaded)
-        return;
-    first = first_job(scheduler, &wait);
-    if (!first) {
-        if (wait > 0)
-            jobs_wake(scheduler, wait);
-        return;
-    }
     for (struct job *job = first; job && count < CYCLE_JOBS_MAX; job = job->next) {
         if (count > 0 && (!fits(first, job) || items + job->items > items_max))
             continue;
         taken[count++] = job;
         items += job->items;
     }
+    turn_take(scheduler, first->lora_id);
     cycle_run_start(scheduler, taken, count);
+}
+
+void jobs_dispatch(struct scheduler *scheduler)
+{
+    int tries = turns_limit(scheduler); /* one that fails at once leaves its turn to the timer */
+    int64_t wait = -1;
+    struct job *first;
+
+    if (scheduler->draining || !scheduler->loaded)
+        return;
+    while (scheduler->loaded && tries-- > 0 && (first = turn_next(scheduler, &wait)) != NULL)
+        start_cycle(scheduler, first);
+    if (wait > 0)
+        jobs_wake(scheduler, wait);
 }
 
 /* --- the list
@@ -197,6 +176,7 @@ static void take_unfinished(struct scheduler *scheduler, const cJSON *jobs)
             continue;
         job->listing = false;
         job->alone = job->alone || strikes > 0;
+        job->sole = job->sole || strikes > 0;
     }
 }
 
@@ -236,7 +216,7 @@ static void unfinished(void *self, void *arg, claas_message_t *reply)
         jobs_load(scheduler);
         return;
     }
-    if (!scheduler->last_lora_id[0] && scheduler->job_count > 0)
+    if (scheduler->turn_count == 0 && scheduler->job_count > 0)
         claas_info("%zu unfinished jobs go on", scheduler->job_count);
     scheduler->loaded = true;
     jobs_dispatch(scheduler);

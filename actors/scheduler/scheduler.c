@@ -143,8 +143,8 @@ static void stop(void **self)
 
     if (!scheduler)
         return;
-    if (scheduler->run)
-        cycle_run_free(scheduler->run);
+    while (scheduler->runs)
+        cycle_run_free(scheduler->runs);
     watch_free_all(scheduler, false);
     while (scheduler->jobs)
         job_remove(scheduler, scheduler->jobs);
@@ -167,15 +167,19 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
     return 0;
 }
 
-/* The cycle under way is dropped: its jobs are on disk and begin anew at the next start. */
+/* The cycles under way are dropped: their jobs are on disk and begin anew at the next start. */
 static bool drain(void *self)
 {
     struct scheduler *scheduler = self;
+    struct cycle_run *next;
 
     scheduler->draining = true;
-    if (scheduler->run && !scheduler->run->publishing && !scheduler->run->ending)
-        cycle_run_abandon(scheduler->run);
-    if (scheduler->run)
+    for (struct cycle_run *run = scheduler->runs; run; run = next) {
+        next = run->next;
+        if (!run->publishing && !run->ending)
+            cycle_run_abandon(run);
+    }
+    if (scheduler->runs)
         return false; /* seconds away from done */
     watch_free_all(scheduler, true);
     return true;

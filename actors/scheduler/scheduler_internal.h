@@ -6,6 +6,7 @@
 #include "scheduler.h"
 
 #define CYCLE_JOBS_MAX 16
+#define CYCLES_MAX     64 /* at the same time: trainer.jobs is no more */
 #define ASK_MS         30000
 /* A step on a large model and a slow device takes minutes; a dead trainer is noticed by the runtime
  * long before. */
@@ -25,7 +26,9 @@ struct job {
     int64_t accepted_ms, not_before_ms; /* monotonic */
     struct cycle_run *run;              /* the cycle it is in, NULL while it waits */
     bool cancel;  /* it ends, or has ended, outside of a cycle: no cycle takes it */
-    bool alone;   /* a cycle with it failed: without company from now on */
+    bool alone;   /* a cycle with it failed: no other job in its cycles from now on */
+    bool sole;    /* it has a strike: no other cycle beside its own from now on */
+    int crowded;  /* times its cycle met a full device while others ran */
     bool listing; /* the list under way will say whether it has ended (jobs_load) */
 };
 
@@ -44,6 +47,7 @@ struct watcher {
 
 /* A learning cycle under way: the jobs of one adapter, taken together. */
 struct cycle_run {
+    struct cycle_run *next; /* in no order */
     struct scheduler *scheduler;
     char cycle_id[65];
     char lora_id[257];
@@ -64,7 +68,8 @@ struct cycle_run {
     uint64_t ask;    /* the request under way, 0 = none */
     bool publishing; /* too late to cancel */
     bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
-    int64_t started_ms;
+    bool company; /* another cycle ran at some time of its life: who spoilt what is not certain */
+    int64_t started_ms, started_unix_ms;
 };
 
 struct scheduler {
@@ -73,11 +78,16 @@ struct scheduler {
     struct job *jobs;
     size_t job_count;
     struct watcher *watchers;
-    struct cycle_run *run;
-    char last_lora_id[257]; /* of the last cycle: others go first */
-    bool loaded;            /* the list of jobs is storage's: cycles may start */
-    bool loading;           /* storage was asked for its list … */
-    bool load_again;        /* … and has to be asked once more */
+    struct cycle_run *runs;
+    int run_count;
+    int trainer_jobs; /* cycles at the same time that the trainer wants; 0 = it did not say yet */
+    int narrowed;     /* the device had no memory for more; 0 = it had */
+    int64_t narrowed_ms;
+    char turns[CYCLES_MAX][257]; /* a ring: adapters of the last cycles, others go first */
+    uint64_t turn_count;         /* cycles so far */
+    bool loaded;                 /* the list of jobs is storage's: cycles may start */
+    bool loading;                /* storage was asked for its list … */
+    bool load_again;             /* … and has to be asked once more */
     bool draining;
     int timer; /* of the next dispatch, 0 = none; due at wake_ms */
     int64_t wake_ms;
@@ -89,13 +99,24 @@ struct job *job_add(struct scheduler *scheduler, const char *id, const char *lor
                     const char *principal, int items, const cJSON *training);
 struct job *job_find(struct scheduler *scheduler, const char *id);
 void job_remove(struct scheduler *scheduler, struct job *job);
-/* Starts the next cycle if none runs and a job waits. */
+/* Starts cycles while jobs wait and turns.c allows another. */
 void jobs_dispatch(struct scheduler *scheduler);
 /* The same, in delay_ms at the latest. */
 void jobs_wake(struct scheduler *scheduler, int64_t delay_ms);
 /* Makes the list what storage says: at the start, and whenever something may have happened to a job
  * without an answer to tell of it. No cycle starts meanwhile. */
 void jobs_load(struct scheduler *scheduler);
+
+/* turns.c */
+/* The first job of the adapter whose turn it is; NULL if no cycle may start now. *ret_wait: until
+ * one may, for want of nothing but time; -1 otherwise. */
+struct job *turn_next(struct scheduler *scheduler, int64_t *ret_wait);
+/* The adapter has had its turn. */
+void turn_take(struct scheduler *scheduler, const char *lora_id);
+/* How many cycles may run at the same time. */
+int turns_limit(const struct scheduler *scheduler);
+/* The device had no memory for as many as run: fewer, for a while. */
+void turns_narrow(struct scheduler *scheduler);
 
 /* submit.c, watch.c */
 int handle_feedback(void *self, claas_message_t *message);
@@ -134,6 +155,10 @@ void cycle_run_free(struct cycle_run *run);
 void cycle_run_finish(struct cycle_run *run);
 /* The cycle cannot go on: its jobs wait again, or a job alone is parked, by what the code says. */
 void cycle_run_fail(struct cycle_run *run, int code, const char *text);
+/* The same by an answer of the trainer's, or for want of one: it may have crashed. */
+void cycle_run_fail_trainer(struct cycle_run *run, int code, const char *text);
+/* How long the trainer may take for what takes `ms` when nothing else is to be done. */
+int64_t cycle_run_patience(const struct cycle_run *run, int64_t ms);
 /* Lets cancelled jobs go; true if there were any: the run is over then, the others wait again. */
 bool cycle_run_drop_cancelled(struct cycle_run *run);
 int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, int64_t timeout_ms,

@@ -1,7 +1,8 @@
 /* Crashes count against the jobs that ran. A process that crashes by itself (SIGSEGV, SIGABRT)
  * leaves a marker in the data directory; at the next start the jobs whose cycle was running get a
- * strike, and those with too many are parked: else a job that crashes its worker would do so at
- * every start. kill -9 and power cuts leave no marker and count for nothing. */
+ * strike, and one that ran by itself and has too many is parked: else a job that crashes its worker
+ * would do so at every start. Who of several it was is not known: each of them gets its next try by
+ * itself. kill -9 and power cuts leave no marker and count for nothing. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -11,65 +12,68 @@
 #include "claas/mem.h"
 #include "store_sqlite.h"
 
-#define MARKER     "crash-marker"
-#define MARKER_MAX 256
-
-/* Running jobs, by whether this strike is one too many. */
-static int find_jobs(struct store *store, cJSON *again, cJSON *parked)
+/* The jobs that ran, [[job_id, strikes]]. */
+static int find_jobs(struct store *store, cJSON *jobs)
 {
     DB_STATEMENT *statement = NULL;
     int rc = db_query(&store->reader, &statement,
                       "SELECT job_id, strikes FROM jobs WHERE ended = 0"
-                      " AND state IN ('batched', 'training', 'gating', 'publishing') ORDER BY seq"
-                      " LIMIT 16",
+                      " AND state IN ('batched', 'training', 'gating', 'publishing') ORDER BY seq",
                       "");
 
     if (rc < 0)
         return rc;
     while ((rc = db_step(&store->reader, statement)) > 0) {
-        bool too_many =
-            store->options.retries > 0 && db_int(statement, 1) + 1 >= store->options.retries;
+        cJSON *job = cJSON_CreateArray();
 
-        cJSON_AddItemToArray(too_many ? parked : again, cJSON_CreateString(db_text(statement, 0)));
+        cJSON_AddItemToArray(job, cJSON_CreateString(db_text(statement, 0)));
+        cJSON_AddItemToArray(job, cJSON_CreateNumber((double)db_int(statement, 1)));
+        cJSON_AddItemToArray(jobs, job);
     }
     return rc;
 }
 
-/* Records the strike; `ids` is taken. */
-static int record(struct store *store, cJSON *ids, const char *state, const char *text)
+/* Records the strike of one job. */
+static int record(struct store *store, const char *job_id, const char *state, const char *text)
 {
+    cJSON *ids = cJSON_CreateArray();
     CLAAS_AUTO(claas_json_free) cJSON *body = cJSON_CreateObject();
     struct claas_store_request request = {.principal = "local", .body = body};
     CLAAS_AUTO(claas_store_answer_done) struct claas_store_answer answer = {0};
-    bool some = cJSON_GetArraySize(ids) > 0;
     cJSON *event = cJSON_CreateObject();
 
+    cJSON_AddItemToArray(ids, cJSON_CreateString(job_id));
     claas_json_set_string(event, "kind", "error");
     claas_json_set_string(event, "error", text);
     claas_json_set(body, "job_ids", ids);
     claas_json_set_string(body, "state", state);
     claas_json_set(body, "event", event);
     claas_json_set_bool(body, "failure", true);
-    return some ? store->base.ops->call(&store->base, CLAAS_STORE_JOB_RECORD, &request, &answer)
-                : 0;
+    return store->base.ops->call(&store->base, CLAAS_STORE_JOB_RECORD, &request, &answer);
 }
 
 static int count(struct store *store, const char *what)
 {
     CLAAS_AUTO_FREE char *text = claas_format("the process crashed while it worked (%s)", what);
-    CLAAS_AUTO(claas_json_free) cJSON *again = cJSON_CreateArray();
-    CLAAS_AUTO(claas_json_free) cJSON *parked = cJSON_CreateArray();
+    CLAAS_AUTO(claas_json_free) cJSON *jobs = cJSON_CreateArray();
+    const cJSON *job;
     int many, rc;
 
-    if (!text || !again || !parked)
+    if (!text || !jobs)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = find_jobs(store, again, parked);
+    rc = find_jobs(store, jobs);
     if (rc < 0)
         return rc;
-    many = cJSON_GetArraySize(again) + cJSON_GetArraySize(parked);
-    rc = record(store, CLAAS_TAKE(again), "queued", text);
-    if (rc == 0)
-        rc = record(store, CLAAS_TAKE(parked), "failed", text);
+    many = cJSON_GetArraySize(jobs);
+    cJSON_ArrayForEach(job, jobs)
+    {
+        int strikes = cJSON_GetArrayItem(job, 1)->valueint + 1;
+        bool park = many == 1 && store->options.retries > 0 && strikes >= store->options.retries;
+
+        if (rc == 0)
+            rc = record(store, cJSON_GetArrayItem(job, 0)->valuestring, park ? "failed" : "queued",
+                        text);
+    }
     if (rc == 0)
         rc = store->base.ops->commit(&store->base);
     else
@@ -81,14 +85,14 @@ static int count(struct store *store, const char *what)
 
 int store_count_crash(struct store *store)
 {
-    CLAAS_AUTO_FREE char *path = claas_format("%s/" MARKER, store->data);
+    CLAAS_AUTO_FREE char *path = claas_format("%s/" CLAAS_CRASH_MARKER, store->data);
     CLAAS_AUTO_FREE char *what = NULL;
     size_t length;
     int rc;
 
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = claas_file_read(path, MARKER_MAX, &what, &length);
+    rc = claas_file_read(path, CLAAS_CRASH_MARKER_MAX, &what, &length);
     if (rc == CLAAS_ERR_NOT_FOUND)
         return 0;
     if (rc == 0) {

@@ -216,6 +216,7 @@ static void base_measured(struct trainer *trainer, void *arg, int error, const c
     claas_json_set_string(body, "model", claas_model_name(trainer->model));
     claas_json_set_string(body, "fingerprint", claas_model_fingerprint(trainer->model));
     claas_json_set_int(body, "prompts", recent > 0 ? recent : (int64_t)probes_other_count());
+    claas_json_set_int(body, "jobs", claas_device_cycles(trainer->device));
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, body);
 }

@@ -44,6 +44,8 @@ claas_model_t *claas_device_model(const claas_device_t *device);
 /* Longest sequence (prompt and answer) that can be generated: the model's context, or all of the KV
  * pool where that is smaller. */
 int claas_device_context(const claas_device_t *device);
+/* How many learning cycles at the same time keep it busy: their rollouts share its passes. */
+int claas_device_cycles(const claas_device_t *device);
 
 /* What `claas health`, /metrics and `claas bench` show. */
 struct claas_device_stats {
@@ -90,6 +92,11 @@ int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret)
 /* Cancels the client's requests and drops its events. */
 void claas_device_client_free(claas_device_client_t **client);
 int claas_device_client_fd(const claas_device_client_t *client);
+/* The client keeps SERVE adapters that it could do without. When the device has no memory for a
+ * training step, or for an adapter to train, it gets a MEMORY event; it lets go of what it can, and
+ * says so by claas_device_client_gave. What failed waits for that and is tried once more. */
+void claas_device_client_keeps_idle(claas_device_client_t *client);
+void claas_device_client_gave(claas_device_client_t *client);
 
 /* --- adapters
  * -----------------------------------------------------------------------------------------------------
@@ -229,6 +236,7 @@ enum claas_device_event_kind {
     CLAAS_EVENT_SAVED,
     CLAAS_EVENT_TRAINED,
     CLAAS_EVENT_FAILED,
+    CLAAS_EVENT_MEMORY, /* of no request: claas_device_client_keeps_idle */
 };
 enum claas_finish {
     CLAAS_FINISH_STOP,   /* a stop token */

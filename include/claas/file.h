@@ -25,4 +25,11 @@ int claas_remove_all(const char *path);
 int claas_file_map(const char *path, const uint8_t **ret_data, size_t *ret_length);
 void claas_file_unmap(const uint8_t *data, size_t length);
 
+/* What a process that crashed leaves in the data directory: one line, "signal 11". The jobs that
+ * were in work get a strike: by storage at its next start; for a trainer in a process of its own by
+ * the scheduler, which goes on. */
+#define CLAAS_CRASH_MARKER         "crash-marker"
+#define CLAAS_CRASH_MARKER_TRAINER "crash-marker.trainer"
+#define CLAAS_CRASH_MARKER_MAX     256
+
 #endif

@@ -7,6 +7,9 @@
 
 typedef struct claas_runtime claas_runtime_t;
 
+/* INVALID when `connect` cannot be the address of a node, whether one runs or not: before anything
+ * slow is begun. */
+int claas_runtime_check(const claas_config_t *config);
 /* Starts the switch: binds ipc://DATA/claas.ipc (0600; a stale file is replaced) unless `connect`
  * names another node's, which is then joined with the node token of DATA/keys/node.token: waits
  * without end until that node is there, or is CANCELLED by SIGTERM or SIGINT. Blocks no signals

@@ -80,6 +80,7 @@ struct claas_backend_memory {
 struct claas_backend_ops {
     const char *name;
     int prefill_chunk; /* prompt tokens of a pass that keep the device busy; 0 = 256 */
+    int cycles;        /* learning cycles at the same time that do; 0 = 1 */
     int (*open)(const struct claas_backend_options *options, claas_model_t *model,
                 claas_backend_t **ret);
     void (*free)(claas_backend_t **backend);

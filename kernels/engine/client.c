@@ -83,6 +83,7 @@ void claas_device_client_free(claas_device_client_t **ref)
         node = next;
     }
     mark_cancelled(client, NULL);
+    claas_memory_forget(client);
     claas_client_unref(client);
 }
 

@@ -61,6 +61,11 @@ int claas_device_context(const claas_device_t *device)
     return pool < device->config.context ? (int)pool : device->config.context;
 }
 
+int claas_device_cycles(const claas_device_t *device)
+{
+    return device->ops->cycles > 0 ? device->ops->cycles : 1;
+}
+
 /* --- the compute thread
  * -------------------------------------------------------------------------------------------------
  */

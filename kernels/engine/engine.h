@@ -21,6 +21,9 @@
 #include "engine/kv.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
+/* The same of rollouts: the most cycles at the same time (64) of the largest steps (272). Chats are
+ * counted by themselves, so that learning refuses none. */
+#define CLAAS_ENGINE_ROLLOUTS_MAX (64 * 272)
 
 enum claas_request_kind {
     CLAAS_REQUEST_GENERATE,
@@ -77,6 +80,8 @@ struct claas_device_client {
     bool closed;
     struct claas_event_node *first, *last;
     uint64_t lane_scan; /* compute thread: the last scan of the lane that met one of its requests */
+    claas_device_client_t *next_keeper; /* device->keepers; device->lock */
+    bool is_asked;                      /* for memory, and has not answered; device->lock */
 };
 
 struct claas_adapter {
@@ -124,6 +129,7 @@ struct claas_training {
     struct claas_backend_row *rows;
     claas_adapter_t **adapters; /* [2 * row_count] references: student, teacher of each row */
     void *storage;
+    bool again; /* the device was full: the second try, when idle adapters are gone */
 };
 
 /* Load, init, copy or save. */
@@ -154,8 +160,10 @@ struct claas_device {
     uint64_t last_id;
     struct claas_queue inbox, io;
     struct claas_request *live;
-    int waiting_count, lane_count, io_count; /* requests not begun, by kind */
+    int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
+    claas_device_client_t *keepers;     /* of adapters that may go */
+    int asked_count;                    /* of these, asked for memory and silent so far */
     uint64_t sweeps_begun, sweeps_done; /* of those that found something */
     struct claas_device_stats stats;
 
@@ -285,6 +293,19 @@ bool claas_train_run(claas_device_t *device);
 bool claas_train_precedes(const claas_device_t *device, const struct claas_sequence *sequence);
 void claas_train_reap(claas_device_t *device);
 void claas_train_close(claas_device_t *device);
+
+/* --- memory.c
+ * -------------------------------------------------------------------------------------------------------------
+ */
+
+/* Asks those who keep idle adapters to let go of them; false if there is nobody. */
+bool claas_memory_ask(claas_device_t *device);
+/* Whether one of them has not answered yet. The compute thread is woken when all have. */
+bool claas_memory_is_asked(claas_device_t *device);
+/* Waits until all have and what they let go is freed. I/O thread. */
+void claas_memory_await(claas_device_t *device);
+/* The client goes away. */
+void claas_memory_forget(claas_device_client_t *client);
 
 /* --- io.c
  * -------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ static int upload_once(claas_device_t *device, const struct claas_adapter_image 
 
 /* From a host image to a handle. Adapters that were let go may still be there, for the compute
  * thread frees them between two operations: a device without room is asked again after that. What
- * a failed try leaves behind is among them. */
+ * a failed try leaves behind is among them. An adapter to train then has precedence over idle ones.
+ */
 static int upload(claas_device_t *device, struct claas_adapter_image *image,
                   enum claas_adapter_use use, claas_adapter_t **ret)
 {
@@ -35,6 +36,10 @@ static int upload(claas_device_t *device, struct claas_adapter_image *image,
     if (rc != CLAAS_ERR_NO_MEMORY)
         return rc;
     claas_adapters_await_sweep(device);
+    rc = upload_once(device, image, use, ret);
+    if (rc != CLAAS_ERR_NO_MEMORY || use != CLAAS_ADAPTER_TRAIN || !claas_memory_ask(device))
+        return rc;
+    claas_memory_await(device);
     return upload_once(device, image, use, ret);
 }
 

@@ -81,12 +81,14 @@ struct claas_request *claas_request_new(claas_device_client_t *client, enum claa
     return request;
 }
 
-/* The counter that bounds a kind of request; the device's lock is held. */
-static int *find_count(claas_device_t *device, enum claas_request_kind kind)
+/* The counter that bounds a kind of request, to be read under the device's lock. */
+static int *find_count(claas_device_t *device, const struct claas_request *request)
 {
-    switch (kind) {
+    switch (request->kind) {
     case CLAAS_REQUEST_GENERATE:
-        return &device->waiting_count;
+        return ((const struct claas_sequence *)request)->priority == CLAAS_PRIORITY_ROLLOUT
+                   ? &device->rollout_count
+                   : &device->waiting_count;
     case CLAAS_REQUEST_LOAD:
     case CLAAS_REQUEST_INIT:
         return &device->io_count;
@@ -98,11 +100,11 @@ static int *find_count(claas_device_t *device, enum claas_request_kind kind)
 int claas_request_submit(struct claas_request *request, uint64_t *ret_id)
 {
     claas_device_t *device = request->client->device;
-    int *count;
+    int *count = find_count(device, request);
+    int most = count == &device->rollout_count ? CLAAS_ENGINE_ROLLOUTS_MAX : CLAAS_ENGINE_QUEUE_MAX;
 
     pthread_mutex_lock(&device->lock);
-    count = find_count(device, request->kind);
-    if (device->stop || *count >= CLAAS_ENGINE_QUEUE_MAX) {
+    if (device->stop || *count >= most) {
         bool stop = device->stop;
         int waiting = *count;
 
@@ -143,7 +145,7 @@ void claas_request_to_io(struct claas_request *request)
 static void stop_counting(claas_device_t *device, struct claas_request *request)
 {
     if (!request->begun)
-        --*find_count(device, request->kind);
+        --*find_count(device, request);
     request->begun = true;
 }
 

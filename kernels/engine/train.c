@@ -214,15 +214,25 @@ static bool rollouts_precede(const struct claas_queue *queue, const struct claas
     return false;
 }
 
+/* Whether it is a second try, and idle adapters are still being let go. */
+static bool waits_for_memory(const struct claas_request *request, bool is_asked)
+{
+    return is_asked && request->kind == CLAAS_REQUEST_TRAIN &&
+           ((const struct claas_training *)request)->again;
+}
+
 /* The oldest request that may run: the first of its client, and with no rollouts to wait for. */
 static struct claas_request *pick(claas_device_t *device)
 {
+    bool is_asked = claas_memory_is_asked(device);
+
     device->lane_scan++;
     for (struct claas_request *r = device->lane.first; r != NULL; r = r->next) {
         if (r->client->lane_scan == device->lane_scan)
             continue;
         r->client->lane_scan = device->lane_scan;
-        if (!rollouts_precede(&device->running, r) && !rollouts_precede(&device->waiting, r))
+        if (!waits_for_memory(r, is_asked) && !rollouts_precede(&device->running, r) &&
+            !rollouts_precede(&device->waiting, r))
             return r;
     }
     return NULL;
@@ -311,10 +321,23 @@ static void mark_changed(struct claas_training *training)
     }
 }
 
+/* A step that found no memory has changed nothing: back to where it was in the lane. */
+static bool try_again(claas_device_t *device, struct claas_training *training, int rc)
+{
+    if (rc != CLAAS_ERR_NO_MEMORY || training->again || !claas_memory_ask(device))
+        return false;
+    training->again = true;
+    claas_queue_insert_after(&device->lane, NULL, &training->request);
+    return true;
+}
+
 static void run_training(claas_device_t *device, struct claas_training *training)
 {
     struct claas_event_node *last = training->request.last;
     int rc;
+
+    if (training->again)
+        claas_adapters_sweep(device); /* what was let go for it */
 
     training->train.yield = yield_to_generation;
     training->train.yield_arg = device;
@@ -332,6 +355,8 @@ static void run_training(claas_device_t *device, struct claas_training *training
     if (rc < 0) {
         free(last->trained.rows);
         last->trained = (struct claas_train_result){0};
+        if (try_again(device, training, rc))
+            return;
         claas_request_fail(&training->request, rc);
         return;
     }

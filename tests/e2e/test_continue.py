@@ -25,10 +25,10 @@ def teach(server, lesson):
     return answer["choices"][0]["message"]["content"], reply["version"]
 
 
-def published(data, version):
+def published(data, version, name=NAME):
     """Digests of a version's files, after a look at what is in them."""
-    directory = pathlib.Path(data) / "adapters" / NAME / f"v{version:06d}"
-    contents = [(directory / name).read_bytes() for name in FILES]
+    directory = pathlib.Path(data) / "adapters" / name / f"v{version:06d}"
+    contents = [(directory / file).read_bytes() for file in FILES]
     assert all(len(content) > 1000 for content in contents)
     return [hashlib.sha256(content).hexdigest() for content in contents]
 

@@ -65,6 +65,11 @@ def test_port_in_use(make_server, tmp_path):
     (["--model", TINY, "--set", "nonsense"], 64, "KEY=VALUE"),
     (["--nonsense"], 64, "--nonsense"),
     (["--model", TINY, "--role", "trainer", "--role", "sampler"], 64, "--role is given once"),
+    (["--model", TINY, "--connect", "nonsense"], 2, "'nonsense' is not an address"),
+    (["--model", TINY, "--connect", "tcp://127.0.0.1:1"], 2, "is not an address"),
+    (["--model", TINY, "--connect", "ipc://"], 2, "is not an address"),
+    (["--model", TINY, "--connect", "ipc:///" + 120 * "a"], 2, "at most 107 bytes"),
+    (["--model", TINY, "--connect", "ipc:///tmp"], 2, "/tmp is not a socket"),
     (["--model", TINY, "--config", "/nonexistent.yaml"], 2, "/nonexistent.yaml"),
     (["--model", TINY, "--chat-template", "nonsense"], 1, "nonsense"),
 ])

@@ -1,4 +1,5 @@
 """Two processes: bridge, storage and sampler in one; scheduler and trainer in the other. Either may be killed at any time."""
+import signal
 import threading
 
 import pytest
@@ -135,7 +136,8 @@ def test_trainer_before_its_server(tmp_path):
         for count in (1, 2):
             launched.append(threading.Thread(target=lambda: alone.launch()))  # pylint: disable=unnecessary-lambda
             launched[-1].start()
-            alone.wait_until(lambda said=count: alone.log().count("waiting for the node at") == said, what="the line that says so")
+            line = f"waiting for the node at ipc://{tmp_path}/db/claas.ipc: no server answers there yet"
+            alone.wait_until(lambda said=count: alone.log().count(line) == said, what="the line that says so")  # pylint: disable=cell-var-from-loop
             assert alone.is_running()
             if count == 1:
                 alone.terminate()
@@ -154,6 +156,47 @@ def test_trainer_before_its_server(tmp_path):
             server.kill()
         for thread in launched:
             thread.join()
+
+
+@pytest.mark.skipif(PATIENCE != 1, reason="sanitizers keep the signals of crashes to themselves")
+def test_a_job_that_crashes_its_trainer(tmp_path):
+    """Also in a process of its own: kill -9 is no strike, a crash seen from inside is, and the third parks the job."""
+    main = Server(tmp_path / "db", arguments=["--roles", "bridge,storage,scheduler,sampler"], settings=LONG)
+    alone = Server(tmp_path / "db", arguments=["--role", "trainer"], settings=LONG, log=tmp_path / "trainer.log")
+    try:
+        main.start()
+        alone.start()
+        main.wait_until(lambda: main.health()["status"] == "healthy", what="a joined trainer")
+        main.init("a/one")
+        main.init("a/two")
+        job_id = main.feedback("a/one", wait=False)["job_id"]
+        main.wait_state(job_id, "training")
+        alone.kill()
+        for strikes in (0, 1, 2):
+            cycles = batches(main, job_id)
+            alone.start()
+            main.wait_until(lambda: batches(main, job_id) > cycles and main.job(job_id)["state"] == "training",  # pylint: disable=cell-var-from-loop
+                            what="another cycle")
+            assert main.job(job_id)["strikes"] == strikes
+            alone.process.send_signal(signal.SIGSEGV)
+            assert alone.wait() == -signal.SIGSEGV
+        job = main.wait_state(job_id, "failed", seconds=30)
+        assert "the trainer crashed while it worked (signal 11)" in job["error"] and job["strikes"] == 3
+        assert main.versions("a/one")["current"] == 0
+        alone.start()
+        other = main.feedback("a/two", wait=False, training={"steps": 1})["job_id"]
+        assert ends_of(main.wait_state(other)) == ["done"]
+        assert main.job(other)["strikes"] == 0
+        assert alone.stop() == 0
+        assert main.stop() == 0
+    finally:
+        for server in (alone, main):
+            server.kill()
+
+
+def batches(server, job_id):
+    """How many cycles have taken the job."""
+    return sum(transition["state"] == "batched" for transition in server.job(job_id)["transitions"])
 
 
 def test_trainer_alone(tmp_path):

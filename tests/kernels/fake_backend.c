@@ -359,12 +359,18 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
                  struct claas_train_result *ret)
 {
     int operations, failing;
+    bool is_full;
 
     pthread_mutex_lock(&fake.lock);
+    is_full = fake.train_room > 0 && atomic_load(&adapters_alive) > fake.train_room;
+    fake.trains_refused += is_full;
+    pthread_cond_broadcast(&fake.changed);
     operations = fake.train_operations;
     failing = fake.fail_trains;
     fake.fail_trains -= failing > 0;
     pthread_mutex_unlock(&fake.lock);
+    if (is_full)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device is full");
     begin_work(backend);
     for (int i = 0; i < operations; i++) {
         operate(backend);

@@ -25,6 +25,7 @@ struct fake {
     int fail_forwards; /* so many next calls of forward() fail */
     int fail_trains;
     int adapter_room;        /* adapters that fit; 0 = any number */
+    int train_room;          /* adapters beside which a step fits; 0 = any number */
     int train_operations;    /* operations, and calls of yield, of one training step */
     int download_operations; /* the same of reading an adapter back */
     int64_t operation_ns;    /* of the test's clock */
@@ -38,6 +39,7 @@ struct fake {
     int operations_done;
     int fewest_operations; /* between two turns of generation in training */
     int adapters_refused;  /* for want of room */
+    int trains_refused;    /* the same of steps */
     int broken;            /* rules of backend.h that the engine broke */
 };
 extern struct fake fake;

@@ -483,6 +483,29 @@ static void test_client_free(void **state)
     rig_close(&rig);
 }
 
+/* Many cycles learn at the same time: their rollouts fill no queue of the chats'. */
+static void test_rollouts_refuse_no_chat(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.max_batch = 1});
+    struct job *jobs = jobs_new(CLAAS_ENGINE_QUEUE_MAX + 3);
+    int count = CLAAS_ENGINE_QUEUE_MAX + 2;
+
+    fake_close_gate(0);
+    for (int i = 0; i < count; i++) {
+        job_fill(&jobs[i], 20, 20, 1, 1);
+        jobs[i].request.priority = CLAAS_PRIORITY_ROLLOUT;
+        job_submit(&rig, &jobs[i]);
+    }
+    job_fill(&jobs[count], 20, 20, 1, 1);
+    job_submit(&rig, &jobs[count++]);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, count, -1);
+    for (int i = 0; i < count; i++)
+        job_check(&jobs[i]);
+    free(jobs);
+    rig_close(&rig);
+}
+
 static void test_overload(void **state)
 {
     struct rig rig = rig_open((struct claas_device_options){.max_batch = 1});
@@ -558,6 +581,7 @@ int main(void)
         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_client_free),
         cmocka_unit_test(test_overload),
+        cmocka_unit_test(test_rollouts_refuse_no_chat),
         cmocka_unit_test(test_forward_error),
     };
 

@@ -96,6 +96,134 @@ static void test_full_device(void **state)
     rig_close(&rig);
 }
 
+/* A client that keeps adapters it could do without. */
+static void keeper_open(const struct rig *rig, struct rig *keeper)
+{
+    *keeper = *rig;
+    assert_int_equal(claas_device_client_new(rig->device, &keeper->client), 0);
+    claas_device_client_keeps_idle(keeper->client);
+}
+
+static void expect_asked(struct rig *keeper)
+{
+    struct claas_device_event event;
+
+    assert_int_equal(claas_device_client_wait(keeper->client, WAIT_MS, &event), 1);
+    assert_int_equal(event.kind, CLAAS_EVENT_MEMORY);
+    assert_int_equal(event.id, 0);
+    claas_device_event_done(&event);
+}
+
+/* A step on a full device waits for idle adapters to go, while chats go on, and is made then. */
+static void test_idle_adapters_make_room(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0}), keeper;
+    claas_adapter_t *trained = adapter_new(&rig, 1), *idle[2];
+    struct job *job = jobs_new(1);
+    uint64_t id, stamp = fake_stamp(trained);
+
+    keeper_open(&rig, &keeper);
+    for (int i = 0; i < 2; i++)
+        idle[i] = adapter_new(&keeper, 2 + (uint64_t)i);
+    fake.train_room = 1;
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    expect_asked(&keeper);
+    assert_int_equal(fake.trains_refused, 1);
+    assert_true(fake_stamp(trained) == stamp);
+    job_fill(job, 5, 5, 0, 3);
+    job_submit(&keeper, job);
+    jobs_wait(&keeper, job, 1, -1);
+    job_check(job);
+    for (int i = 0; i < 2; i++)
+        claas_adapter_unref(&idle[i]);
+    claas_device_client_gave(keeper.client);
+    claas_device_event_done(
+        &(struct claas_device_event){.trained = wait_for(&rig, CLAAS_EVENT_TRAINED, id).trained});
+    assert_true(fake_stamp(trained) != stamp);
+    assert_int_equal(fake.trains_refused, 1);
+    claas_adapter_unref(&trained);
+    claas_device_client_free(&keeper.client);
+    free(job);
+    rig_close(&rig);
+}
+
+/* Nothing can go, or who keeps it goes away: the step fails, after one more try. The same with
+ * nobody to ask, at once. */
+static void test_no_room_is_made(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0}), keeper;
+    claas_adapter_t *trained = adapter_new(&rig, 1), *used;
+    uint64_t id;
+
+    keeper_open(&rig, &keeper);
+    used = adapter_new(&keeper, 2);
+    fake.train_room = 1;
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    expect_asked(&keeper);
+    claas_device_client_gave(keeper.client);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.trains_refused, 2);
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    expect_asked(&keeper);
+    claas_device_client_free(&keeper.client);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.trains_refused, 4);
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.trains_refused, 5);
+    claas_adapter_unref(&used);
+    claas_adapter_unref(&trained);
+    rig_close(&rig);
+}
+
+/* An adapter to train has precedence over idle ones too; one to chat with has not. */
+static void test_room_to_begin(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0}), keeper;
+    struct claas_lora_config lora = {2, 4, CLAAS_MODULE_ALL};
+    claas_adapter_t *idle, *trained;
+    uint64_t id;
+
+    keeper_open(&rig, &keeper);
+    idle = adapter_new(&keeper, 2);
+    fake.adapter_room = 1;
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_TRAIN, &id), 0);
+    expect_asked(&keeper);
+    claas_adapter_unref(&idle);
+    claas_device_client_gave(keeper.client);
+    trained = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    claas_adapter_unref(&trained);
+    claas_device_client_free(&keeper.client);
+    rig_close(&rig);
+}
+
+/* A step that waits for memory can be cancelled, and its client can go away. */
+static void test_cancel_without_memory(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0}), keeper, trainer = rig;
+    claas_adapter_t *trained = adapter_new(&rig, 1), *used;
+    uint64_t id;
+
+    keeper_open(&rig, &keeper);
+    used = adapter_new(&keeper, 2);
+    assert_int_equal(claas_device_client_new(rig.device, &trainer.client), 0);
+    fake.train_room = 1;
+    assert_int_equal(train_submit(&trainer, trained, true, &id), 0);
+    expect_asked(&keeper);
+    claas_device_cancel(trainer.client, id);
+    assert_int_equal(wait_for(&trainer, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_CANCELLED);
+    claas_device_client_gave(keeper.client);
+    assert_int_equal(train_submit(&trainer, trained, true, &id), 0);
+    expect_asked(&keeper);
+    claas_device_client_free(&trainer.client);
+    claas_adapter_unref(&used);
+    claas_adapter_unref(&trained);
+    claas_device_client_free(&keeper.client);
+    rig_close(&rig);
+}
+
 /* The stamp of what a directory holds. */
 static uint64_t stamp_of(struct rig *rig, const char *path)
 {
@@ -496,6 +624,10 @@ int main(void)
         cmocka_unit_test(test_training_ends),
         cmocka_unit_test(test_storm),
         cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_idle_adapters_make_room),
+        cmocka_unit_test(test_no_room_is_made),
+        cmocka_unit_test(test_room_to_begin),
+        cmocka_unit_test(test_cancel_without_memory),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

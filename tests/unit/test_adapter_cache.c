@@ -144,6 +144,29 @@ static void test_count(void **state)
     assert_int_equal(device.held, 0);
 }
 
+/* What a chat uses stays; the rest comes back when it is asked for. */
+static void test_drop_idle(void **state)
+{
+    struct adapter_cache *cache = new_cache(8, 100);
+    struct asker asker;
+
+    (void)state;
+    use(cache, "a");
+    asker = get(cache, "b");
+    use(cache, "c");
+    assert_int_equal(adapter_cache_drop_idle(cache), 2);
+    assert_int_equal(device.held, 1);
+    assert_int_equal(adapter_cache_drop_idle(cache), 0);
+    use(cache, "b");
+    assert_int_equal(device.loads, 3);
+    use(cache, "a");
+    assert_int_equal(device.loads, 4);
+    claas_adapter_unref(&asker.adapter);
+    assert_int_equal(adapter_cache_drop_idle(cache), 2);
+    assert_int_equal(device.held, 0);
+    adapter_cache_free(&cache);
+}
+
 static void test_full_device(void **state)
 {
     struct adapter_cache *cache = new_cache(100, 2);
@@ -230,9 +253,9 @@ static void test_never_fits(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_count),      cmocka_unit_test(test_full_device),
-        cmocka_unit_test(test_all_in_use), cmocka_unit_test(test_idle_goes_first),
-        cmocka_unit_test(test_never_fits),
+        cmocka_unit_test(test_count),           cmocka_unit_test(test_drop_idle),
+        cmocka_unit_test(test_full_device),     cmocka_unit_test(test_all_in_use),
+        cmocka_unit_test(test_idle_goes_first), cmocka_unit_test(test_never_fits),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,0 +1,116 @@
+/* Whose turn it is, and how many cycles run at the same time.
+ *
+ * Several adapters learn beside each other (trainer.jobs), one adapter never twice: its versions
+ * come one after the other, in the order of its feedback. The next cycle is of the adapter that has
+ * waited longest, but not of one of the last few while another waits; so with as many turns as
+ * cycles, nobody learns twice before each who waits has learnt once.
+ *
+ * A job with a strike learns with no cycle beside it: what takes the process or the device with it
+ * strikes all who ran, and the next failure shall be the fault of one. It does not wait for a pause
+ * that never comes: when it is its turn, nothing starts until it has run. */
+#include <stdio.h>
+#include <string.h>
+
+#include "claas/clock.h"
+#include "claas/log.h"
+#include "scheduler_internal.h"
+
+#define WIDEN_MS 300000 /* after a full device, one cycle more at the same time each */
+
+/* As configured, or as the trainer said; one until it did. */
+static int find_wanted(const struct scheduler *scheduler)
+{
+    int wanted = (int)claas_config_int(scheduler->config, "trainer.jobs");
+
+    if (wanted == 0)
+        wanted = scheduler->trainer_jobs;
+    return wanted < 1 ? 1 : wanted > CYCLES_MAX ? CYCLES_MAX : wanted;
+}
+
+int turns_limit(const struct scheduler *scheduler)
+{
+    int wanted = find_wanted(scheduler);
+    int64_t narrow;
+
+    if (scheduler->narrowed == 0)
+        return wanted;
+    narrow = scheduler->narrowed + (claas_clock_ms() - scheduler->narrowed_ms) / WIDEN_MS;
+    return narrow < wanted ? (int)narrow : wanted;
+}
+
+void turns_narrow(struct scheduler *scheduler)
+{
+    int others = scheduler->run_count - 1;
+
+    scheduler->narrowed = others > 1 ? others : 1;
+    scheduler->narrowed_ms = claas_clock_ms();
+    claas_warning("the device has no memory for %d cycles at the same time: %d for now",
+                  scheduler->run_count, scheduler->narrowed);
+}
+
+void turn_take(struct scheduler *scheduler, const char *lora_id)
+{
+    char *turn = scheduler->turns[scheduler->turn_count++ % CYCLES_MAX];
+
+    snprintf(turn, sizeof(scheduler->turns[0]), "%s", lora_id);
+}
+
+/* One of the last `limit` cycles was the adapter's. */
+static bool had_turn(const struct scheduler *scheduler, int limit, const char *lora_id)
+{
+    uint64_t oldest = scheduler->turn_count > (uint64_t)limit ? scheduler->turn_count - limit : 0;
+
+    for (uint64_t turn = scheduler->turn_count; turn > oldest; turn--)
+        if (strcmp(scheduler->turns[(turn - 1) % CYCLES_MAX], lora_id) == 0)
+            return true;
+    return false;
+}
+
+static bool is_learning(const struct scheduler *scheduler, const char *lora_id)
+{
+    for (const struct cycle_run *run = scheduler->runs; run; run = run->next)
+        if (strcmp(run->lora_id, lora_id) == 0)
+            return true;
+    return false;
+}
+
+/* Whether a cycle runs that no other shall run beside. */
+static bool has_sole(const struct scheduler *scheduler)
+{
+    for (const struct cycle_run *run = scheduler->runs; run; run = run->next)
+        for (int i = 0; i < run->job_count; i++)
+            if (run->jobs[i]->sole)
+                return true;
+    return false;
+}
+
+struct job *turn_next(struct scheduler *scheduler, int64_t *ret_wait)
+{
+    int64_t now = claas_clock_ms();
+    int limit = turns_limit(scheduler);
+    struct job *next = NULL;
+    bool had;
+
+    *ret_wait = -1;
+    if (scheduler->run_count >= limit || has_sole(scheduler))
+        return NULL; /* the end of a cycle asks again */
+    for (struct job *job = scheduler->jobs; job; job = job->next) {
+        int64_t wait = job->not_before_ms - now;
+
+        if (job->cancel || is_learning(scheduler, job->lora_id))
+            continue;
+        if (wait > 0) {
+            if (*ret_wait < 0 || wait < *ret_wait)
+                *ret_wait = wait;
+            continue;
+        }
+        had = had_turn(scheduler, limit, job->lora_id);
+        if (!next || !had)
+            next = job;
+        if (!had)
+            break;
+    }
+    if (next && next->sole && scheduler->run_count > 0)
+        return NULL;
+    return next;
+}
