@@ -2,14 +2,11 @@
  * optimizer steps are in cycle_step.c. */
 #include "cycle.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "claas/err.h"
-#include "claas/file.h"
 #include "claas/mem.h"
-#include "claas/random.h"
 
 struct cycle *cycle_find(struct trainer *trainer, const char *id)
 {
@@ -38,6 +35,7 @@ void cycle_free(struct cycle *cycle)
     if (*link)
         *link = cycle->next;
     cycle_step_free(cycle);
+    cycle_ahead_free(cycle);
     device_calls_drop(cycle->trainer, cycle);
     base_figures_forget(cycle->trainer, cycle);
     for (size_t i = 0; i < cycle->item_count + cycle->replay_count; i++)
@@ -50,8 +48,7 @@ void cycle_free(struct cycle *cycle)
         free(cycle->held_out[i].tokens);
     }
     cJSON_Delete(cycle->recent);
-    if (cycle->stage_directory[0])
-        staged_remove(cycle->stage_directory); /* if it was not published */
+    staging_drop(&cycle->staging);
     claas_adapter_unref(&cycle->adapter);
     claas_adapter_unref(&cycle->kept);
     free(cycle);
@@ -315,6 +312,10 @@ static void copied(struct trainer *trainer, void *arg, struct claas_device_event
     claas_adapter_set_name(cycle->kept, cycle->lora_id);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
+    /* A disk that is still busy with an earlier candidate would only fall further behind. A failure
+     * shows when the directory is asked for. */
+    if (trainer->stagings == 0)
+        (void)staging_start(trainer, cycle->kept, &cycle->staging);
 }
 
 int handle_cycle_keep(void *self, claas_message_t *message)
@@ -329,6 +330,7 @@ int handle_cycle_keep(void *self, claas_message_t *message)
         return rc;
     claas_json_get_int(message->body, "step", 1, 10000, &step);
     cycle->kept_step = (int)step;
+    staging_drop(&cycle->staging);
     claas_adapter_unref(&cycle->kept); /* first: two copies would be the cycle's peak of memory */
     rc = claas_device_adapter_copy(trainer->client, cycle->adapter, &id);
     if (rc == 0)
@@ -338,17 +340,17 @@ int handle_cycle_keep(void *self, claas_message_t *message)
     return rc;
 }
 
-static void staged(struct trainer *trainer, void *arg, struct claas_device_event *event)
+static void staged(struct trainer *trainer, void *arg, int error, const char *text)
 {
     struct cycle *cycle = arg;
     cJSON *body;
 
-    if (event->kind != CLAAS_EVENT_SAVED) {
-        cycle_fail(cycle, event->error, event->text);
+    if (error) {
+        cycle_fail(cycle, error, text);
         return;
     }
     body = cJSON_CreateObject();
-    claas_json_set_string(body, "directory", cycle->stage_directory);
+    claas_json_set_string(body, "directory", staging_directory(cycle->staging));
     claas_json_set_int(body, "step", cycle->kept_step);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, body);
@@ -358,23 +360,20 @@ int handle_cycle_stage(void *self, claas_message_t *message)
 {
     struct trainer *trainer = self;
     struct cycle *cycle = NULL;
-    char hex[17];
-    uint64_t id;
     int rc = cycle_take(trainer, message, &cycle);
 
     if (rc < 0)
         return rc;
-    claas_random_hex(hex, 8);
-    snprintf(cycle->stage_directory, sizeof(cycle->stage_directory), "%s/staging/cycle-%s",
-             claas_config_string(trainer->config, "data"), hex);
     if (!cycle->kept)
         rc = claas_fail(CLAAS_ERR_CONFLICT, "cycle %s kept no step", cycle->id);
-    if (rc == 0)
-        rc = claas_device_adapter_save(trainer->client, cycle->kept, cycle->stage_directory, &id);
-    if (rc == 0)
-        rc = device_call_add(trainer, id, staged, cycle);
+    if (cycle->staging && staging_has_failed(cycle->staging))
+        staging_drop(&cycle->staging);
+    if (rc == 0 && !cycle->staging)
+        rc = staging_start(trainer, cycle->kept, &cycle->staging);
     if (rc < 0)
         cycle->busy = false;
+    else
+        staging_await(cycle->staging, staged, cycle);
     return rc;
 }
 
