@@ -26,6 +26,12 @@ static void item_done(struct item *item)
     free(item->logprobs);
 }
 
+static void drop_last(struct cycle *cycle)
+{
+    staging_drop(&cycle->last.staging);
+    claas_adapter_unref(&cycle->last.adapter);
+}
+
 void cycle_free(struct cycle *cycle)
 {
     struct cycle **link = &cycle->trainer->cycles;
@@ -49,6 +55,7 @@ void cycle_free(struct cycle *cycle)
     }
     cJSON_Delete(cycle->recent);
     staging_drop(&cycle->staging);
+    drop_last(cycle);
     claas_adapter_unref(&cycle->adapter);
     claas_adapter_unref(&cycle->kept);
     free(cycle);
@@ -300,6 +307,14 @@ int cycle_take(struct trainer *trainer, const claas_message_t *message, struct c
     return 0;
 }
 
+/* A disk that is still busy with an earlier candidate would only fall further behind. A failure
+ * shows when the directory is asked for. */
+static void stage_early(struct trainer *trainer, claas_adapter_t *adapter, struct staging **ret)
+{
+    if (trainer->stagings == 0)
+        (void)staging_start(trainer, adapter, ret);
+}
+
 static void copied(struct trainer *trainer, void *arg, struct claas_device_event *event)
 {
     struct cycle *cycle = arg;
@@ -312,10 +327,43 @@ static void copied(struct trainer *trainer, void *arg, struct claas_device_event
     claas_adapter_set_name(cycle->kept, cycle->lora_id);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
-    /* A disk that is still busy with an earlier candidate would only fall further behind. A failure
-     * shows when the directory is asked for. */
-    if (trainer->stagings == 0)
-        (void)staging_start(trainer, cycle->kept, &cycle->staging);
+    stage_early(trainer, cycle->kept, &cycle->staging);
+}
+
+static void last_copied(struct trainer *trainer, void *arg, struct claas_device_event *event)
+{
+    struct cycle *cycle = arg;
+
+    if (event->kind != CLAAS_EVENT_ADAPTER)
+        return; /* there is still CYCLE_KEEP */
+    cycle->last.adapter = CLAAS_TAKE(event->adapter);
+    claas_adapter_set_name(cycle->last.adapter, cycle->lora_id);
+    stage_early(trainer, cycle->last.adapter, &cycle->last.staging);
+}
+
+void cycle_last_start(struct cycle *cycle)
+{
+    struct trainer *trainer = cycle->trainer;
+    uint64_t id;
+
+    drop_last(cycle);
+    if (!claas_device_copies(trainer->device))
+        return;
+    cycle->last.step = cycle->step->number;
+    if (claas_device_adapter_copy(trainer->client, cycle->adapter, &id) == 0)
+        (void)device_call_add(trainer, id, last_copied, cycle);
+}
+
+/* Whether the last step's copy is the one to keep: then it is kept now. */
+static bool keep_last(struct cycle *cycle)
+{
+    if (!cycle->last.adapter || cycle->last.step != cycle->kept_step)
+        return false;
+    cycle->kept = CLAAS_TAKE(cycle->last.adapter);
+    cycle->staging = CLAAS_TAKE(cycle->last.staging);
+    if (!cycle->staging)
+        stage_early(cycle->trainer, cycle->kept, &cycle->staging);
+    return true;
 }
 
 int handle_cycle_keep(void *self, claas_message_t *message)
@@ -332,6 +380,10 @@ int handle_cycle_keep(void *self, claas_message_t *message)
     cycle->kept_step = (int)step;
     staging_drop(&cycle->staging);
     claas_adapter_unref(&cycle->kept); /* first: two copies would be the cycle's peak of memory */
+    if (keep_last(cycle)) {
+        cycle->busy = false;
+        return claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
+    }
     rc = claas_device_adapter_copy(trainer->client, cycle->adapter, &id);
     if (rc == 0)
         rc = device_call_add(trainer, id, copied, cycle);
@@ -366,6 +418,7 @@ int handle_cycle_stage(void *self, claas_message_t *message)
         return rc;
     if (!cycle->kept)
         rc = claas_fail(CLAAS_ERR_CONFLICT, "cycle %s kept no step", cycle->id);
+    drop_last(cycle); /* it was no better */
     if (cycle->staging && staging_has_failed(cycle->staging))
         staging_drop(&cycle->staging);
     if (rc == 0 && !cycle->staging)

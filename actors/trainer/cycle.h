@@ -86,6 +86,13 @@ struct cycle {
     bool busy;                /* a request is being answered */
     struct claas_reply_to reply_to;
     struct staging *staging; /* of `kept` */
+    /* What the last step made, before anybody knows whether it is the best: while its gate is
+     * measured it is written. */
+    struct {
+        claas_adapter_t *adapter; /* NULL: none */
+        struct staging *staging;
+        int step;
+    } last;
 };
 
 struct cycle *cycle_find(struct trainer *trainer, const char *id);
@@ -102,6 +109,9 @@ int step_row_mask(const claas_tokenizer_t *tokenizer, const int32_t *tokens, siz
                   uint8_t **ret);
 void cycle_step_free(struct cycle *cycle);
 void cycle_ahead_free(struct cycle *cycle);
+/* The step under way is the last one and has been trained: copies what it made, where that costs
+ * nothing, and begins to write it. */
+void cycle_last_start(struct cycle *cycle);
 
 /* gate.c */
 int cycle_gate_start(struct cycle *cycle);

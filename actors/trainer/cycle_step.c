@@ -164,6 +164,8 @@ static void trained(struct trainer *trainer, void *arg, struct claas_device_even
         return;
     }
     cycle_step_phase(cycle, "gate");
+    if (!step->next)
+        cycle_last_start(cycle);
     rc = cycle_gate_start(cycle);
     if (rc < 0)
         cycle_step_fail(cycle, rc, claas_error_text());

@@ -71,6 +71,11 @@ int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lo
     return 0;
 }
 
+bool claas_device_copies(const claas_device_t *device)
+{
+    return device->ops->adapter_clone != NULL;
+}
+
 int claas_adapter_new_clone(claas_device_t *device, const claas_adapter_t *source,
                             enum claas_adapter_use use, claas_adapter_t **ret)
 {

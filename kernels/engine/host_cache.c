@@ -192,6 +192,13 @@ static struct block *new_block(const claas_host_cache_t *cache, size_t bytes)
 
 /* --- memory of images --- */
 
+static void add_block(claas_host_cache_t *cache, struct block *block)
+{
+    block->next = cache->blocks;
+    cache->blocks = block;
+    cache->bytes += block->bytes;
+}
+
 static void *take(void *arg, size_t bytes)
 {
     claas_host_cache_t *cache = arg;
@@ -208,11 +215,39 @@ static void *take(void *arg, size_t bytes)
     if (block == NULL)
         return NULL;
     pthread_mutex_lock(&cache->lock);
-    block->next = cache->blocks;
-    cache->blocks = block;
-    cache->bytes += bytes;
+    add_block(cache, block);
     pthread_mutex_unlock(&cache->lock);
     return block->base;
+}
+
+/* Of that size, in nobody's use. The lock is held. */
+static int count_free(const claas_host_cache_t *cache, size_t bytes)
+{
+    int count = 0;
+
+    for (const struct block *block = cache->blocks; block != NULL; block = block->next)
+        count += !block->used && block->bytes == bytes;
+    return count;
+}
+
+void claas_host_cache_prepare(claas_host_cache_t *cache, size_t bytes, int count)
+{
+    for (;;) {
+        struct block *block;
+        bool enough;
+
+        pthread_mutex_lock(&cache->lock);
+        enough = count_free(cache, bytes) >= count || cache->bytes + bytes > cache->budget;
+        pthread_mutex_unlock(&cache->lock);
+        block = enough ? NULL : new_block(cache, bytes);
+        if (block == NULL)
+            return;
+        pthread_mutex_lock(&cache->lock);
+        block->used = false;
+        add_block(cache, block);
+        trim(cache);
+        pthread_mutex_unlock(&cache->lock);
+    }
 }
 
 static void give(void *arg, void *array)

@@ -45,6 +45,10 @@ const struct claas_adapter_image *claas_host_cache_get(claas_host_cache_t *cache
                                                        bool with_moments);
 void claas_host_cache_done(claas_host_cache_t *cache, const struct claas_adapter_image *image);
 
+/* Has `count` arrays of that size at hand for whoever asks next, as far as the budget has room for
+ * new ones: pinning a gigabyte takes tenths of a second. */
+void claas_host_cache_prepare(claas_host_cache_t *cache, size_t bytes, int count);
+
 struct claas_host_cache_stats {
     uint64_t bytes; /* held, used or not */
     uint64_t images, found, missed;

@@ -12,6 +12,8 @@
 #include "claas/clock.h"
 #include "claas/log.h"
 
+#define IMAGE_ARRAYS 3 /* weights and two moments */
+
 void claas_io_account(claas_device_t *device, uint64_t *counter, int64_t start)
 {
     pthread_mutex_lock(&device->lock);
@@ -196,6 +198,7 @@ static int save(claas_device_t *device, struct claas_adapter_job *job)
 static void run(claas_device_t *device, struct claas_adapter_job *job)
 {
     struct claas_event_node *last = job->request.last;
+    size_t bytes = 0; /* of the arrays that the next save will want */
     int rc = CLAAS_ERR_INTERNAL;
 
     last->kind = CLAAS_EVENT_ADAPTER;
@@ -209,11 +212,16 @@ static void run(claas_device_t *device, struct claas_adapter_job *job)
     default:
         last->kind = CLAAS_EVENT_SAVED;
         rc = save(device, job);
+        if (device->ops->host_new != NULL)
+            bytes =
+                sizeof(float) * claas_lora_parameter_count(&device->config, &job->adapter->lora);
     }
     if (rc < 0)
         claas_request_fail(&job->request, rc);
     else
         claas_request_finish(&job->request);
+    if (bytes > 0)
+        claas_host_cache_prepare(device->host_cache, bytes, IMAGE_ARRAYS);
 }
 
 void *claas_io_main(void *arg)

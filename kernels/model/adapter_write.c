@@ -1,5 +1,6 @@
-/* Writing an adapter's directory: weights, moments, then the config, each durable before the next,
- * so that a directory with a config is whole. A failure removes what was written. */
+/* Writing an adapter's directory: weights and moments side by side, then, once both are durable,
+ * the config, so that a directory with a config is whole. A failure removes what was written. */
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -100,13 +101,49 @@ static int write_moments(const struct writing *w)
                                           w->is_unwanted, w->arg);
 }
 
+/* The moments' file beside the weights': twice as large, and most of the time goes into copying to
+ * the page cache. */
+struct moments_thread {
+    const struct writing *writing;
+    pthread_t thread;
+    bool started;
+    int rc;
+    char text[1024];
+};
+
+static void *moments_main(void *arg)
+{
+    struct moments_thread *own = arg;
+
+    own->rc = write_moments(own->writing);
+    if (own->rc < 0)
+        claas_copy_text(own->text, sizeof(own->text), claas_error_text());
+    return NULL;
+}
+
+static int write_tensors(const struct writing *w)
+{
+    struct moments_thread own = {.writing = w};
+    int rc;
+
+    if (!w->image->exp_avg || !w->image->exp_avg_sq)
+        return write_parameters(w);
+    own.started = pthread_create(&own.thread, NULL, moments_main, &own) == 0;
+    rc = write_parameters(w);
+    if (own.started)
+        pthread_join(own.thread, NULL);
+    else if (rc >= 0)
+        return write_moments(w);
+    if (rc >= 0 && own.rc < 0)
+        return claas_fail(own.rc, "%s", own.text);
+    return rc;
+}
+
 static int write_files(const struct writing *w, const char *base_model_name)
 {
     CLAAS_AUTO_FREE char *path = claas_format("%s/adapter_config.json", w->directory);
-    int rc = path ? write_parameters(w) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    int rc = path ? write_tensors(w) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 
-    if (rc >= 0 && w->image->exp_avg && w->image->exp_avg_sq)
-        rc = write_moments(w);
     if (rc >= 0)
         rc = claas_adapter_config_write(path, base_model_name, &w->image->lora);
     if (rc >= 0)

@@ -117,6 +117,27 @@ static void test_blocks_are_reused(void **state)
     claas_host_cache_free(&cache);
 }
 
+/* What the next image will want is at hand, within the budget, at the cost of no image. */
+static void test_prepared(void **state)
+{
+    claas_host_cache_t *cache = open_cache(4 * BYTES + BYTES / 2);
+    struct claas_adapter_image image;
+
+    put(cache, 1, true, false);
+    claas_host_cache_prepare(cache, BYTES, 2);
+    assert_int_equal(stats_of(cache).bytes, 3 * BYTES);
+    claas_host_cache_prepare(cache, BYTES, 2);
+    assert_int_equal(stats_of(cache).bytes, 3 * BYTES);
+    image = image_of(cache, 2, false);
+    assert_int_equal(stats_of(cache).bytes, 3 * BYTES);
+    claas_host_cache_prepare(cache, BYTES, 9);
+    assert_int_equal(stats_of(cache).bytes, 4 * BYTES);
+    assert_int_equal(atomic_load(&fake.host_blocks), 4);
+    assert_true(look(cache, 1, true) == 1);
+    claas_adapter_image_done(&image);
+    claas_host_cache_free(&cache);
+}
+
 /* More than the budget may be in use; what is over it goes as soon as nobody uses it. */
 static void test_more_in_use_than_budget(void **state)
 {
@@ -424,7 +445,7 @@ static void test_unwanted_directory(void **state)
     struct stat info;
     int asked = 0;
 
-    assert_int_equal(claas_adapter_image_new(&rig.device->config, &lora, NULL, true, &image), 0);
+    assert_int_equal(claas_adapter_image_new(&rig.device->config, &lora, NULL, false, &image), 0);
     assert_int_equal(claas_adapter_write_unless(place.paths[0], &rig.device->config, "", &image,
                                                 is_second_question, &asked),
                      CLAAS_ERR_CANCELLED);
@@ -440,6 +461,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_budget_and_order),
         cmocka_unit_test(test_blocks_are_reused),
+        cmocka_unit_test(test_prepared),
         cmocka_unit_test(test_more_in_use_than_budget),
         cmocka_unit_test(test_marks),
         cmocka_unit_test(test_none_and_unpinned),
