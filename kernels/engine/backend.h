@@ -70,7 +70,10 @@ struct claas_backend_train {
     struct claas_adamw_config adamw;
     bool update;
     claas_yield_fn *yield; /* may be NULL */
-    void *yield_arg;
+    /* May be NULL. Called when the device has no room for the step: lets go of what can be had
+     * again, and the step asks once more. */
+    claas_turn_fn *make_room;
+    void *yield_arg; /* of both */
 };
 
 struct claas_backend_memory {

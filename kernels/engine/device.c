@@ -16,7 +16,8 @@
 #define DEFAULT_PREFILL_CHUNK 256
 #define DEFAULT_MAX_BATCH     64
 #define DEFAULT_SLICE_MS      50
-#define HOST_CACHE_SHARE      8 /* of the machine's memory, this part */
+#define HOST_CACHE_SHARE      8                    /* of the machine's memory, this part */
+#define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* a container may be given less than it sees */
 
 void claas_device_poke(claas_device_t *device)
 {
@@ -165,12 +166,14 @@ static int take_options(claas_device_t *device, const struct claas_device_option
 static uint64_t host_cache_budget(const claas_device_t *device)
 {
     int64_t bytes = device->options.host_cache;
+    uint64_t share;
 
     if (bytes >= 0)
         return (uint64_t)bytes;
     if (device->ops->host_new == NULL)
         return 0;
-    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / HOST_CACHE_SHARE;
+    share = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / HOST_CACHE_SHARE;
+    return share < HOST_CACHE_MAX ? share : HOST_CACHE_MAX;
 }
 
 static int open_backend(claas_device_t *device)

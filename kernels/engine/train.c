@@ -299,6 +299,15 @@ static int download(claas_device_t *device, const claas_adapter_t *adapter,
     return rc;
 }
 
+/* The back-end's callback of a step that finds no room. */
+static void make_room(void *arg)
+{
+    claas_device_t *device = arg;
+
+    claas_adapters_drop_hot(device);
+    claas_adapters_sweep(device);
+}
+
 static void mark_training(struct claas_training *training, bool on)
 {
     for (size_t i = 0; training->train.update && i < training->train.row_count; i++)
@@ -325,6 +334,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
     int rc;
 
     training->train.yield = yield_to_generation;
+    training->train.make_room = make_room;
     training->train.yield_arg = device;
     device->current = training;
     device->slice_start = device->last_yield = device->now();
@@ -340,8 +350,6 @@ static void run_training(claas_device_t *device, struct claas_training *training
     if (rc < 0) {
         free(last->trained.rows);
         last->trained = (struct claas_train_result){0};
-        if (rc == CLAAS_ERR_NO_MEMORY) /* the next try shall have more */
-            claas_adapters_drop_hot(device);
         claas_request_fail(&training->request, rc);
         return;
     }
@@ -360,8 +368,7 @@ static int make_copy(claas_device_t *device, const claas_adapter_t *source, claa
     int rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
 
     if (rc == CLAAS_ERR_NO_MEMORY) {
-        claas_adapters_drop_hot(device);
-        claas_adapters_sweep(device);
+        make_room(device);
         rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
     }
     if (rc != CLAAS_ERR_NO_MEMORY && rc != CLAAS_ERR_UNSUPPORTED)

@@ -403,6 +403,10 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     backend->training = false;
     if (failing > 0)
         return claas_fail(CLAAS_ERR_DEVICE, "the training step failed on purpose");
+    if (fake.step_room > 0 && atomic_load(&adapters_alive) > fake.step_room)
+        request->make_room(request->yield_arg);
+    if (fake.step_room > 0 && atomic_load(&adapters_alive) > fake.step_room)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device has no room for a step");
     ret->finite = !fake.report_nonfinite;
     if (request->update && ret->finite)
         update(request);

@@ -25,6 +25,7 @@ struct fake {
     int fail_forwards; /* so many next calls of forward() fail */
     int fail_trains;
     int adapter_room;        /* adapters that fit; 0 = any number */
+    int step_room;           /* adapters beside which a step fits; 0 = any number */
     int train_operations;    /* operations, and calls of yield, of one training step */
     int download_operations; /* the same of reading an adapter back */
     int64_t operation_ns;    /* of the test's clock */

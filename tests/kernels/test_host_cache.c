@@ -403,6 +403,32 @@ static void test_full_device(void **state)
     rig_close(&rig);
 }
 
+/* A step that finds no room gets that of the saved copies. */
+static void test_step_takes_room(void **state)
+{
+    struct rig rig = rig_open_on(&fake_backend_with_memory,
+                                 (struct claas_device_options){.host_cache = 1 << 20});
+    claas_adapter_t *adapter = adapter_new(&rig, 1);
+    struct place place = make_place();
+    struct claas_adapter_info infos[4];
+    claas_adapter_t *kept;
+    uint64_t id;
+
+    save_copy(&rig, adapter, place.paths[0]);
+    assert_int_equal(claas_device_adapters(rig.device, infos, 4), 2);
+    fake.step_room = 1;
+    train(&rig, adapter);
+    assert_int_equal(claas_device_adapters(rig.device, infos, 4), 1);
+    assert_int_equal(claas_device_adapter_copy(rig.client, adapter, &id), 0);
+    kept = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    assert_int_equal(train_submit(&rig, adapter, true, &id), 0); /* what is in use stays */
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    claas_adapter_unref(&kept);
+    claas_adapter_unref(&adapter);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    rig_close(&rig);
+}
+
 /* A save that was given up leaves no directory, unless it had ended. */
 static void test_cancelled_save(void **state)
 {
@@ -469,6 +495,7 @@ int main(void)
         cmocka_unit_test(test_replaced_is_read),
         cmocka_unit_test(test_untrained),
         cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_step_takes_room),
         cmocka_unit_test(test_cancelled_save),
         cmocka_unit_test(test_unwanted_directory),
     };
