@@ -95,7 +95,9 @@ void staging_drop(struct staging **ref)
         claas_device_cancel(staging->trainer->client, staging->id);
         return;
     }
-    if (!staging->error)
+    if (!staging->error) { /* there, unless it was published */
+        claas_device_adapter_forget(staging->trainer->device, staging->directory);
         staged_remove(staging->directory);
+    }
     staging_free(staging);
 }

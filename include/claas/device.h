@@ -126,6 +126,9 @@ bool claas_device_copies(const claas_device_t *device);
 /* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN or KEEP adapter. */
 int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,
                               const char *directory, uint64_t *ret_id);
+/* What was saved to the directory will not be loaded: nothing is kept of it. Before it is removed.
+ */
+void claas_device_adapter_forget(claas_device_t *device, const char *directory);
 claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
 /* Drops a reference and nulls the pointer. The memory is free a moment later: a load or init that
  * meets a full device waits for that moment before it fails. */

@@ -31,7 +31,7 @@ static void unlink_adapter(claas_device_t *device, claas_adapter_t *adapter)
     pthread_mutex_unlock(&device->lock);
 }
 
-/* What the handle is around. */
+/* What the handle is around; it is linked no more. */
 static void release(claas_device_t *device, claas_adapter_t *adapter)
 {
     if (adapter->backend != NULL)
@@ -260,6 +260,29 @@ void claas_adapters_drop_hot(claas_device_t *device)
     pthread_mutex_unlock(&device->lock);
     for (int i = 0; i < CLAAS_HOT_MAX; i++)
         claas_adapter_unref(&dropped[i].adapter);
+}
+
+void claas_device_adapter_forget(claas_device_t *device, const char *directory)
+{
+    struct claas_hot dropped[CLAAS_HOT_MAX] = {0};
+    struct claas_adapter_mark mark;
+
+    if (!claas_adapter_mark_read(directory, &mark))
+        return;
+    pthread_mutex_lock(&device->lock);
+    for (int i = 0; i < CLAAS_HOT_MAX; i++)
+        if (device->hot[i].adapter != NULL &&
+            claas_adapter_mark_is(&device->hot[i].mark, &mark, true)) {
+            dropped[i] = device->hot[i];
+            device->hot[i].adapter = NULL;
+        }
+    for (claas_adapter_t *a = device->adapters; a != NULL; a = a->all_next)
+        if (a->marked && claas_adapter_mark_is(&a->mark, &mark, true))
+            a->marked = false;
+    pthread_mutex_unlock(&device->lock);
+    for (int i = 0; i < CLAAS_HOT_MAX; i++)
+        claas_adapter_unref(&dropped[i].adapter);
+    claas_host_cache_drop(device->host_cache, &mark);
 }
 
 void claas_adapters_close(claas_device_t *device)

@@ -378,6 +378,16 @@ void claas_host_cache_done(claas_host_cache_t *cache, const struct claas_adapter
     pthread_mutex_unlock(&cache->lock);
 }
 
+void claas_host_cache_drop(claas_host_cache_t *cache, const struct claas_adapter_mark *mark)
+{
+    struct cached *found;
+
+    pthread_mutex_lock(&cache->lock);
+    while ((found = find(cache, mark, false)) != NULL && found->users == 0)
+        drop_image(cache, found);
+    pthread_mutex_unlock(&cache->lock);
+}
+
 void claas_host_cache_stats(const claas_host_cache_t *cache, struct claas_host_cache_stats *ret)
 {
     *ret = (struct claas_host_cache_stats){

@@ -167,8 +167,10 @@ static void remember(claas_device_t *device, struct claas_adapter_job *job)
     if (!claas_adapter_mark_read(job->directory, &mark))
         return;
     if (adapter->backend == NULL) { /* its image is in use until its last reference */
+        pthread_mutex_lock(&device->lock);
         adapter->mark = mark;
         adapter->marked = true;
+        pthread_mutex_unlock(&device->lock);
         return;
     }
     claas_host_cache_put(device->host_cache, &mark, true, &job->image);

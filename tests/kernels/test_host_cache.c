@@ -257,6 +257,9 @@ static void save_copy(struct rig *rig, claas_adapter_t *adapter, const char *pat
     assert_int_equal(claas_device_adapter_save(rig->client, kept, path, &id), 0);
     wait_for(rig, CLAAS_EVENT_SAVED, id);
     claas_adapter_unref(&kept);
+    /* The thread's own reference goes after the event; when it fails the next one, it is gone. */
+    assert_int_equal(claas_device_adapter_save(rig->client, adapter, path, &id), 0);
+    assert_int_equal(wait_for(rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_EXISTS);
 }
 
 static uint64_t read_ns(const struct rig *rig)
@@ -297,6 +300,36 @@ static void test_trained_is_served(void **state)
     claas_adapter_unref(&adapter);
     assert_int_equal(claas_remove_all(place.directory), 0);
     rig_close(&rig);
+}
+
+/* A candidate that was written and then replaced by a better one leaves nothing behind. */
+static void forgotten_is_read(const struct claas_backend_ops *ops)
+{
+    struct rig rig = rig_open_on(ops, (struct claas_device_options){.host_cache = 1 << 20});
+    claas_adapter_t *adapter = adapter_new(&rig, 1), *kept;
+    struct place place = make_place();
+    uint64_t stamp = fake_stamp(adapter), id;
+
+    assert_int_equal(claas_device_adapter_copy(rig.client, adapter, &id), 0);
+    kept = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    assert_int_equal(claas_device_adapter_save(rig.client, kept, place.paths[0], &id), 0);
+    wait_for(&rig, CLAAS_EVENT_SAVED, id);
+    claas_device_adapter_forget(rig.device, place.paths[1]); /* there is none: no harm */
+    claas_device_adapter_forget(rig.device, place.paths[0]);
+    claas_adapter_unref(&kept);
+    expect_stamp(&rig, place.paths[0], CLAAS_ADAPTER_SERVE, stamp);
+    assert_true(read_ns(&rig) > 0);
+    train(&rig, adapter); /* by now the compute thread has let go of the handle */
+    assert_int_equal(stats_of(rig.device->host_cache).images, 1); /* what was read is all */
+    claas_adapter_unref(&adapter);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    rig_close(&rig);
+}
+
+static void test_forgotten_is_read(void **state)
+{
+    forgotten_is_read(&fake_backend);
+    forgotten_is_read(&fake_backend_with_memory);
 }
 
 /* A directory that was written anew is read anew, also where it has the name of a cached one. */
@@ -492,6 +525,7 @@ int main(void)
         cmocka_unit_test(test_marks),
         cmocka_unit_test(test_none_and_unpinned),
         cmocka_unit_test(test_trained_is_served),
+        cmocka_unit_test(test_forgotten_is_read),
         cmocka_unit_test(test_replaced_is_read),
         cmocka_unit_test(test_untrained),
         cmocka_unit_test(test_full_device),
