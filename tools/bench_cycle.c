@@ -38,6 +38,13 @@ struct bench_server {
 /* Milliseconds, and counts of tokens, of one cycle. */
 struct cycle_figures {
     double total, rollout, teacher, train, gate;
+    /* The rest: up to the first step, between the steps' parts, from the last one to the version.
+     */
+    double begin, between, end;
+    /* Of the adapter, most of it beside the rest: its directory, and its way to the device and
+     * back.
+     */
+    double read, write, upload, download;
     int64_t steps, rows, tokens;
     uint64_t prefilled, decoded;
     bool published;
@@ -271,6 +278,35 @@ static double transition_time(const cJSON *transition)
     return (double)time;
 }
 
+/* When the job came to a state for the last time; the job's beginning if it never did. */
+static double state_time(const cJSON *transitions, const char *state)
+{
+    double time = transition_time(cJSON_GetArrayItem(transitions, 0));
+    const cJSON *transition;
+
+    cJSON_ArrayForEach(transition, transitions)
+    {
+        const char *name = "";
+
+        claas_json_get_string(transition, "state", &name);
+        if (strcmp(name, state) == 0)
+            time = transition_time(transition);
+    }
+    return time;
+}
+
+/* What the steps do not report. */
+static void set_rest(const cJSON *transitions, struct cycle_figures *figures)
+{
+    double first = transition_time(cJSON_GetArrayItem(transitions, 0));
+    double begun = state_time(transitions, "training"), ended = state_time(transitions, "gating");
+
+    figures->begin = begun - first;
+    figures->between =
+        ended - begun - figures->rollout - figures->teacher - figures->train - figures->gate;
+    figures->end = first + figures->total - ended;
+}
+
 static int read_job(const cJSON *job, struct cycle_figures *figures)
 {
     const cJSON *transitions = claas_json_get(job, "transitions"), *step;
@@ -295,6 +331,7 @@ static int read_job(const cJSON *job, struct cycle_figures *figures)
         if (figures->rows < (int64_t)number(step, "batch_size"))
             figures->rows = (int64_t)number(step, "batch_size");
     }
+    set_rest(transitions, figures);
     return 0;
 }
 
@@ -322,6 +359,10 @@ static int run_cycle(struct bench_server *server, int cycle, int steps, struct c
     *ret = (struct cycle_figures){
         .prefilled = after.tokens_prefilled - before.tokens_prefilled,
         .decoded = after.tokens_decoded - before.tokens_decoded,
+        .read = (double)(after.read_ns - before.read_ns) * 1e-6,
+        .write = (double)(after.write_ns - before.write_ns) * 1e-6,
+        .upload = (double)(after.upload_ns - before.upload_ns) * 1e-6,
+        .download = (double)(after.download_ns - before.download_ns) * 1e-6,
     };
     return read_job(claas_json_get(reply, "job"), ret);
 }
@@ -338,13 +379,17 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+static void set_ms(cJSON *line, const char *key, double ms)
+{
+    claas_json_set_number(line, key, round(ms * 1000) / 1000);
+}
+
 /* The parts are those of one cycle, the one in the middle, so that they add up to its time. */
 static int report(struct bench_server *server, const struct bench_args *args,
                   struct cycle_figures *cycles, const struct claas_device_floor *floor)
 {
     struct bench_rig rig = {.device = server->process.device};
     const struct cycle_figures *middle = &cycles[args->iterations / 2];
-    double other;
     int published = 0;
     cJSON *line;
 
@@ -365,8 +410,14 @@ static int report(struct bench_server *server, const struct bench_args *args,
     claas_json_set_number(line, "teacher_ms", middle->teacher);
     claas_json_set_number(line, "train_ms", middle->train);
     claas_json_set_number(line, "gate_ms", middle->gate);
-    other = middle->total - middle->rollout - middle->teacher - middle->train - middle->gate;
-    claas_json_set_number(line, "other_ms", round(other * 1000) / 1000);
+    set_ms(line, "other_ms", middle->begin + middle->between + middle->end);
+    set_ms(line, "begin_ms", middle->begin);
+    set_ms(line, "between_ms", middle->between);
+    set_ms(line, "end_ms", middle->end);
+    set_ms(line, "adapter_read_ms", middle->read);
+    set_ms(line, "adapter_upload_ms", middle->upload);
+    set_ms(line, "adapter_download_ms", middle->download);
+    set_ms(line, "adapter_write_ms", middle->write);
     claas_json_set_int(line, "tokens", middle->tokens);
     claas_json_set_int(line, "prefilled_tokens", (int64_t)middle->prefilled);
     claas_json_set_int(line, "decoded_tokens", (int64_t)middle->decoded);

@@ -30,9 +30,11 @@ int process_open_device(struct process *process)
         .max_batch = (int)claas_config_int(config, "device.max_batch"),
         .slice_ms = (int)claas_config_int(config, "device.slice"),
     };
+    int64_t host_cache_mb = claas_config_int(config, "device.host_cache_mb");
     const char *warning;
     int rc;
 
+    device.host_cache = host_cache_mb > 0 ? host_cache_mb << 20 : host_cache_mb;
     if (!model.path[0])
         return claas_fail(CLAAS_ERR_INVALID,
                           "no model: give --model PATH (a GGUF file or a Hugging Face directory)");

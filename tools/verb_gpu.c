@@ -89,11 +89,9 @@ static int print_device(const cJSON *device)
 {
     static const struct {
         const char *key, *title;
-    } uses[] = {{"bytes_weights", "weights"},
-                {"bytes_kv", "keys and values"},
-                {"bytes_adapters", "adapters"},
-                {"bytes_workspace", "workspace"},
-                {"bytes_peak", "at most, in all"}};
+    } uses[] = {{"bytes_weights", "weights"},      {"bytes_kv", "keys and values"},
+                {"bytes_adapters", "adapters"},    {"bytes_workspace", "workspace"},
+                {"bytes_peak", "at most, in all"}, {"host_cache_bytes", "in host memory"}};
     static const struct table_column columns[] = {{"name", "ADAPTER", TABLE_TEXT},
                                                   {"use", "USE", TABLE_TEXT},
                                                   {"bytes", "BYTES", TABLE_NUMBER}};
@@ -103,6 +101,10 @@ static int print_device(const cJSON *device)
     printf("server     on %s\n", name);
     for (size_t i = 0; i < CLAAS_COUNT(uses); i++)
         printf("  %-16s %8.1f MB\n", uses[i].title, (double)bytes_at(device, uses[i].key) / 1e6);
+    printf("  %-16s %" PRId64 " adapters, found %" PRId64 " times, read from disk %" PRId64
+           " times\n",
+           "", bytes_at(device, "host_cache_adapters"), bytes_at(device, "host_cache_found"),
+           bytes_at(device, "host_cache_missed"));
     return table_print("adapters", columns, CLAAS_COUNT(columns),
                        claas_json_get(device, "adapters"), false);
 }

@@ -41,6 +41,7 @@ static void set_adapters(const struct sampler *sampler, cJSON *device)
         claas_json_set_string(one, "name", adapters[i].name);
         claas_json_set_string(one, "use", uses[adapters[i].use]);
         claas_json_set_int(one, "bytes", (int64_t)adapters[i].bytes);
+        claas_json_set_bool(one, "in_host", adapters[i].in_host);
         cJSON_AddItemToArray(list, one);
     }
 }
@@ -65,6 +66,10 @@ static cJSON *device_object(const struct sampler *sampler)
     claas_json_set_int(device, "tokens_decoded", (int64_t)stats.tokens_decoded);
     claas_json_set_int(device, "tokens_trained", (int64_t)stats.tokens_trained);
     claas_json_set_int(device, "prefix_tokens_shared", (int64_t)stats.prefix_tokens_shared);
+    claas_json_set_int(device, "host_cache_bytes", (int64_t)stats.host_cache_bytes);
+    claas_json_set_int(device, "host_cache_adapters", (int64_t)stats.host_cache_images);
+    claas_json_set_int(device, "host_cache_found", (int64_t)stats.host_cache_found);
+    claas_json_set_int(device, "host_cache_missed", (int64_t)stats.host_cache_missed);
     set_adapters(sampler, device);
     return device;
 }

@@ -185,6 +185,8 @@ static void send_step(struct cycle_run *run)
     claas_json_set(body, "rows", plan_rows(&run->plan, run->step));
     claas_json_set(body, "training", plan_training(&run->plan, run->scheduler->config, run->step));
     claas_json_set_bool(body, "gate", true);
+    if (run->step < run->plan.steps)
+        claas_json_set(body, "next", plan_rows(&run->plan, run->step + 1));
     rc = cycle_run_ask(run, run->trainer, CLAAS_MSG_CYCLE_STEP, body,
                        cycle_run_patience(run, STEP_ASK_MS), stepped);
     if (rc < 0)

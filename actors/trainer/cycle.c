@@ -2,14 +2,11 @@
  * optimizer steps are in cycle_step.c. */
 #include "cycle.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "claas/err.h"
-#include "claas/file.h"
 #include "claas/mem.h"
-#include "claas/random.h"
 
 struct cycle *cycle_find(struct trainer *trainer, const char *id)
 {
@@ -29,6 +26,12 @@ static void item_done(struct item *item)
     free(item->logprobs);
 }
 
+static void drop_last(struct cycle *cycle)
+{
+    staging_drop(&cycle->last.staging);
+    claas_adapter_unref(&cycle->last.adapter);
+}
+
 void cycle_free(struct cycle *cycle)
 {
     struct cycle **link = &cycle->trainer->cycles;
@@ -38,6 +41,7 @@ void cycle_free(struct cycle *cycle)
     if (*link)
         *link = cycle->next;
     cycle_step_free(cycle);
+    cycle_ahead_free(cycle);
     device_calls_drop(cycle->trainer, cycle);
     base_figures_forget(cycle->trainer, cycle);
     for (size_t i = 0; i < cycle->item_count + cycle->replay_count; i++)
@@ -50,8 +54,8 @@ void cycle_free(struct cycle *cycle)
         free(cycle->held_out[i].tokens);
     }
     cJSON_Delete(cycle->recent);
-    if (cycle->stage_directory[0])
-        staged_remove(cycle->stage_directory); /* if it was not published */
+    staging_drop(&cycle->staging);
+    drop_last(cycle);
     claas_adapter_unref(&cycle->adapter);
     claas_adapter_unref(&cycle->kept);
     free(cycle);
@@ -304,6 +308,14 @@ int cycle_take(struct trainer *trainer, const claas_message_t *message, struct c
     return 0;
 }
 
+/* A disk that is still busy with an earlier candidate would only fall further behind. A failure
+ * shows when the directory is asked for. */
+static void stage_early(struct trainer *trainer, claas_adapter_t *adapter, struct staging **ret)
+{
+    if (trainer->stagings == 0)
+        (void)staging_start(trainer, adapter, ret);
+}
+
 static void copied(struct trainer *trainer, void *arg, struct claas_device_event *event)
 {
     struct cycle *cycle = arg;
@@ -316,6 +328,43 @@ static void copied(struct trainer *trainer, void *arg, struct claas_device_event
     claas_adapter_set_name(cycle->kept, cycle->lora_id);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
+    stage_early(trainer, cycle->kept, &cycle->staging);
+}
+
+static void last_copied(struct trainer *trainer, void *arg, struct claas_device_event *event)
+{
+    struct cycle *cycle = arg;
+
+    if (event->kind != CLAAS_EVENT_ADAPTER)
+        return; /* there is still CYCLE_KEEP */
+    cycle->last.adapter = CLAAS_TAKE(event->adapter);
+    claas_adapter_set_name(cycle->last.adapter, cycle->lora_id);
+    stage_early(trainer, cycle->last.adapter, &cycle->last.staging);
+}
+
+void cycle_last_start(struct cycle *cycle)
+{
+    struct trainer *trainer = cycle->trainer;
+    uint64_t id;
+
+    drop_last(cycle);
+    if (!claas_device_copies(trainer->device))
+        return;
+    cycle->last.step = cycle->step->number;
+    if (claas_device_adapter_copy(trainer->client, cycle->adapter, &id) == 0)
+        (void)device_call_add(trainer, id, last_copied, cycle);
+}
+
+/* Whether the last step's copy is the one to keep: then it is kept now. */
+static bool keep_last(struct cycle *cycle)
+{
+    if (!cycle->last.adapter || cycle->last.step != cycle->kept_step)
+        return false;
+    cycle->kept = CLAAS_TAKE(cycle->last.adapter);
+    cycle->staging = CLAAS_TAKE(cycle->last.staging);
+    if (!cycle->staging)
+        stage_early(cycle->trainer, cycle->kept, &cycle->staging);
+    return true;
 }
 
 int handle_cycle_keep(void *self, claas_message_t *message)
@@ -330,7 +379,12 @@ int handle_cycle_keep(void *self, claas_message_t *message)
         return rc;
     claas_json_get_int(message->body, "step", 1, 10000, &step);
     cycle->kept_step = (int)step;
+    staging_drop(&cycle->staging);
     claas_adapter_unref(&cycle->kept); /* first: two copies would be the cycle's peak of memory */
+    if (keep_last(cycle)) {
+        cycle->busy = false;
+        return claas_actor_reply(trainer->actor, &cycle->reply_to, NULL);
+    }
     rc = claas_device_adapter_copy(trainer->client, cycle->adapter, &id);
     if (rc == 0)
         rc = device_call_add(trainer, id, copied, cycle);
@@ -339,17 +393,17 @@ int handle_cycle_keep(void *self, claas_message_t *message)
     return rc;
 }
 
-static void staged(struct trainer *trainer, void *arg, struct claas_device_event *event)
+static void staged(struct trainer *trainer, void *arg, int error, const char *text)
 {
     struct cycle *cycle = arg;
     cJSON *body;
 
-    if (event->kind != CLAAS_EVENT_SAVED) {
-        cycle_fail(cycle, event->error, event->text);
+    if (error) {
+        cycle_fail(cycle, error, text);
         return;
     }
     body = cJSON_CreateObject();
-    claas_json_set_string(body, "directory", cycle->stage_directory);
+    claas_json_set_string(body, "directory", staging_directory(cycle->staging));
     claas_json_set_int(body, "step", cycle->kept_step);
     cycle->busy = false;
     claas_actor_reply(trainer->actor, &cycle->reply_to, body);
@@ -359,23 +413,21 @@ int handle_cycle_stage(void *self, claas_message_t *message)
 {
     struct trainer *trainer = self;
     struct cycle *cycle = NULL;
-    char hex[17];
-    uint64_t id;
     int rc = cycle_take(trainer, message, &cycle);
 
     if (rc < 0)
         return rc;
-    claas_random_hex(hex, 8);
-    snprintf(cycle->stage_directory, sizeof(cycle->stage_directory), "%s/staging/cycle-%s",
-             claas_config_string(trainer->config, "data"), hex);
     if (!cycle->kept)
         rc = claas_fail(CLAAS_ERR_CONFLICT, "cycle %s kept no step", cycle->id);
-    if (rc == 0)
-        rc = claas_device_adapter_save(trainer->client, cycle->kept, cycle->stage_directory, &id);
-    if (rc == 0)
-        rc = device_call_add(trainer, id, staged, cycle);
+    drop_last(cycle); /* it was no better */
+    if (cycle->staging && staging_has_failed(cycle->staging))
+        staging_drop(&cycle->staging);
+    if (rc == 0 && !cycle->staging)
+        rc = staging_start(trainer, cycle->kept, &cycle->staging);
     if (rc < 0)
         cycle->busy = false;
+    else
+        staging_await(cycle->staging, staged, cycle);
     return rc;
 }
 

@@ -5,6 +5,7 @@
 #include "forms.h"
 #include "generations.h"
 #include "probes.h"
+#include "staging.h"
 
 #define CYCLE_ITEMS_MAX 272 /* new and replayed feedback */
 #define CYCLE_HELD_OUT                                                                             \
@@ -39,11 +40,16 @@ struct step_row {
 };
 
 struct cycle_step {
+    struct cycle *cycle;
     int number;
     bool gate;
+    cJSON *asked, *next; /* rows as they came in the request: this step's, and the next one's */
     struct step_row *rows;
     size_t row_count;
     struct generations *rollouts; /* of the rows, then the held-out ones at step 1 */
+    bool rolled_out;              /* they have ended, or there were none */
+    int rollout_error;
+    char *rollout_text;
     struct claas_loss_config loss;
     struct claas_adamw_config adamw;
     cJSON *reply;   /* built up phase by phase */
@@ -75,10 +81,18 @@ struct cycle {
         bool replay;
     } held_out[2 * CYCLE_HELD_OUT];
     size_t held_out_count;
-    struct cycle_step *step; /* under way */
-    bool busy;               /* a request is being answered */
+    struct cycle_step *step;  /* under way */
+    struct cycle_step *ahead; /* the one after it: its rollouts are being sampled */
+    bool busy;                /* a request is being answered */
     struct claas_reply_to reply_to;
-    char stage_directory[4096];
+    struct staging *staging; /* of `kept` */
+    /* What the last step made, before anybody knows whether it is the best: while its gate is
+     * measured it is written. */
+    struct {
+        claas_adapter_t *adapter; /* NULL: none */
+        struct staging *staging;
+        int step;
+    } last;
 };
 
 struct cycle *cycle_find(struct trainer *trainer, const char *id);
@@ -94,6 +108,10 @@ int step_rows_build(struct cycle *cycle, struct cycle_step *step, const cJSON *r
 int step_row_mask(const claas_tokenizer_t *tokenizer, const int32_t *tokens, size_t count,
                   uint8_t **ret);
 void cycle_step_free(struct cycle *cycle);
+void cycle_ahead_free(struct cycle *cycle);
+/* The step under way is the last one and has been trained: copies what it made, where that costs
+ * nothing, and begins to write it. */
+void cycle_last_start(struct cycle *cycle);
 
 /* gate.c */
 int cycle_gate_start(struct cycle *cycle);

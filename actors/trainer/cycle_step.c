@@ -1,5 +1,10 @@
 /* One step of a cycle: rollouts with the weights as they stand, one optimizer step over all rows,
- * then the gate's figures. Each phase starts from the last event of the one before. */
+ * then the gate's figures. Each phase starts from the last event of the one before.
+ *
+ * While the gate is measured the weights are already those that the next step samples with, and the
+ * gate's few answers leave most of the device idle: where the asker has said what the next step's
+ * rows will be, their rollouts are sampled beside them (`cycle->ahead`). They are what they would
+ * have been: seeds follow from the cycle's, the step's and the row's number alone. */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -69,6 +74,8 @@ double cycle_step_phase(struct cycle *cycle, const char *phase)
     claas_actor_progress(cycle->trainer->actor, &cycle->reply_to, body);
     return cycle_step_lap(cycle->step);
 }
+
+static void start_ahead(struct cycle *cycle);
 
 /* --- training
  * ---------------------------------------------------------------------------------------------------------
@@ -157,9 +164,13 @@ static void trained(struct trainer *trainer, void *arg, struct claas_device_even
         return;
     }
     cycle_step_phase(cycle, "gate");
+    if (!step->next)
+        cycle_last_start(cycle);
     rc = cycle_gate_start(cycle);
     if (rc < 0)
         cycle_step_fail(cycle, rc, claas_error_text());
+    else
+        start_ahead(cycle);
 }
 
 static int fill_train_row(struct cycle *cycle, struct step_row *row, struct claas_train_row *out)
@@ -272,16 +283,14 @@ static int keep_held_out(struct cycle *cycle, size_t first)
     return 0;
 }
 
-static void rolled_out(struct trainer *trainer, void *arg, int error, const char *text)
+static void rolled_out(struct cycle *cycle)
 {
-    struct cycle *cycle = arg;
     struct cycle_step *step = cycle->step;
     size_t sampled = 0;
     int rc = 0;
 
-    (void)trainer;
-    if (error) {
-        cycle_step_fail(cycle, error, text);
+    if (step->rollout_error) {
+        cycle_step_fail(cycle, step->rollout_error, step->rollout_text);
         return;
     }
     for (size_t i = 0; i < step->row_count; i++)
@@ -295,17 +304,28 @@ static void rolled_out(struct trainer *trainer, void *arg, int error, const char
         cycle_step_fail(cycle, rc, claas_error_text());
 }
 
-/* Seeds follow from the cycle's, the step's and the row's number alone. */
-static uint64_t row_seed(const struct cycle *cycle, size_t row)
+static void rollouts_ended(struct trainer *trainer, void *arg, int error, const char *text)
 {
-    return cycle->seed + (uint64_t)cycle->step->number * 1000003u + row * 7919u;
+    struct cycle_step *step = arg;
+
+    (void)trainer;
+    step->rolled_out = true;
+    step->rollout_error = error;
+    if (error)
+        step->rollout_text = claas_strdup(text);
+    if (step->cycle->step == step)
+        rolled_out(step->cycle);
+}
+
+static uint64_t row_seed(const struct cycle_step *step, size_t row)
+{
+    return step->cycle->seed + (uint64_t)step->number * 1000003u + row * 7919u;
 }
 
 /* The rows whose teacher prompts are answered once more for the score: the first few of each
  * source. */
-static size_t held_out_wanted(const struct cycle *cycle, const struct step_row **rows)
+static size_t held_out_wanted(const struct cycle_step *step, const struct step_row **rows)
 {
-    const struct cycle_step *step = cycle->step;
     size_t count = 0, fresh = 0, replay = 0;
 
     if (step->number != 1 || !step->gate)
@@ -318,22 +338,20 @@ static size_t held_out_wanted(const struct cycle *cycle, const struct step_row *
     return count;
 }
 
-static int start_rollouts(struct cycle *cycle)
+static int start_rollouts(struct cycle_step *step)
 {
-    struct cycle_step *step = cycle->step;
+    const struct cycle *cycle = step->cycle;
     const struct step_row *held_out[2 * CYCLE_HELD_OUT];
-    size_t extra = held_out_wanted(cycle, held_out);
+    size_t extra = held_out_wanted(step, held_out);
     size_t sampled = 0, n = 0;
     int rc;
 
     for (size_t i = 0; i < step->row_count; i++)
         sampled += step->rows[i].source != ROW_RECORDED;
-    cycle_step_phase(cycle, "rollout");
-    if (sampled + extra == 0) {
-        rolled_out(cycle->trainer, cycle, 0, NULL);
+    step->rolled_out = sampled + extra == 0;
+    if (step->rolled_out)
         return 0;
-    }
-    rc = generations_new(cycle->trainer, sampled + extra, cycle->max_tokens, rolled_out, cycle,
+    rc = generations_new(cycle->trainer, sampled + extra, cycle->max_tokens, rollouts_ended, step,
                          &step->rollouts);
     for (size_t i = 0; rc == 0 && i < step->row_count; i++) {
         struct step_row *row = &step->rows[i];
@@ -346,7 +364,7 @@ static int start_rollouts(struct cycle *cycle)
         row->rollout->adapter = row->from_teacher ? NULL : cycle->adapter;
         row->rollout->temperature = 1;
         row->rollout->max_tokens = row->max_tokens;
-        row->rollout->seed = row_seed(cycle, i);
+        row->rollout->seed = row_seed(step, i);
     }
     for (size_t i = 0; rc == 0 && i < extra; i++) {
         struct generation *answer = &step->rollouts->items[n++];
@@ -355,7 +373,7 @@ static int start_rollouts(struct cycle *cycle)
         answer->prompt_count = held_out[i]->teacher_count;
         answer->temperature = 1;
         answer->max_tokens = held_out[i]->max_tokens;
-        answer->seed = row_seed(cycle, 500000 + i);
+        answer->seed = row_seed(step, 500000 + i);
     }
     return rc < 0 ? rc : generations_start(step->rollouts);
 }
@@ -399,31 +417,70 @@ static int read_training(const cJSON *json, struct cycle_step *step)
     return 0;
 }
 
+static int new_step(struct cycle *cycle, int number, bool gate, const cJSON *rows,
+                    struct cycle_step **ret)
+{
+    struct cycle_step *step = CLAAS_NEW(struct cycle_step);
+    int rc;
+
+    if (!step)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    *ret = step; /* whatever happens: its owner frees it */
+    step->cycle = cycle;
+    step->number = number;
+    step->gate = gate;
+    step->asked = cJSON_Duplicate(rows, true);
+    rc = step->asked ? step_rows_build(cycle, step, rows) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    return rc < 0 ? rc : start_rollouts(step);
+}
+
+/* The step after this one. What keeps it from being begun will be said when it is asked for. */
+static void start_ahead(struct cycle *cycle)
+{
+    const struct cycle_step *step = cycle->step;
+
+    if (step->next && new_step(cycle, step->number + 1, true, step->next, &cycle->ahead) < 0)
+        cycle_ahead_free(cycle);
+}
+
+/* Whether the step that was begun ahead is the one that is asked for: then it is under way. */
+static bool take_ahead(struct cycle *cycle, int number, bool gate, const cJSON *rows)
+{
+    const struct cycle_step *ahead = cycle->ahead;
+
+    if (ahead && ahead->number == number && ahead->gate == gate &&
+        cJSON_Compare(ahead->asked, rows, true))
+        cycle->step = CLAAS_TAKE(cycle->ahead);
+    else
+        cycle_ahead_free(cycle);
+    return cycle->step != NULL;
+}
+
 int handle_cycle_step(void *self, claas_message_t *message)
 {
     struct trainer *trainer = self;
+    const cJSON *rows = claas_json_get(message->body, "rows");
     struct cycle *cycle = NULL;
     int64_t number_of_step = 0;
+    bool gate = false;
     int rc = cycle_take(trainer, message, &cycle);
 
     if (rc < 0)
         return rc;
-    cycle->step = CLAAS_NEW(struct cycle_step);
-    if (!cycle->step) {
-        cycle->busy = false;
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    }
     claas_json_get_int(message->body, "step", 1, 10000, &number_of_step);
-    cycle->step->number = (int)number_of_step;
-    claas_json_get_bool(message->body, "gate", &cycle->step->gate);
-    rc = read_training(claas_json_get(message->body, "training"), cycle->step);
+    claas_json_get_bool(message->body, "gate", &gate);
+    if (!take_ahead(cycle, (int)number_of_step, gate, rows))
+        rc = new_step(cycle, (int)number_of_step, gate, rows, &cycle->step);
     if (rc == 0)
-        rc = step_rows_build(cycle, cycle->step, claas_json_get(message->body, "rows"));
-    if (rc == 0)
-        rc = start_rollouts(cycle);
+        rc = read_training(claas_json_get(message->body, "training"), cycle->step);
     if (rc < 0) {
         cycle_step_free(cycle);
         cycle->busy = false;
+        return rc;
     }
-    return rc;
+    cycle->step->next = cJSON_Duplicate(claas_json_get(message->body, "next"), true);
+    cycle_step_phase(cycle, "rollout");
+    if (cycle->step->rolled_out)
+        rolled_out(cycle);
+    return 0;
 }

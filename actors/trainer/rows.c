@@ -224,19 +224,30 @@ int step_row_mask(const claas_tokenizer_t *tokenizer, const int32_t *tokens, siz
     return 0;
 }
 
-void cycle_step_free(struct cycle *cycle)
+static void step_free(struct cycle_step *step)
 {
-    struct cycle_step *step = cycle->step;
-
-    if (!step)
-        return;
-    device_calls_drop(cycle->trainer, cycle);
     generations_free(&step->rollouts);
     generations_free(&step->answers);
     for (size_t i = 0; i < step->row_count; i++)
         row_done(&step->rows[i]);
     free(step->rows);
+    free(step->rollout_text);
+    cJSON_Delete(step->asked);
+    cJSON_Delete(step->next);
     cJSON_Delete(step->reply);
     free(step);
-    cycle->step = NULL;
+}
+
+void cycle_step_free(struct cycle *cycle)
+{
+    if (!cycle->step)
+        return;
+    device_calls_drop(cycle->trainer, cycle);
+    step_free(CLAAS_TAKE(cycle->step));
+}
+
+void cycle_ahead_free(struct cycle *cycle)
+{
+    if (cycle->ahead)
+        step_free(CLAAS_TAKE(cycle->ahead));
 }

@@ -30,6 +30,7 @@ struct trainer {
     struct cycle *cycles;
     struct probes *probes;
     struct imports *imports;
+    int stagings;         /* kept adapters that are being written, wanted or not */
     int adapters_in_work; /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
     bool draining;
 };

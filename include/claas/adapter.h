@@ -55,12 +55,25 @@ size_t claas_lora_offset(const struct claas_model_config *model,
 void claas_lora_init(const struct claas_model_config *model, const struct claas_lora_config *lora,
                      uint64_t seed, float *parameters);
 
+/* Where the arrays of an image come from and go back to: an owner of memory that is kept for the
+ * next image. Any thread. */
+struct claas_adapter_memory {
+    void *(*take)(void *arg, size_t bytes); /* not zeroed; NULL: none is left */
+    void (*give)(void *arg, void *array);
+    void *arg;
+};
 struct claas_adapter_image {
     struct claas_lora_config lora;
     float *parameters;           /* claas_lora_parameter_count elements; owned */
     float *exp_avg, *exp_avg_sq; /* NULL when the directory has no optimizer state; owned */
     int64_t step;                /* optimizer steps taken */
+    const struct claas_adapter_memory *memory; /* of the arrays; NULL: malloc and free */
 };
+/* An image with arrays from `memory`, the values still to be filled in. */
+int claas_adapter_image_new(const struct claas_model_config *model,
+                            const struct claas_lora_config *lora,
+                            const struct claas_adapter_memory *memory, bool moments,
+                            struct claas_adapter_image *ret);
 void claas_adapter_image_done(struct claas_adapter_image *image);
 
 /* Reads and checks a directory against a model: every tensor named, shaped and finite. Accepts F32,
@@ -68,9 +81,18 @@ void claas_adapter_image_done(struct claas_adapter_image *image);
  * rank_pattern) with UNSUPPORTED. */
 int claas_adapter_read(const char *directory, const struct claas_model_config *model,
                        bool with_moments, struct claas_adapter_image *ret);
+/* The same into arrays from `memory`. */
+int claas_adapter_read_into(const char *directory, const struct claas_model_config *model,
+                            bool with_moments, const struct claas_adapter_memory *memory,
+                            struct claas_adapter_image *ret);
 /* Writes and fsyncs a complete directory (created by the call, must not exist). */
 int claas_adapter_write(const char *directory, const struct claas_model_config *model,
                         const char *base_model_name, const struct claas_adapter_image *image);
+/* The same, asking between tensors whether it is still wanted: CANCELLED if not, and the directory
+ * is gone as after any failure. */
+int claas_adapter_write_unless(const char *directory, const struct claas_model_config *model,
+                               const char *base_model_name, const struct claas_adapter_image *image,
+                               bool (*is_unwanted)(void *arg), void *arg);
 
 #ifdef __cplusplus
 }

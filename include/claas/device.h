@@ -33,6 +33,8 @@ struct claas_device_options {
     int prefill_chunk;     /* most prompt tokens of one forward pass; 0 = 256, on a GPU 2048 */
     int max_batch;         /* most sequences decoded together; 0 = 64 */
     int slice_ms;          /* longest slice of training while chat waits; 0 = 50 */
+    int64_t host_cache;    /* bytes for images of adapters in the host's memory; 0 = none, -1 = on a
+                              GPU an eighth of the machine's, at most 16 GiB, else none */
 };
 
 /* `model` must outlive the device; its weights are copied into the device's layout. */
@@ -55,6 +57,12 @@ struct claas_device_stats {
     int running, waiting; /* sequences */
     uint64_t tokens_prefilled, tokens_decoded, tokens_trained;
     uint64_t prefix_tokens_shared; /* prompt tokens not computed because their blocks were shared */
+    /* Time spent on adapters so far, most of it beside all else: directories read and written, and
+     * images moved to the device and back. */
+    uint64_t read_ns, write_ns, upload_ns, download_ns;
+    uint64_t clones;           /* copies of adapters made on the device */
+    uint64_t host_cache_bytes; /* images of adapters in the host's memory, and room for more */
+    uint64_t host_cache_images, host_cache_found, host_cache_missed;
 };
 void claas_device_stats(const claas_device_t *device, struct claas_device_stats *ret);
 
@@ -107,8 +115,8 @@ void claas_device_client_gave(claas_device_client_t *client);
 enum claas_adapter_use {
     CLAAS_ADAPTER_SERVE, /* forward only */
     CLAAS_ADAPTER_TRAIN, /* float32 weights and moments kept beside */
-    CLAAS_ADAPTER_KEEP,  /* weights and moments in the host's memory, to be saved and nothing else:
-                            takes least memory, and none of the device's */
+    CLAAS_ADAPTER_KEEP,  /* weights and moments, to be saved and nothing else: takes least memory. A
+                            copy is in a GPU's memory if that has room, else in the host's */
 };
 /* Loads a PEFT directory. But for SERVE the moments come along if the directory has them, else they
  * are zero. */
@@ -120,9 +128,14 @@ int claas_device_adapter_init(claas_device_client_t *client, const struct claas_
 /* A KEEP copy of a TRAIN adapter as it stands after the client's requests before this one. */
 int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
                               uint64_t *ret_id);
+/* Whether a copy is made on the device: in a millisecond, and without the host's memory. */
+bool claas_device_copies(const claas_device_t *device);
 /* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN or KEEP adapter. */
 int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,
                               const char *directory, uint64_t *ret_id);
+/* What was saved to the directory will not be loaded: nothing is kept of it. Before it is removed.
+ */
+void claas_device_adapter_forget(claas_device_t *device, const char *directory);
 claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
 /* Drops a reference and nulls the pointer. The memory is free a moment later: a load or init that
  * meets a full device waits for that moment before it fails. */
@@ -137,7 +150,8 @@ void claas_adapter_set_name(claas_adapter_t *adapter, const char *name);
 struct claas_adapter_info {
     char name[288]; /* as its owner called it, "" if it did not */
     enum claas_adapter_use use;
-    uint64_t bytes; /* of the device; of KEEP, of the host */
+    uint64_t bytes;
+    bool in_host; /* bytes of the host's memory, not the device's */
 };
 /* Fills `ret` with the youngest `max`; returns how many there are in all. */
 size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_info *ret,

@@ -3,6 +3,7 @@
 #ifndef CLAAS_SAFETENSORS_H
 #define CLAAS_SAFETENSORS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -44,5 +45,10 @@ struct claas_safetensor_out {
 };
 int claas_safetensors_write(const char *path, const struct claas_safetensor_out *tensors,
                             size_t count, const char *const *metadata);
+/* The same, asking between tensors whether the file is still wanted (NULL: it is): CANCELLED if
+ * not, and there is no file. */
+int claas_safetensors_write_unless(const char *path, const struct claas_safetensor_out *tensors,
+                                   size_t count, const char *const *metadata,
+                                   bool (*is_unwanted)(void *arg), void *arg);
 
 #endif

@@ -316,17 +316,16 @@ int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *
 int claas_cpu_adapter_download(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                                claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret)
 {
-    size_t count = claas_lora_parameter_count(&backend->model.config, &adapter->lora);
-    CLAAS_AUTO(claas_adapter_image_done)
-    struct claas_adapter_image image = {.lora = adapter->lora, .step = adapter->step};
+    CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
+    int code;
 
     if (adapter->use != CLAAS_ADAPTER_TRAIN)
         return claas_fail(CLAAS_ERR_INVALID, "only an adapter in training can be read back");
-    image.parameters = CLAAS_NEW_ARRAY(float, count);
-    image.exp_avg = CLAAS_NEW_ARRAY(float, count);
-    image.exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
-    if (!image.parameters || !image.exp_avg || !image.exp_avg_sq)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to read an adapter back");
+    code =
+        claas_adapter_image_new(&backend->model.config, &adapter->lora, ret->memory, true, &image);
+    if (code < 0)
+        return code;
+    image.step = adapter->step;
     copy_image(backend, adapter, image.parameters, adapter->parameters, true, turn, turn_arg);
     copy_image(backend, adapter, image.exp_avg, adapter->exp_avg, true, turn, turn_arg);
     copy_image(backend, adapter, image.exp_avg_sq, adapter->exp_avg_sq, true, turn, turn_arg);

@@ -9,8 +9,9 @@
  *   view[i] = round(A_i)  or  round(scale * B_i);  a thread does 8 elements: 32 bytes read, 16
  *   written. Within a layer the B of a weight's modules lie together, behind their A.
  *
- * Images come and go a layer at a time through two pinned buffers, on the calling thread's own
- * stream, because that thread is not the one that computes. */
+ * Images come and go a layer at a time on the calling thread's own stream, because that thread is
+ * not the one that computes: a pinned image a matrix at a time to its place, any other through two
+ * pinned buffers. */
 #include "cuda/cuda_model.h"
 
 #include "claas/mem.h"
@@ -70,8 +71,9 @@ int cuda_lora_layout(const struct cuda_model *model, const struct claas_lora_con
     return 0;
 }
 
-int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *model,
-                     const struct claas_lora_config *lora, bool trains, struct cuda_adapter *ret)
+static int new_adapter(struct cuda_context *context, const struct cuda_model *model,
+                       const struct claas_lora_config *lora, bool view, bool trains,
+                       struct cuda_adapter *ret)
 {
     struct cuda_adapter adapter;
     int rc;
@@ -83,8 +85,9 @@ int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *mode
     if (rc < 0)
         return rc;
     adapter.scale = lora->alpha / (float)lora->rank;
-    rc = cuda_region_new(context, &adapter.view, adapter.layout.count * context->act_bytes,
-                         "an adapter");
+    if (view)
+        rc = cuda_region_new(context, &adapter.view, adapter.layout.count * context->act_bytes,
+                             "an adapter");
     if (rc == 0 && trains) {
         rc = cuda_region_new(context, &adapter.masters, 3 * adapter.layout.count * sizeof(float),
                              "an adapter in training");
@@ -100,6 +103,12 @@ int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *mode
     }
     *ret = adapter;
     return 0;
+}
+
+int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *model,
+                     const struct claas_lora_config *lora, bool trains, struct cuda_adapter *ret)
+{
+    return new_adapter(context, model, lora, true, trains, ret);
 }
 
 void cuda_adapter_done(struct cuda_context *context, struct cuda_adapter *adapter)
@@ -241,6 +250,7 @@ static void copy_layer(const struct cuda_model *model, const struct cuda_adapter
 
 struct shuttle {
     cudaStream_t stream;
+    bool direct;             /* the image is pinned: no buffers */
     void (*turn)(void *arg); /* of a download, or NULL */
     void *turn_arg;
     float *host[2]; /* pinned, a layer each, zeroed */
@@ -261,21 +271,39 @@ static void close_shuttle(struct cuda_context *context, struct shuttle *shuttle)
     cuda_region_done(context, &shuttle->layer);
 }
 
+static bool is_pinned(const void *base)
+{
+    struct cudaPointerAttributes attributes;
+    cudaError_t code = cudaPointerGetAttributes(&attributes, base);
+
+    (void)cudaGetLastError();
+    return code == cudaSuccess && attributes.type == cudaMemoryTypeHost;
+}
+
+/* Whether all arrays of the image that are there are pinned. */
+static bool is_pinned_image(const struct claas_adapter_image *image)
+{
+    return is_pinned(image->parameters) && (!image->exp_avg || is_pinned(image->exp_avg)) &&
+           (!image->exp_avg_sq || is_pinned(image->exp_avg_sq));
+}
+
 static int open_shuttle(struct cuda_context *context, const struct cuda_adapter *adapter,
-                        struct shuttle *shuttle)
+                        const struct claas_adapter_image *image, struct shuttle *shuttle)
 {
     size_t bytes = adapter->layout.layer * sizeof(float);
     int rc = 0;
 
     memset(shuttle, 0, sizeof(*shuttle));
     shuttle->stream = cudaStreamPerThread;
+    shuttle->direct = is_pinned_image(image);
     for (int i = 0; i < 2 && rc == 0; i++) {
+        rc = cuda_check(context,
+                        cudaEventCreateWithFlags(&shuttle->done[i], cudaEventDisableTiming),
+                        "making an event");
+        if (rc < 0 || shuttle->direct)
+            continue;
         rc = cuda_check(context, cudaMallocHost((void **)&shuttle->host[i], bytes),
                         "pinned memory for an adapter");
-        if (rc == 0)
-            rc = cuda_check(context,
-                            cudaEventCreateWithFlags(&shuttle->done[i], cudaEventDisableTiming),
-                            "making an event");
         if (rc == 0)
             memset(shuttle->host[i], 0, bytes);
     }
@@ -286,6 +314,16 @@ static int open_shuttle(struct cuda_context *context, const struct cuda_adapter 
     return rc;
 }
 
+/* Notes that what was queued by now belongs to a turn. */
+static int note_copy(struct cuda_context *context, struct shuttle *shuttle, int turn)
+{
+    int rc = cuda_check(context, cudaEventRecord(shuttle->done[turn], shuttle->stream),
+                        "copying an adapter");
+
+    shuttle->pending[turn] = rc == 0;
+    return rc;
+}
+
 /* Starts a copy and notes when it is done. */
 static int start_copy(struct cuda_context *context, struct shuttle *shuttle, int turn, void *to,
                       const void *from, size_t bytes, cudaMemcpyKind kind)
@@ -293,10 +331,57 @@ static int start_copy(struct cuda_context *context, struct shuttle *shuttle, int
     int rc = cuda_check(context, cudaMemcpyAsync(to, from, bytes, kind, shuttle->stream),
                         "copying an adapter");
 
-    if (rc == 0)
-        rc = cuda_check(context, cudaEventRecord(shuttle->done[turn], shuttle->stream),
-                        "copying an adapter");
-    shuttle->pending[turn] = rc == 0;
+    return rc < 0 ? rc : note_copy(context, shuttle, turn);
+}
+
+/* Starts the copy of one matrix of `rows` rows of `count` floats, which lie ld_… apart. */
+static int start_matrix(struct cuda_context *context, const struct shuttle *shuttle, float *to,
+                        int ld_to, const float *from, int ld_from, int rows, int count,
+                        cudaMemcpyKind kind)
+{
+    size_t width = (size_t)count * sizeof(float);
+    cudaError_t code;
+
+    if (ld_to == count && ld_from == count)
+        code = cudaMemcpyAsync(to, from, (size_t)rows * width, kind, shuttle->stream);
+    else
+        code = cudaMemcpy2DAsync(to, (size_t)ld_to * sizeof(float), from,
+                                 (size_t)ld_from * sizeof(float), width, (size_t)rows, kind,
+                                 shuttle->stream);
+    return cuda_check(context, code, "copying an adapter");
+}
+
+/* What copy_layer does, between a pinned image and the device: the layer's padding stays. */
+static int start_layer(struct cuda_context *context, const struct cuda_model *model,
+                       const struct cuda_adapter *adapter, const struct shuttle *shuttle, int l,
+                       float *image, float *layer, bool to_image)
+{
+    cudaMemcpyKind kind = to_image ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
+    const struct cuda_lora_layout *layout = &adapter->layout;
+    int r = adapter->lora.rank, rc = 0;
+
+    for (int w = 0; w < CUDA_WEIGHTS; w++) {
+        const struct cuda_weight *weight = &model->layers[l].weights[w];
+
+        for (int i = 0; i < weight->part_count && rc == 0; i++) {
+            enum claas_module module = weight->parts[i].module;
+            int index = layout->index[module], n = weight->parts[i].n, k = weight->k;
+            float *image_a, *image_b, *a, *b;
+
+            if (index < 0)
+                continue;
+            image_a = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 0);
+            image_b = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 1);
+            a = layer + layout->a[w] + (size_t)index * (size_t)layout->rank * (size_t)k;
+            b = layer + layout->b[module];
+            rc = to_image ? start_matrix(context, shuttle, image_a, k, a, k, r, k, kind)
+                          : start_matrix(context, shuttle, a, k, image_a, k, r, k, kind);
+            if (rc == 0)
+                rc = to_image
+                         ? start_matrix(context, shuttle, image_b, r, b, layout->rank, n, r, kind)
+                         : start_matrix(context, shuttle, b, layout->rank, image_b, r, n, r, kind);
+        }
+    }
     return rc;
 }
 
@@ -312,8 +397,8 @@ static int wait_copy(struct cuda_context *context, struct shuttle *shuttle, int 
 
 /* --- upload --- */
 
-/* One array of the image. device NULL: only its view is kept. The buffers' padding was zeroed at
- * the start, and nothing is written there. */
+/* One array of the image. device NULL: only its view is kept. The padding of the buffers, and of
+ * what is on the device, was zeroed at the start, and nothing is written there. */
 static int upload_array(struct cuda_context *context, const struct cuda_model *model,
                         const struct cuda_adapter *adapter, struct shuttle *shuttle,
                         const float *image, float *device)
@@ -325,12 +410,16 @@ static int upload_array(struct cuda_context *context, const struct cuda_model *m
         int turn = l & 1;
         float *target = device ? device + (size_t)l * layer : (float *)shuttle->layer.base;
 
-        rc = wait_copy(context, shuttle, turn);
-        if (rc < 0)
-            return rc;
-        copy_layer(model, adapter, l, (float *)(uintptr_t)image, shuttle->host[turn], false);
-        rc = start_copy(context, shuttle, turn, target, shuttle->host[turn], layer * sizeof(float),
-                        cudaMemcpyHostToDevice);
+        if (shuttle->direct)
+            rc = start_layer(context, model, adapter, shuttle, l, (float *)(uintptr_t)image,
+                             target, false);
+        else
+            rc = wait_copy(context, shuttle, turn);
+        if (rc == 0 && !shuttle->direct) {
+            copy_layer(model, adapter, l, (float *)(uintptr_t)image, shuttle->host[turn], false);
+            rc = start_copy(context, shuttle, turn, target, shuttle->host[turn],
+                            layer * sizeof(float), cudaMemcpyHostToDevice);
+        }
         if (rc == 0 && !device)
             rc = make_view(context, model, adapter, shuttle->stream, target, l, 1);
     }
@@ -366,7 +455,7 @@ int cuda_adapter_upload(struct cuda_context *context, const struct cuda_model *m
 
     if (!same_lora(&image->lora, &adapter->lora) || !image->parameters)
         return claas_fail(CLAAS_ERR_INVALID, "the adapter's image has another shape");
-    rc = open_shuttle(context, adapter, &shuttle);
+    rc = open_shuttle(context, adapter, image, &shuttle);
     if (rc < 0)
         return rc;
     rc = upload_array(context, model, adapter, &shuttle, image->parameters, adapter->parameters);
@@ -386,6 +475,19 @@ int cuda_adapter_upload(struct cuda_context *context, const struct cuda_model *m
 
 /* --- download --- */
 
+static int start_download(struct cuda_context *context, const struct cuda_model *model,
+                          const struct cuda_adapter *adapter, struct shuttle *shuttle,
+                          const float *layer, int l, float *image)
+{
+    int rc;
+
+    if (!shuttle->direct)
+        return start_copy(context, shuttle, l & 1, shuttle->host[l & 1], layer,
+                          adapter->layout.layer * sizeof(float), cudaMemcpyDeviceToHost);
+    rc = start_layer(context, model, adapter, shuttle, l, image, (float *)(uintptr_t)layer, true);
+    return rc < 0 ? rc : note_copy(context, shuttle, l & 1);
+}
+
 /* One array into the image: while a layer is unpacked the next one is on its way. */
 static int download_array(struct cuda_context *context, const struct cuda_model *model,
                           const struct cuda_adapter *adapter, struct shuttle *shuttle,
@@ -396,12 +498,11 @@ static int download_array(struct cuda_context *context, const struct cuda_model 
 
     for (int l = 0; l <= layers && rc == 0; l++) {
         if (l < layers)
-            rc = start_copy(context, shuttle, l & 1, shuttle->host[l & 1],
-                            device + (size_t)l * layer, layer * sizeof(float),
-                            cudaMemcpyDeviceToHost);
+            rc = start_download(context, model, adapter, shuttle, device + (size_t)l * layer, l,
+                                image);
         if (rc == 0 && l > 0) {
             rc = wait_copy(context, shuttle, (l - 1) & 1);
-            if (rc == 0)
+            if (rc == 0 && !shuttle->direct)
                 copy_layer(model, adapter, l - 1, image, shuttle->host[(l - 1) & 1], true);
             if (shuttle->turn)
                 shuttle->turn(shuttle->turn_arg);
@@ -410,20 +511,19 @@ static int download_array(struct cuda_context *context, const struct cuda_model 
     return rc;
 }
 
-/* The shuttle's stream goes on where the computing stream is now: an update may still be queued. */
-static int follow(struct cuda_context *context, struct shuttle *shuttle)
+/* A stream goes on where the computing stream is now: an update may still be queued. */
+static int follow(struct cuda_context *context, cudaStream_t stream, cudaEvent_t now)
 {
-    cudaEvent_t now = shuttle->done[0];
     cudaError_t code;
     int rc;
 
     cuda_capture_lock(context);
     code = cudaEventRecord(now, context->stream);
     cuda_capture_unlock(context);
-    rc = cuda_check(context, code, "reading an adapter back");
-    return rc < 0 ? rc
-                  : cuda_check(context, cudaStreamWaitEvent(shuttle->stream, now, 0),
-                               "reading an adapter back");
+    rc = cuda_check(context, code, "reading an adapter");
+    return rc < 0
+               ? rc
+               : cuda_check(context, cudaStreamWaitEvent(stream, now, 0), "reading an adapter");
 }
 
 static int download_all(struct cuda_context *context, const struct cuda_model *model,
@@ -431,13 +531,13 @@ static int download_all(struct cuda_context *context, const struct cuda_model *m
                         struct claas_adapter_image *image)
 {
     struct shuttle shuttle;
-    int rc = open_shuttle(context, adapter, &shuttle);
+    int rc = open_shuttle(context, adapter, image, &shuttle);
 
     if (rc < 0)
         return rc;
     shuttle.turn = turn;
     shuttle.turn_arg = turn_arg;
-    rc = follow(context, &shuttle);
+    rc = follow(context, shuttle.stream, shuttle.done[0]);
     if (rc == 0)
         rc = download_array(context, model, adapter, &shuttle, adapter->parameters,
                             image->parameters);
@@ -454,26 +554,91 @@ int cuda_adapter_download(struct cuda_context *context, const struct cuda_model 
                           const struct cuda_adapter *adapter, void (*turn)(void *arg),
                           void *turn_arg, struct claas_adapter_image *ret)
 {
-    size_t count = claas_lora_parameter_count(&model->config, &adapter->lora);
     struct claas_adapter_image image;
-    int rc = 0;
+    int rc;
 
     if (!adapter->trains)
         return claas_fail(CLAAS_ERR_INVALID, "only an adapter in training can be read back");
-    memset(&image, 0, sizeof(image));
-    image.lora = adapter->lora;
+    rc = claas_adapter_image_new(&model->config, &adapter->lora, ret->memory, true, &image);
+    if (rc < 0)
+        return rc;
     image.step = adapter->step;
-    image.parameters = CLAAS_NEW_ARRAY(float, count);
-    image.exp_avg = CLAAS_NEW_ARRAY(float, count);
-    image.exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
-    if (!image.parameters || !image.exp_avg || !image.exp_avg_sq)
-        rc = claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to read an adapter back");
-    if (rc == 0)
-        rc = download_all(context, model, adapter, turn, turn_arg, &image);
+    rc = download_all(context, model, adapter, turn, turn_arg, &image);
     if (rc < 0) {
         claas_adapter_image_done(&image);
         return rc;
     }
     *ret = image;
     return 0;
+}
+
+/* --- on the device --- */
+
+static int start_clone(struct cuda_context *context, const struct cuda_model *model,
+                       const struct cuda_adapter *source, cudaStream_t stream,
+                       const struct cuda_adapter *adapter)
+{
+    int rc = 0;
+
+    if (adapter->trains)
+        rc = cuda_check(context,
+                        cudaMemcpyAsync(adapter->parameters, source->parameters,
+                                        3 * source->layout.count * sizeof(float),
+                                        cudaMemcpyDeviceToDevice, stream),
+                        "copying an adapter");
+    if (rc == 0 && adapter->view.base)
+        rc = make_view(context, model, adapter, stream, source->parameters, 0,
+                       model->config.layers);
+    return rc;
+}
+
+int cuda_adapter_clone(struct cuda_context *context, const struct cuda_model *model,
+                       const struct cuda_adapter *source, enum cuda_clone what,
+                       struct cuda_adapter *ret)
+{
+    struct cuda_adapter adapter;
+    cudaEvent_t now = NULL;
+    int rc;
+
+    if (!source->trains)
+        return claas_fail(CLAAS_ERR_INVALID, "only an adapter with its masters can be copied");
+    rc = new_adapter(context, model, &source->lora, what != CUDA_CLONE_STATE,
+                     what != CUDA_CLONE_VIEW, &adapter);
+    if (rc < 0)
+        return rc;
+    rc = cuda_check(context, cudaEventCreateWithFlags(&now, cudaEventDisableTiming),
+                    "making an event");
+    if (rc == 0)
+        rc = follow(context, cudaStreamPerThread, now);
+    if (rc == 0)
+        rc = start_clone(context, model, source, cudaStreamPerThread, &adapter);
+    if (rc == 0)
+        rc = cuda_check(context, cudaStreamSynchronize(cudaStreamPerThread), "copying an adapter");
+    if (now)
+        (void)cudaEventDestroy(now);
+    if (rc < 0) {
+        cuda_adapter_done(context, &adapter);
+        return rc;
+    }
+    if (adapter.trains)
+        adapter.step = source->step;
+    *ret = adapter;
+    return 0;
+}
+
+/* --- pinned memory --- */
+
+void *cuda_host_new(size_t bytes)
+{
+    void *base = NULL;
+    cudaError_t code = cudaMallocHost(&base, bytes);
+
+    (void)cudaGetLastError();
+    return code == cudaSuccess ? base : NULL;
+}
+
+void cuda_host_free(void *base)
+{
+    (void)cudaFreeHost(base);
+    (void)cudaGetLastError();
 }

@@ -194,6 +194,39 @@ static int adapter_download(claas_backend_t *backend, const claas_backend_adapte
                                  ret);
 }
 
+static int adapter_clone(claas_backend_t *backend, const claas_backend_adapter_t *source,
+                         enum claas_adapter_use use, claas_backend_adapter_t **ret)
+{
+    CLAAS_AUTO_FREE claas_backend_adapter_t *adapter = CLAAS_NEW(claas_backend_adapter_t);
+    enum cuda_clone what = use == CLAAS_ADAPTER_SERVE  ? CUDA_CLONE_VIEW
+                           : use == CLAAS_ADAPTER_KEEP ? CUDA_CLONE_STATE
+                                                       : CUDA_CLONE_ALL;
+    int code;
+
+    if (!adapter)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    code =
+        cuda_adapter_clone(&backend->context, &backend->model, &source->cuda, what, &adapter->cuda);
+    if (code < 0)
+        return code;
+    atomic_fetch_add(&backend->bytes_adapters, adapter_bytes(adapter));
+    cuda_memory_changed(backend);
+    *ret = CLAAS_TAKE(adapter);
+    return 0;
+}
+
+static void *host_new(claas_backend_t *backend, size_t bytes)
+{
+    (void)backend;
+    return cuda_host_new(bytes);
+}
+
+static void host_free(claas_backend_t *backend, void *base)
+{
+    (void)backend;
+    cuda_host_free(base);
+}
+
 static int measure_floor(const struct claas_backend_options *options,
                          struct claas_device_floor *ret)
 {
@@ -217,6 +250,9 @@ const struct claas_backend_ops claas_backend_cuda = {
     .adapter_bytes = adapter_bytes,
     .adapter_upload = adapter_upload,
     .adapter_download = adapter_download,
+    .adapter_clone = adapter_clone,
+    .host_new = host_new,
+    .host_free = host_free,
     .forward = cuda_forward,
     .train = cuda_train,
     .floor = measure_floor,

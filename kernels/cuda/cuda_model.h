@@ -69,7 +69,7 @@ struct cuda_adapter {
     struct cuda_lora_layout layout;
     float scale; /* alpha / rank */
     bool trains;
-    struct cuda_region view;    /* act [count] */
+    struct cuda_region view;    /* act [count]; of CUDA_CLONE_STATE none */
     struct cuda_region masters; /* trains: parameters, exp_avg, exp_avg_sq, float32 [count] each */
     float *parameters, *exp_avg, *exp_avg_sq;
     int64_t step;
@@ -77,13 +77,27 @@ struct cuda_adapter {
 int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *model,
                      const struct claas_lora_config *lora, bool trains, struct cuda_adapter *ret);
 void cuda_adapter_done(struct cuda_context *context, struct cuda_adapter *adapter);
-/* From and to the host's image; both wait for the copies. The download allocates. */
+/* From and to the host's image; both wait for the copies. The download allocates from ret->memory;
+ * an image in pinned memory (cuda_host_new) moves without a copy between. */
 int cuda_adapter_upload(struct cuda_context *context, const struct cuda_model *model,
                         struct cuda_adapter *adapter, const struct claas_adapter_image *image);
 /* turn, unless NULL: called after every layer; may use the computing stream. */
 int cuda_adapter_download(struct cuda_context *context, const struct cuda_model *model,
                           const struct cuda_adapter *adapter, void (*turn)(void *arg),
                           void *turn_arg, struct claas_adapter_image *ret);
+/* A copy on the device of an adapter with masters, from where the computing stream is now; waits
+ * for it. Any thread while nobody writes the source. */
+enum cuda_clone {
+    CUDA_CLONE_VIEW,  /* to serve */
+    CUDA_CLONE_STATE, /* masters and moments alone, to be read back or cloned again */
+    CUDA_CLONE_ALL,
+};
+int cuda_adapter_clone(struct cuda_context *context, const struct cuda_model *model,
+                       const struct cuda_adapter *source, enum cuda_clone what,
+                       struct cuda_adapter *ret);
+/* Pinned memory of the host; NULL if there is none. Any thread. */
+void *cuda_host_new(size_t bytes);
+void cuda_host_free(void *base);
 /* Parameters -> act view, after a step; on the stream. */
 int cuda_adapter_refresh(struct cuda_context *context, const struct cuda_model *model,
                          struct cuda_adapter *adapter);

@@ -218,6 +218,10 @@ int cuda_space_reserve(struct cuda_step *step)
         return 0;
     cuda_region_done(&backend->context, &backend->step);
     code = cuda_region_new(&backend->context, &backend->step, need, "a training step");
+    if (code == CLAAS_ERR_NO_MEMORY && step->plan.request->make_room) {
+        step->plan.request->make_room(step->plan.request->yield_arg);
+        code = cuda_region_new(&backend->context, &backend->step, need, "a training step");
+    }
     cuda_memory_changed(backend);
     return code;
 }

@@ -6,6 +6,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static void link_adapter(claas_device_t *device, claas_adapter_t *adapter)
 {
@@ -30,58 +31,82 @@ static void unlink_adapter(claas_device_t *device, claas_adapter_t *adapter)
     pthread_mutex_unlock(&device->lock);
 }
 
-/* What the handle is around. */
+/* What the handle is around; it is linked no more. */
 static void release(claas_device_t *device, claas_adapter_t *adapter)
 {
     if (adapter->backend != NULL)
         device->ops->adapter_free(device->backend, &adapter->backend);
+    if (adapter->marked) /* what was saved and let go is what will be loaded next */
+        claas_host_cache_put(device->host_cache, &adapter->mark, true, &adapter->image);
     claas_adapter_image_done(&adapter->image);
+}
+
+static int new_handle(claas_device_t *device, const struct claas_lora_config *lora,
+                      enum claas_adapter_use use, claas_adapter_t **ret)
+{
+    claas_adapter_t *adapter = CLAAS_NEW(claas_adapter_t);
+
+    if (adapter == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    adapter->device = device;
+    adapter->lora = *lora;
+    adapter->use = use;
+    atomic_init(&adapter->references, 1);
+    *ret = adapter;
+    return 0;
 }
 
 int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
                       enum claas_adapter_use use, claas_adapter_t **ret)
 {
-    claas_adapter_t *adapter = CLAAS_NEW(claas_adapter_t);
-    int rc;
+    CLAAS_AUTO_FREE claas_adapter_t *adapter = NULL;
+    int rc = new_handle(device, lora, use, &adapter);
 
-    if (adapter == NULL)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = device->ops->adapter_new(device->backend, lora, use, &adapter->backend);
-    if (rc < 0) {
-        free(adapter);
+    if (rc == 0)
+        rc = device->ops->adapter_new(device->backend, lora, use, &adapter->backend);
+    if (rc < 0)
         return rc;
-    }
-    adapter->device = device;
-    adapter->lora = *lora;
-    adapter->use = use;
-    atomic_init(&adapter->references, 1);
     link_adapter(device, adapter);
-    *ret = adapter;
+    *ret = CLAAS_TAKE(adapter);
+    return 0;
+}
+
+bool claas_device_copies(const claas_device_t *device)
+{
+    return device->ops->adapter_clone != NULL;
+}
+
+int claas_adapter_new_clone(claas_device_t *device, const claas_adapter_t *source,
+                            enum claas_adapter_use use, claas_adapter_t **ret)
+{
+    CLAAS_AUTO_FREE claas_adapter_t *adapter = NULL;
+    int rc = 0;
+
+    if (device->ops->adapter_clone == NULL)
+        return claas_fail(CLAAS_ERR_UNSUPPORTED, "the device makes no copies of adapters");
+    rc = new_handle(device, &source->lora, use, &adapter);
+    if (rc == 0)
+        rc = device->ops->adapter_clone(device->backend, source->backend, use, &adapter->backend);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&device->lock);
+    device->stats.clones++;
+    pthread_mutex_unlock(&device->lock);
+    link_adapter(device, adapter);
+    *ret = CLAAS_TAKE(adapter);
     return 0;
 }
 
 int claas_adapter_new_kept(claas_device_t *device, struct claas_adapter_image *image,
                            claas_adapter_t **ret)
 {
-    size_t count = claas_lora_parameter_count(&device->config, &image->lora);
-    claas_adapter_t *adapter;
+    claas_adapter_t *adapter = NULL;
+    int rc = new_handle(device, &image->lora, CLAAS_ADAPTER_KEEP, &adapter);
 
-    /* Pages of zeros that are only read take no memory. */
-    if (image->exp_avg == NULL)
-        image->exp_avg = CLAAS_NEW_ARRAY(float, count);
-    if (image->exp_avg_sq == NULL)
-        image->exp_avg_sq = CLAAS_NEW_ARRAY(float, count);
-    adapter = CLAAS_NEW(claas_adapter_t);
-    if (adapter == NULL || image->exp_avg == NULL || image->exp_avg_sq == NULL) {
-        free(adapter);
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    }
-    adapter->device = device;
-    adapter->lora = image->lora;
-    adapter->use = CLAAS_ADAPTER_KEEP;
+    if (rc < 0)
+        return rc;
     adapter->image = *image;
     *image = (struct claas_adapter_image){0};
-    atomic_init(&adapter->references, 1);
     link_adapter(device, adapter);
     *ret = adapter;
     return 0;
@@ -137,8 +162,9 @@ static uint64_t bytes_of(const claas_device_t *device, const claas_adapter_t *ad
 {
     if (adapter->backend != NULL)
         return device->ops->adapter_bytes(adapter->backend);
-    /* Weights and two moments. */
-    return 3 * sizeof(float) * claas_lora_parameter_count(&device->config, &adapter->lora);
+    /* Weights and, unless they are zero, two moments. */
+    return (adapter->image.exp_avg != NULL ? 3 : 1) * sizeof(float) *
+           claas_lora_parameter_count(&device->config, &adapter->lora);
 }
 
 size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_info *ret,
@@ -151,7 +177,8 @@ size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_
     for (const claas_adapter_t *a = device->adapters; a != NULL; a = a->all_next, count++) {
         if (count >= max)
             continue;
-        ret[count] = (struct claas_adapter_info){.use = a->use, .bytes = bytes_of(device, a)};
+        ret[count] = (struct claas_adapter_info){
+            .use = a->use, .bytes = bytes_of(device, a), .in_host = a->backend == NULL};
         (void)snprintf(ret[count].name, sizeof(ret[count].name), "%s", a->name);
     }
     pthread_mutex_unlock(lock);
@@ -194,8 +221,73 @@ void claas_adapters_await_sweep(claas_device_t *device)
     pthread_mutex_unlock(&device->lock);
 }
 
+/* --- saved copies on the device --- */
+
+void claas_adapters_add_hot(claas_device_t *device, const struct claas_adapter_mark *mark,
+                            claas_adapter_t *adapter)
+{
+    claas_adapter_t *last;
+
+    pthread_mutex_lock(&device->lock);
+    last = device->hot[CLAAS_HOT_MAX - 1].adapter;
+    memmove(device->hot + 1, device->hot, sizeof(device->hot) - sizeof(device->hot[0]));
+    device->hot[0] = (struct claas_hot){claas_adapter_ref(adapter), *mark};
+    pthread_mutex_unlock(&device->lock);
+    claas_adapter_unref(&last);
+}
+
+claas_adapter_t *claas_adapters_find_hot(claas_device_t *device,
+                                         const struct claas_adapter_mark *mark, bool with_moments)
+{
+    claas_adapter_t *found = NULL;
+
+    pthread_mutex_lock(&device->lock);
+    for (int i = 0; i < CLAAS_HOT_MAX && found == NULL; i++)
+        if (device->hot[i].adapter != NULL &&
+            claas_adapter_mark_is(&device->hot[i].mark, mark, with_moments))
+            found = claas_adapter_ref(device->hot[i].adapter);
+    pthread_mutex_unlock(&device->lock);
+    return found;
+}
+
+void claas_adapters_drop_hot(claas_device_t *device)
+{
+    struct claas_hot dropped[CLAAS_HOT_MAX];
+
+    pthread_mutex_lock(&device->lock);
+    memcpy(dropped, device->hot, sizeof(dropped));
+    memset(device->hot, 0, sizeof(device->hot));
+    pthread_mutex_unlock(&device->lock);
+    for (int i = 0; i < CLAAS_HOT_MAX; i++)
+        claas_adapter_unref(&dropped[i].adapter);
+}
+
+void claas_device_adapter_forget(claas_device_t *device, const char *directory)
+{
+    struct claas_hot dropped[CLAAS_HOT_MAX] = {0};
+    struct claas_adapter_mark mark;
+
+    if (!claas_adapter_mark_read(directory, &mark))
+        return;
+    pthread_mutex_lock(&device->lock);
+    for (int i = 0; i < CLAAS_HOT_MAX; i++)
+        if (device->hot[i].adapter != NULL &&
+            claas_adapter_mark_is(&device->hot[i].mark, &mark, true)) {
+            dropped[i] = device->hot[i];
+            device->hot[i].adapter = NULL;
+        }
+    for (claas_adapter_t *a = device->adapters; a != NULL; a = a->all_next)
+        if (a->marked && claas_adapter_mark_is(&a->mark, &mark, true))
+            a->marked = false;
+    pthread_mutex_unlock(&device->lock);
+    for (int i = 0; i < CLAAS_HOT_MAX; i++)
+        claas_adapter_unref(&dropped[i].adapter);
+    claas_host_cache_drop(device->host_cache, &mark);
+}
+
 void claas_adapters_close(claas_device_t *device)
 {
+    claas_adapters_drop_hot(device);
     claas_adapters_sweep(device);
     while (device->adapters != NULL) {
         claas_adapter_t *adapter = device->adapters;

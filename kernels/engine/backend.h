@@ -1,8 +1,8 @@
 /* What a back-end (CPU, CUDA) implements for the engine: packed forward, decode and training steps
  * over opaque handles. The engine owns the queue, the block tables and the requests; a back-end
  * owns memory and arithmetic and may fuse what it likes. All calls come from one thread (the
- * device's compute thread) except adapter_new/free, adapter_upload and adapter_download, which the
- * I/O thread may make while another *adapter* is in use. */
+ * device's compute thread) except adapter_new/free, adapter_upload, adapter_download and
+ * adapter_clone, which the I/O threads may make while the *adapter* is written by nobody. */
 #ifndef CLAAS_ENGINE_BACKEND_H
 #define CLAAS_ENGINE_BACKEND_H
 
@@ -70,7 +70,10 @@ struct claas_backend_train {
     struct claas_adamw_config adamw;
     bool update;
     claas_yield_fn *yield; /* may be NULL */
-    void *yield_arg;
+    /* May be NULL. Called when the device has no room for the step: lets go of what can be had
+     * again, and the step asks once more. */
+    claas_turn_fn *make_room;
+    void *yield_arg; /* of both */
 };
 
 struct claas_backend_memory {
@@ -96,12 +99,22 @@ struct claas_backend_ops {
     /* Of the device's memory. */
     uint64_t (*adapter_bytes)(const claas_backend_adapter_t *adapter);
     /* From / to a host image; SERVE or TRAIN, and of TRAIN only. Moments and step are taken if
-     * present (TRAIN), else zero. The download allocates; it calls `turn`, unless that is NULL,
-     * every few milliseconds, which may run forward(). */
+     * present (TRAIN), else zero. The download allocates from ret->memory; it calls `turn`, unless
+     * that is NULL, every few milliseconds, which may run forward(). */
     int (*adapter_upload)(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                           const struct claas_adapter_image *image);
     int (*adapter_download)(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                             claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret);
+    /* A new adapter with the weights of a TRAIN or KEEP one, and with its moments and step unless
+     * `use` is SERVE, made on the device. KEEP: to be downloaded and cloned, nothing else. It waits
+     * for what was queued before, and is done at its return. NULL: the device has no memory of its
+     * own, images do as well. */
+    int (*adapter_clone)(claas_backend_t *backend, const claas_backend_adapter_t *source,
+                         enum claas_adapter_use use, claas_backend_adapter_t **ret);
+    /* The host's memory that uploads and downloads are fastest with, not zeroed; NULL if there is
+     * none. Any thread. Both NULL: all memory is the same. */
+    void *(*host_new)(claas_backend_t *backend, size_t bytes);
+    void (*host_free)(claas_backend_t *backend, void *base);
 
     /* One forward pass. `samples` has one entry per wanted row. */
     int (*forward)(claas_backend_t *backend, const struct claas_segment *segments, int count,

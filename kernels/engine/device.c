@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "claas/clock.h"
 #include "claas/log.h"
@@ -15,6 +16,8 @@
 #define DEFAULT_PREFILL_CHUNK 256
 #define DEFAULT_MAX_BATCH     64
 #define DEFAULT_SLICE_MS      50
+#define HOST_CACHE_SHARE      8                    /* of the machine's memory, this part */
+#define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* a container may be given less than it sees */
 
 void claas_device_poke(claas_device_t *device)
 {
@@ -25,8 +28,10 @@ void claas_device_poke(claas_device_t *device)
 static void update_stats(claas_device_t *device)
 {
     struct claas_backend_memory memory = {0};
+    struct claas_host_cache_stats cache;
 
     device->ops->memory(device->backend, &memory);
+    claas_host_cache_stats(device->host_cache, &cache);
     pthread_mutex_lock(&device->lock);
     device->stats.bytes_weights = memory.weights;
     device->stats.bytes_kv = memory.kv;
@@ -37,6 +42,10 @@ static void update_stats(claas_device_t *device)
     device->stats.kv_blocks_free = claas_kv_available(device->kv);
     device->stats.running = device->running.count;
     device->stats.waiting = device->waiting.count;
+    device->stats.host_cache_bytes = cache.bytes;
+    device->stats.host_cache_images = cache.images;
+    device->stats.host_cache_found = cache.found;
+    device->stats.host_cache_missed = cache.missed;
     pthread_mutex_unlock(&device->lock);
 }
 
@@ -157,6 +166,21 @@ static int take_options(claas_device_t *device, const struct claas_device_option
     return 0;
 }
 
+/* A file that was read lately is in the machine's own cache of files, which is as near as memory
+ * gets where the device has none of its own. */
+static uint64_t host_cache_budget(const claas_device_t *device)
+{
+    int64_t bytes = device->options.host_cache;
+    uint64_t share;
+
+    if (bytes >= 0)
+        return (uint64_t)bytes;
+    if (device->ops->host_new == NULL)
+        return 0;
+    share = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / HOST_CACHE_SHARE;
+    return share < HOST_CACHE_MAX ? share : HOST_CACHE_MAX;
+}
+
 static int open_backend(claas_device_t *device)
 {
     int context = device->config.context;
@@ -184,6 +208,9 @@ static int open_backend(claas_device_t *device)
         rc = claas_kv_new(device->ops->kv_blocks ? device->ops->kv_blocks(device->backend)
                                                  : options.kv_blocks,
                           &device->kv);
+    if (rc >= 0)
+        rc = claas_host_cache_new(device->ops, device->backend, host_cache_budget(device),
+                                  &device->host_cache);
     if (rc < 0)
         return rc;
     claas_copy_text(device->stats.name, sizeof(device->stats.name),
@@ -194,10 +221,9 @@ static int open_backend(claas_device_t *device)
 
 /* Signals are the main thread's business: the device's threads, and those the back-end starts,
  * block all of them. */
-static int start_thread(pthread_t *thread, void *(*main)(void *), claas_device_t *device,
-                        const char *name)
+static int start_thread(pthread_t *thread, void *(*main)(void *), void *arg, const char *name)
 {
-    int rc = pthread_create(thread, NULL, main, device);
+    int rc = pthread_create(thread, NULL, main, arg);
 
     if (rc != 0)
         return claas_fail(CLAAS_ERR_UNAVAILABLE, "cannot start a thread: %s", strerror(rc));
@@ -205,15 +231,34 @@ static int start_thread(pthread_t *thread, void *(*main)(void *), claas_device_t
     return 0;
 }
 
+static int start_io(struct claas_io *io, const char *name)
+{
+    int rc = start_thread(&io->thread, claas_io_main, io, name);
+
+    io->started = rc == 0;
+    return rc;
+}
+
+/* Lets it empty its queue first. */
+static void stop_io(struct claas_io *io)
+{
+    pthread_mutex_lock(&io->device->lock);
+    pthread_cond_signal(&io->wake);
+    pthread_mutex_unlock(&io->device->lock);
+    if (io->started)
+        pthread_join(io->thread, NULL);
+    pthread_cond_destroy(&io->wake);
+}
+
 static int start(claas_device_t *device)
 {
     int rc = start_thread(&device->compute_thread, compute_main, device, "claas-device");
 
     device->compute_started = rc == 0;
-    if (rc == 0) {
-        rc = start_thread(&device->io_thread, claas_io_main, device, "claas-device-io");
-        device->io_started = rc == 0;
-    }
+    if (rc == 0)
+        rc = start_io(&device->loads, "claas-load");
+    if (rc == 0)
+        rc = start_io(&device->saves, "claas-save");
     return rc;
 }
 
@@ -229,7 +274,9 @@ int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(v
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     pthread_mutex_init(&device->lock, NULL);
     pthread_cond_init(&device->wake, NULL);
-    pthread_cond_init(&device->io_wake, NULL);
+    pthread_cond_init(&device->loads.wake, NULL);
+    pthread_cond_init(&device->saves.wake, NULL);
+    device->loads.device = device->saves.device = device;
     pthread_cond_init(&device->swept, NULL);
     device->ops = ops;
     device->now = now != NULL ? now : claas_clock_ns;
@@ -265,16 +312,15 @@ void claas_device_free(claas_device_t **ref)
     pthread_mutex_unlock(&device->lock);
     if (device->compute_started)
         pthread_join(device->compute_thread, NULL);
-    /* The I/O thread last: the compute thread may still have handed saves to it. It empties its
-     * queue before it ends. */
+    /* The I/O threads last: the compute thread may still have handed saves to them. */
     pthread_mutex_lock(&device->lock);
     device->io_stop = true;
-    pthread_cond_signal(&device->io_wake);
     pthread_mutex_unlock(&device->lock);
-    if (device->io_started)
-        pthread_join(device->io_thread, NULL);
+    stop_io(&device->loads);
+    stop_io(&device->saves);
     if (device->backend != NULL) {
         claas_adapters_close(device);
+        claas_host_cache_free(&device->host_cache);
         device->ops->free(&device->backend);
     }
     claas_kv_free(&device->kv);
@@ -282,7 +328,6 @@ void claas_device_free(claas_device_t **ref)
     free(device->samples);
     free(device->planned);
     pthread_cond_destroy(&device->wake);
-    pthread_cond_destroy(&device->io_wake);
     pthread_cond_destroy(&device->swept);
     pthread_mutex_destroy(&device->lock);
     free(device);

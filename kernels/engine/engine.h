@@ -18,6 +18,7 @@
 #include "claas/mem.h"
 #include "engine/backend.h"
 #include "engine/fault.h"
+#include "engine/host_cache.h"
 #include "engine/kv.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
@@ -87,8 +88,10 @@ struct claas_device_client {
 struct claas_adapter {
     claas_device_t *device; /* NULL once the device is gone */
     atomic_int references;
-    claas_backend_adapter_t *backend; /* SERVE, TRAIN */
-    struct claas_adapter_image image; /* KEEP: all there is; never changed */
+    claas_backend_adapter_t *backend; /* SERVE, TRAIN, and KEEP of a device with its own memory */
+    struct claas_adapter_image image; /* KEEP without that: all there is; never changed */
+    struct claas_adapter_mark mark;   /* of the directory that `image` was saved to, if marked */
+    bool marked;
     struct claas_lora_config lora;
     enum claas_adapter_use use;
     char name[288]; /* device->lock */
@@ -143,6 +146,22 @@ struct claas_adapter_job {
     struct claas_adapter_image image; /* save of TRAIN: the snapshot */
 };
 
+/* A thread for adapters and directories, and what waits for it (device->lock). */
+struct claas_io {
+    claas_device_t *device;
+    struct claas_queue queue;
+    pthread_cond_t wake;
+    pthread_t thread;
+    bool started;
+};
+
+/* A saved copy that is left on the device. */
+#define CLAAS_HOT_MAX 2
+struct claas_hot {
+    claas_adapter_t *adapter; /* a reference; NULL: free */
+    struct claas_adapter_mark mark;
+};
+
 struct claas_device {
     const struct claas_backend_ops *ops;
     claas_backend_t *backend;
@@ -150,15 +169,18 @@ struct claas_device {
     struct claas_model_config config;
     struct claas_device_options options; /* defaults filled in */
     int64_t (*now)(void);                /* nanoseconds */
-    pthread_t compute_thread, io_thread;
-    bool compute_started, io_started;
+    pthread_t compute_thread;
+    bool compute_started;
+    claas_host_cache_t *host_cache; /* its own lock */
 
     pthread_mutex_t lock;
-    pthread_cond_t wake, io_wake, swept;
+    pthread_cond_t wake, swept;
     bool stop, io_stop, poked;
     bool cancel_seen; /* some request was cancelled since the compute thread looked */
     uint64_t last_id;
-    struct claas_queue inbox, io;
+    struct claas_queue inbox;
+    struct claas_io loads, saves;        /* a chat's adapter does not wait for a disk that writes */
+    struct claas_hot hot[CLAAS_HOT_MAX]; /* the youngest first */
     struct claas_request *live;
     int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
@@ -215,7 +237,7 @@ struct claas_request *claas_request_new(claas_device_client_t *client, enum claa
 /* Numbers it, puts it into the inbox (or the I/O queue) and wakes whoever works there. OVERLOADED
  * when too many of its kind wait; the request then still belongs to the caller. */
 int claas_request_submit(struct claas_request *request, uint64_t *ret_id);
-/* Hands a request from the compute thread to the I/O thread. */
+/* Hands a save from the compute thread to the I/O thread. */
 void claas_request_to_io(struct claas_request *request);
 /* It has begun: no longer counted as waiting. May be called again. */
 void claas_request_begin(struct claas_request *request);
@@ -244,10 +266,20 @@ void claas_event_node_free(struct claas_event_node *node);
 /* A handle with one reference around a new adapter of the back-end (SERVE, TRAIN). */
 int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
                       enum claas_adapter_use use, claas_adapter_t **ret);
-/* A KEEP handle with one reference; takes over the image, and gives it zero moments if it has none.
- */
+/* A KEEP handle with one reference; takes over the image, whose moments are zero if it has none. */
 int claas_adapter_new_kept(claas_device_t *device, struct claas_adapter_image *image,
                            claas_adapter_t **ret);
+/* A handle with one reference around a clone, for any use; UNSUPPORTED where images do as well. */
+int claas_adapter_new_clone(claas_device_t *device, const claas_adapter_t *source,
+                            enum claas_adapter_use use, claas_adapter_t **ret);
+/* Leaves a saved KEEP adapter on the device, for whoever loads its directory next. */
+void claas_adapters_add_hot(claas_device_t *device, const struct claas_adapter_mark *mark,
+                            claas_adapter_t *adapter);
+/* A reference to the one of that directory, or NULL. */
+claas_adapter_t *claas_adapters_find_hot(claas_device_t *device,
+                                         const struct claas_adapter_mark *mark, bool with_moments);
+/* Lets go of all of them: the memory is wanted. The next sweep frees it. */
+void claas_adapters_drop_hot(claas_device_t *device);
 /* Frees the adapters without references. Compute thread. */
 void claas_adapters_sweep(claas_device_t *device);
 /* Waits until what had no references at the call is freed; at once when there was nothing, or when
@@ -311,6 +343,8 @@ void claas_memory_forget(claas_device_client_t *client);
  * -------------------------------------------------------------------------------------------------------------------
  */
 
-void *claas_io_main(void *device);
+void *claas_io_main(void *io);
+/* Adds the time since `start` (claas_clock_ns) to one of device->stats. */
+void claas_io_account(claas_device_t *device, uint64_t *counter, int64_t start);
 
 #endif

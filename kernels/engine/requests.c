@@ -97,9 +97,23 @@ static int *find_count(claas_device_t *device, const struct claas_request *reque
     }
 }
 
+/* The I/O thread of a request that the compute thread has no part in. A kept adapter never changes.
+ */
+static struct claas_io *find_io(claas_device_t *device, const struct claas_request *request)
+{
+    const struct claas_adapter_job *job = (const struct claas_adapter_job *)request;
+
+    if (request->kind == CLAAS_REQUEST_LOAD || request->kind == CLAAS_REQUEST_INIT)
+        return &device->loads;
+    if (request->kind == CLAAS_REQUEST_SAVE && job->adapter->use == CLAAS_ADAPTER_KEEP)
+        return &device->saves;
+    return NULL;
+}
+
 int claas_request_submit(struct claas_request *request, uint64_t *ret_id)
 {
     claas_device_t *device = request->client->device;
+    struct claas_io *io = find_io(device, request);
     int *count = find_count(device, request);
     int most = count == &device->rollout_count ? CLAAS_ENGINE_ROLLOUTS_MAX : CLAAS_ENGINE_QUEUE_MAX;
 
@@ -120,9 +134,9 @@ int claas_request_submit(struct claas_request *request, uint64_t *ret_id)
     if (device->live != NULL)
         device->live->live_prev = request;
     device->live = request;
-    if (count == &device->io_count) {
-        claas_queue_append(&device->io, request);
-        pthread_cond_signal(&device->io_wake);
+    if (io != NULL) {
+        claas_queue_append(&io->queue, request);
+        pthread_cond_signal(&io->wake);
     } else {
         claas_queue_append(&device->inbox, request);
         claas_device_poke(device);
@@ -136,8 +150,8 @@ void claas_request_to_io(struct claas_request *request)
     claas_device_t *device = request->client->device;
 
     pthread_mutex_lock(&device->lock);
-    claas_queue_append(&device->io, request);
-    pthread_cond_signal(&device->io_wake);
+    claas_queue_append(&device->saves.queue, request);
+    pthread_cond_signal(&device->saves.wake);
     pthread_mutex_unlock(&device->lock);
 }
 

@@ -12,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "claas/clock.h"
+
 /* --- making a request
  * --------------------------------------------------------------------------------------------------
  */
@@ -296,9 +298,24 @@ static void turn_to_generation(void *arg)
 static int download(claas_device_t *device, const claas_adapter_t *adapter,
                     struct claas_adapter_image *ret)
 {
+    int64_t start = claas_clock_ns();
+    int rc;
+
+    ret->memory = claas_host_cache_memory(device->host_cache);
     device->slice_start = device->last_yield = device->now();
-    return device->ops->adapter_download(device->backend, adapter->backend, turn_to_generation,
-                                         device, ret);
+    rc = device->ops->adapter_download(device->backend, adapter->backend, turn_to_generation,
+                                       device, ret);
+    claas_io_account(device, &device->stats.download_ns, start);
+    return rc;
+}
+
+/* The back-end's callback of a step that finds no room. */
+static void make_room(void *arg)
+{
+    claas_device_t *device = arg;
+
+    claas_adapters_drop_hot(device);
+    claas_adapters_sweep(device);
 }
 
 static void mark_training(struct claas_training *training, bool on)
@@ -340,6 +357,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
         claas_adapters_sweep(device); /* what was let go for it */
 
     training->train.yield = yield_to_generation;
+    training->train.make_room = make_room;
     training->train.yield_arg = device;
     device->current = training;
     device->slice_start = device->last_yield = device->now();
@@ -367,13 +385,27 @@ static void run_training(claas_device_t *device, struct claas_training *training
     claas_request_finish(&training->request);
 }
 
-static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
+/* On the device where it has room: a millisecond, and the I/O thread reads it back beside what
+ * comes next. Else now, into the host's memory. */
+static int make_copy(claas_device_t *device, const claas_adapter_t *source, claas_adapter_t **ret)
 {
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
-    int rc = download(device, job->adapter, &image);
+    int rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
 
-    if (rc == 0)
-        rc = claas_adapter_new_kept(device, &image, &job->request.last->adapter);
+    if (rc == CLAAS_ERR_NO_MEMORY) {
+        make_room(device);
+        rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
+    }
+    if (rc != CLAAS_ERR_NO_MEMORY && rc != CLAAS_ERR_UNSUPPORTED)
+        return rc;
+    rc = download(device, source, &image);
+    return rc < 0 ? rc : claas_adapter_new_kept(device, &image, ret);
+}
+
+static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
+{
+    int rc = make_copy(device, job->adapter, &job->request.last->adapter);
+
     if (rc < 0) {
         claas_request_fail(&job->request, rc);
         return;
@@ -382,14 +414,12 @@ static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
     claas_request_finish(&job->request);
 }
 
-/* The snapshot is taken here, between two steps, unless the adapter is one; the disk is the I/O
+/* Of an adapter in training: the snapshot is taken here, between two steps; the disk is the I/O
  * thread's. */
 static void run_save(claas_device_t *device, struct claas_adapter_job *job)
 {
-    int rc = 0;
+    int rc = download(device, job->adapter, &job->image);
 
-    if (job->adapter->use == CLAAS_ADAPTER_TRAIN)
-        rc = download(device, job->adapter, &job->image);
     if (rc < 0)
         claas_request_fail(&job->request, rc);
     else

@@ -24,12 +24,48 @@ void claas_adapter_tensor_name(int layer, enum claas_module module, int matrix,
              matrix == 0 ? 'A' : 'B');
 }
 
+static float *take_array(const struct claas_adapter_memory *memory, size_t count)
+{
+    if (!memory)
+        return CLAAS_NEW_ARRAY(float, count);
+    return memory->take(memory->arg, count * sizeof(float));
+}
+
+static void give_array(const struct claas_adapter_memory *memory, float *array)
+{
+    if (!memory)
+        free(array);
+    else if (array)
+        memory->give(memory->arg, array);
+}
+
 void claas_adapter_image_done(struct claas_adapter_image *image)
 {
-    free(image->parameters);
-    free(image->exp_avg);
-    free(image->exp_avg_sq);
+    give_array(image->memory, image->parameters);
+    give_array(image->memory, image->exp_avg);
+    give_array(image->memory, image->exp_avg_sq);
     memset(image, 0, sizeof(*image));
+}
+
+int claas_adapter_image_new(const struct claas_model_config *model,
+                            const struct claas_lora_config *lora,
+                            const struct claas_adapter_memory *memory, bool moments,
+                            struct claas_adapter_image *ret)
+{
+    size_t count = claas_lora_parameter_count(model, lora);
+    struct claas_adapter_image image = {.lora = *lora, .memory = memory};
+
+    image.parameters = take_array(memory, count);
+    if (image.parameters && moments) {
+        image.exp_avg = take_array(memory, count);
+        image.exp_avg_sq = take_array(memory, count);
+    }
+    if (!image.parameters || (moments && (!image.exp_avg || !image.exp_avg_sq))) {
+        claas_adapter_image_done(&image);
+        return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory for an adapter");
+    }
+    *ret = image;
+    return 0;
 }
 
 /* A file read into memory and parsed there. */
@@ -206,7 +242,7 @@ static int read_parameters(const char *directory, const struct claas_model_confi
     if (image->lora.modules == 0)
         return claas_fail(CLAAS_ERR_UNSUPPORTED,
                           "the adapter has no matrices for the linear layers of this model");
-    image->parameters = CLAAS_NEW_ARRAY(float, claas_lora_parameter_count(model, &image->lora));
+    image->parameters = take_array(image->memory, claas_lora_parameter_count(model, &image->lora));
     if (!image->parameters)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = read_image(loaded.file, "", model, &image->lora, image->parameters, &count);
@@ -243,8 +279,8 @@ static int read_moments(const char *directory, const struct claas_model_config *
         return 0;
     if (rc < 0)
         return rc;
-    image->exp_avg = CLAAS_NEW_ARRAY(float, elements);
-    image->exp_avg_sq = CLAAS_NEW_ARRAY(float, elements);
+    image->exp_avg = take_array(image->memory, elements);
+    image->exp_avg_sq = take_array(image->memory, elements);
     if (!image->exp_avg || !image->exp_avg_sq)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = read_step(loaded.file, &image->step);
@@ -262,7 +298,14 @@ static int read_moments(const char *directory, const struct claas_model_config *
 int claas_adapter_read(const char *directory, const struct claas_model_config *model,
                        bool with_moments, struct claas_adapter_image *ret)
 {
-    CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {.step = 0};
+    return claas_adapter_read_into(directory, model, with_moments, NULL, ret);
+}
+
+int claas_adapter_read_into(const char *directory, const struct claas_model_config *model,
+                            bool with_moments, const struct claas_adapter_memory *memory,
+                            struct claas_adapter_image *ret)
+{
+    CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {.memory = memory};
 
     int rc = read_config(directory, &image.lora);
     if (rc >= 0)

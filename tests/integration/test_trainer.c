@@ -1,4 +1,5 @@
-/* Adapters being made and imported: the trainer on a tiny model beside the real storage. */
+/* Adapters being made and imported, and steps of cycles: the trainer on a tiny model beside the
+ * real storage. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -7,7 +8,9 @@
 
 #include "runtime_fixture.h"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -233,6 +236,212 @@ static void test_errors_name_no_paths_of_the_server(void **state)
     init(rig, "me/b");
 }
 
+/* --- cycles --- */
+
+static cJSON *parse(const char *text)
+{
+    cJSON *json = NULL;
+
+    assert_int_equal(claas_json_parse(text, strlen(text), 1 << 16, &json), 0);
+    return json;
+}
+
+static cJSON *call(struct rig *rig, int type, cJSON *body, const struct claas_attachment *parts,
+                   size_t count)
+{
+    struct question question = {.to = "trainer",
+                                .type = type,
+                                .body = body,
+                                .attachments = parts,
+                                .attachment_count = count,
+                                .timeout_ms = WAIT_MS};
+
+    if (probe_call(rig->probe, &question) != 0)
+        fail_msg("%s", question.text);
+    return parse(question.reply[0] ? question.reply : "{}");
+}
+
+static cJSON *about_cycle(const char *id)
+{
+    cJSON *body = cJSON_CreateObject();
+
+    claas_json_set_string(body, "cycle_id", id);
+    return body;
+}
+
+static void begin(struct rig *rig, const char *id)
+{
+    static const int32_t prompt[] = {5, 6, 7, 8}, response[] = {9, 10};
+    static const float logprobs[] = {-1, -2};
+    const struct claas_attachment parts[] = {
+        {.data = prompt, .length = sizeof(prompt)},
+        {.data = response, .length = sizeof(response)},
+        {.data = logprobs, .length = sizeof(logprobs)},
+    };
+    CLAAS_AUTO_FREE char *directory = claas_format("%s/adapters/me/a/v000000", rig->dir);
+    cJSON *body = about_cycle(id);
+
+    claas_json_set_string(body, "lora_id", "me/a");
+    claas_json_set_int(body, "version", 0);
+    claas_json_set_string(body, "directory", directory);
+    claas_json_set_int(body, "seed", 3);
+    claas_json_set_int(body, "max_tokens", 12);
+    claas_json_set(body, "items",
+                   parse("[{\"feedback\":\"Shorter.\",\"attachments\":0,"
+                         "\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}]}]"));
+    claas_json_set(body, "replay", cJSON_CreateArray());
+    claas_json_set(body, "standing", cJSON_CreateArray());
+    claas_json_set(body, "recent", cJSON_CreateArray());
+    cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_BEGIN, body, parts, CLAAS_COUNT(parts)));
+}
+
+#define ROWS                                                                                       \
+    "[{\"source\":\"feedback\",\"index\":0,\"form\":\"hindsight\",\"from_teacher\":false},"        \
+    "{\"source\":\"other\",\"index\":2,\"form\":\"hindsight\",\"from_teacher\":false}]"
+#define OTHER_ROWS                                                                                 \
+    "[{\"source\":\"feedback\",\"index\":0,\"form\":\"hindsight\",\"from_teacher\":true}]"
+
+/* What a step did: loss, gradient and the gate's figures, printed. */
+static char *step(struct rig *rig, const char *id, int number, const char *next)
+{
+    cJSON *body = about_cycle(id);
+    CLAAS_AUTO(claas_json_free) cJSON *reply = NULL;
+    CLAAS_AUTO_FREE char *gate = NULL;
+    const cJSON *metadata;
+    double loss = 0, norm = 0;
+    int64_t tokens = 0;
+
+    claas_json_set_int(body, "step", number);
+    claas_json_set(body, "rows", parse(ROWS));
+    claas_json_set(body, "training", parse("{\"rate\":0.001}"));
+    claas_json_set_bool(body, "gate", true);
+    if (next)
+        claas_json_set(body, "next", parse(next));
+    reply = call(rig, CLAAS_MSG_CYCLE_STEP, body, NULL, 0);
+    metadata = claas_json_get(reply, "metadata");
+    assert_int_equal(claas_json_get_number(metadata, "total_loss", -1e9, 1e9, &loss), 1);
+    assert_int_equal(claas_json_get_number(metadata, "grad_norm", -1e9, 1e9, &norm), 1);
+    assert_int_equal(claas_json_get_int(metadata, "tokens_processed", 1, 1000, &tokens), 1);
+    assert_non_null(gate = claas_json_print(claas_json_get(reply, "gate")));
+    return claas_format("%.9g %.9g %d %s", loss, norm, (int)tokens, gate);
+}
+
+static uint64_t decoded(const struct rig *rig)
+{
+    struct claas_device_stats stats;
+
+    claas_device_stats(rig->device, &stats);
+    return stats.tokens_decoded;
+}
+
+static void end(struct rig *rig, const char *id)
+{
+    cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_END, about_cycle(id), NULL, 0));
+}
+
+/* Rollouts that are sampled while the gate is measured are those that the step would have sampled:
+ * nothing is sampled twice, and the steps are the same. If the rows become others, so do they. */
+static void test_steps_begun_ahead(void **state)
+{
+    struct rig *rig = *state;
+    CLAAS_AUTO_FREE char *first = NULL, *second = NULL;
+    uint64_t before, of_first, of_both;
+
+    init(rig, "me/a");
+    begin(rig, "plain");
+    before = decoded(rig);
+    first = step(rig, "plain", 1, NULL);
+    of_first = decoded(rig) - before;
+    second = step(rig, "plain", 2, NULL);
+    of_both = decoded(rig) - before;
+    end(rig, "plain");
+    for (int i = 0; i < 2; i++) {
+        CLAAS_AUTO_FREE char *again = NULL, *ahead = NULL;
+
+        begin(rig, "ahead");
+        before = decoded(rig);
+        again = step(rig, "ahead", 1, i == 0 ? ROWS : OTHER_ROWS);
+        assert_string_equal(again, first);
+        while (decoded(rig) - before < of_first + 1) /* else the test's time is up */
+            (void)poll(NULL, 0, 1);
+        ahead = step(rig, "ahead", 2, NULL);
+        assert_string_equal(ahead, second);
+        if (i == 0)
+            assert_int_equal(decoded(rig) - before, of_both);
+        end(rig, "ahead");
+    }
+}
+
+/* How many directories of cycles lie in staging/ that have a config, which comes last. */
+static int count_staged(const struct rig *rig)
+{
+    CLAAS_AUTO_FREE char *staging = claas_format("%s/staging", rig->dir);
+    DIR *dir = opendir(staging);
+    const struct dirent *entry;
+    int count = 0;
+
+    assert_non_null(dir);
+    while ((entry = readdir(dir)) != NULL) {
+        CLAAS_AUTO_FREE char *path =
+            claas_format("%s/%s/adapter_config.json", staging, entry->d_name);
+
+        count += strncmp(entry->d_name, "cycle-", 6) == 0 && access(path, F_OK) == 0;
+    }
+    closedir(dir);
+    return count;
+}
+
+static void await_staged(const struct rig *rig, int count)
+{
+    for (int i = 0; i < WAIT_MS && count_staged(rig) != count; i++)
+        (void)poll(NULL, 0, 1);
+    assert_int_equal(count_staged(rig), count);
+}
+
+static void keep(struct rig *rig, const char *id, int number)
+{
+    cJSON *body = about_cycle(id);
+
+    claas_json_set_int(body, "step", number);
+    cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_KEEP, body, NULL, 0));
+}
+
+/* A kept candidate is written before anybody asks; a better one takes its place; what was staged
+ * and not published goes with its cycle. */
+static void test_staging_begins_early(void **state)
+{
+    struct rig *rig = *state;
+    CLAAS_AUTO(claas_json_free) cJSON *staged = NULL;
+    CLAAS_AUTO_FREE char *config = NULL;
+    const char *directory = "";
+    int64_t number = 0;
+
+    init(rig, "me/a");
+    begin(rig, "one");
+    for (int i = 1; i <= 2; i++) {
+        free(step(rig, "one", i, NULL));
+        keep(rig, "one", i);
+        await_staged(rig, 1);
+    }
+    staged = call(rig, CLAAS_MSG_CYCLE_STAGE, about_cycle("one"), NULL, 0);
+    claas_json_get_string(staged, "directory", &directory);
+    claas_json_get_int(staged, "step", 0, 100, &number);
+    assert_int_equal(number, 2);
+    config = claas_format("%s/adapter_config.json", directory);
+    assert_int_equal(access(config, F_OK), 0);
+    assert_int_equal(count_staged(rig), 1);
+    end(rig, "one");
+    assert_int_equal(count_staged(rig), 0);
+    begin(rig, "two"); /* asked for at once: the one that is being written */
+    free(step(rig, "two", 1, NULL));
+    keep(rig, "two", 1);
+    cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_STAGE, about_cycle("two"), NULL, 0));
+    assert_int_equal(count_staged(rig), 1);
+    keep(rig, "two", 1); /* ended while it is written */
+    end(rig, "two");
+    await_staged(rig, 0);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
 
 int main(void)
@@ -243,6 +452,8 @@ int main(void)
         TEST(test_a_large_upload_is_not_read),
         TEST(test_import),
         TEST(test_errors_name_no_paths_of_the_server),
+        TEST(test_steps_begun_ahead),
+        TEST(test_staging_begins_early),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

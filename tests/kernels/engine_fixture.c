@@ -4,13 +4,17 @@
 
 struct rig rig_open(struct claas_device_options options)
 {
+    return rig_open_on(&fake_backend, options);
+}
+
+struct rig rig_open_on(const struct claas_backend_ops *ops, struct claas_device_options options)
+{
     struct claas_model_options model = {.path = "random:tiny-llama"};
     struct rig rig = {0};
 
     fake_reset();
     assert_int_equal(claas_model_open(&model, &rig.model), 0);
-    assert_int_equal(
-        claas_device_open_with(&fake_backend, fake_now, &options, rig.model, &rig.device), 0);
+    assert_int_equal(claas_device_open_with(ops, fake_now, &options, rig.model, &rig.device), 0);
     assert_int_equal(claas_device_client_new(rig.device, &rig.client), 0);
     return rig;
 }

@@ -35,6 +35,8 @@ struct job {
 
 /* Zero fields of the options: one sequence of the model's context fits. */
 struct rig rig_open(struct claas_device_options options);
+/* The same on another of the fake back-ends. */
+struct rig rig_open_on(const struct claas_backend_ops *ops, struct claas_device_options options);
 /* Frees all and checks that the engine broke no rule and left no adapter. */
 void rig_close(struct rig *rig);
 

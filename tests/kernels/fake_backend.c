@@ -124,7 +124,7 @@ static int open_fake(const struct claas_backend_options *options, claas_model_t 
 
 static void free_fake(claas_backend_t **backend)
 {
-    if (atomic_load(&adapters_alive) != 0)
+    if (atomic_load(&adapters_alive) != 0 || atomic_load(&fake.host_blocks) != 0)
         fake.broken++;
     free((*backend)->slots);
     free(*backend);
@@ -188,19 +188,15 @@ static void set_stamp(claas_backend_adapter_t *adapter)
     atomic_store(&adapter->stamp, hash);
 }
 
-static size_t count_parameters(const struct claas_lora_config *lora)
-{
-    /* random:tiny-llama */
-    static const struct claas_model_config config = {
-        .hidden = 64, .intermediate = 160, .layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 16};
-
-    return claas_lora_parameter_count(&config, lora);
-}
+/* random:tiny-llama */
+static const struct claas_model_config shape = {
+    .hidden = 64, .intermediate = 160, .layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 16};
 
 static int upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                   const struct claas_adapter_image *image)
 {
-    adapter->count = count_parameters(&image->lora);
+    atomic_fetch_add(&fake.uploads, 1);
+    adapter->count = claas_lora_parameter_count(&shape, &image->lora);
     free(adapter->parameters);
     adapter->parameters = CLAAS_NEW_ARRAY(float, adapter->count);
     memcpy(adapter->parameters, image->parameters, adapter->count * sizeof(float));
@@ -238,13 +234,44 @@ static int download(claas_backend_t *backend, const claas_backend_adapter_t *ada
             turn(turn_arg);
     }
     backend->training = false;
-    ret->lora = adapter->lora;
+    claas_adapter_image_new(&shape, &adapter->lora, ret->memory, true, ret);
     ret->step = adapter->step;
-    ret->parameters = CLAAS_NEW_ARRAY(float, adapter->count);
-    ret->exp_avg = CLAAS_NEW_ARRAY(float, adapter->count);
-    ret->exp_avg_sq = CLAAS_NEW_ARRAY(float, adapter->count);
     memcpy(ret->parameters, adapter->parameters, adapter->count * sizeof(float));
+    memset(ret->exp_avg, 0, adapter->count * sizeof(float));
+    memset(ret->exp_avg_sq, 0, adapter->count * sizeof(float));
     return 0;
+}
+
+static int clone_adapter(claas_backend_t *backend, const claas_backend_adapter_t *source,
+                         enum claas_adapter_use use, claas_backend_adapter_t **ret)
+{
+    int rc = new_adapter(backend, &source->lora, use, ret);
+
+    if (rc < 0)
+        return rc;
+    (*ret)->count = source->count;
+    (*ret)->parameters = CLAAS_NEW_ARRAY(float, source->count);
+    memcpy((*ret)->parameters, source->parameters, source->count * sizeof(float));
+    (*ret)->step = source->step;
+    set_stamp(*ret);
+    return 0;
+}
+
+static void *host_new(claas_backend_t *backend, size_t bytes)
+{
+    void *base = fake.fail_host_new ? NULL : claas_alloc(bytes, 1);
+
+    (void)backend;
+    if (base != NULL)
+        atomic_fetch_add(&fake.host_blocks, 1);
+    return base;
+}
+
+static void host_free(claas_backend_t *backend, void *base)
+{
+    (void)backend;
+    atomic_fetch_sub(&fake.host_blocks, 1);
+    free(base);
 }
 
 static void sample_row(const claas_backend_t *backend, const struct claas_segment *segment,
@@ -355,14 +382,21 @@ static void update(const struct claas_backend_train *request)
     }
 }
 
+static bool lacks_room(void)
+{
+    return fake.train_room > 0 && atomic_load(&adapters_alive) > fake.train_room;
+}
+
 static int train(claas_backend_t *backend, const struct claas_backend_train *request,
                  struct claas_train_result *ret)
 {
     int operations, failing;
     bool is_full;
 
+    if (lacks_room())
+        request->make_room(request->yield_arg);
     pthread_mutex_lock(&fake.lock);
-    is_full = fake.train_room > 0 && atomic_load(&adapters_alive) > fake.train_room;
+    is_full = lacks_room();
     fake.trains_refused += is_full;
     pthread_cond_broadcast(&fake.changed);
     operations = fake.train_operations;
@@ -404,6 +438,24 @@ const struct claas_backend_ops fake_backend = {
     .adapter_bytes = adapter_bytes,
     .adapter_upload = upload,
     .adapter_download = download,
+    .forward = forward,
+    .train = train,
+};
+
+const struct claas_backend_ops fake_backend_with_memory = {
+    .name = "fake",
+    .open = open_fake,
+    .free = free_fake,
+    .describe = describe,
+    .memory = memory,
+    .adapter_new = new_adapter,
+    .adapter_free = free_adapter,
+    .adapter_bytes = adapter_bytes,
+    .adapter_upload = upload,
+    .adapter_download = download,
+    .adapter_clone = clone_adapter,
+    .host_new = host_new,
+    .host_free = host_free,
     .forward = forward,
     .train = train,
 };

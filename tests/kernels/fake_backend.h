@@ -31,6 +31,7 @@ struct fake {
     int64_t operation_ns;    /* of the test's clock */
     int64_t pass_ns, token_ns;
     bool report_nonfinite;
+    bool fail_host_new; /* no memory can be pinned */
     /* Figures. */
     int passes, tokens, single_rows, passes_in_training;
     int largest_pass;          /* tokens */
@@ -40,10 +41,13 @@ struct fake {
     int fewest_operations; /* between two turns of generation in training */
     int adapters_refused;  /* for want of room */
     int trains_refused;    /* the same of steps */
-    int broken;            /* rules of backend.h that the engine broke */
+    _Atomic int uploads, host_blocks;
+    int broken; /* rules of backend.h that the engine broke */
 };
 extern struct fake fake;
 extern const struct claas_backend_ops fake_backend;
+/* The same as a device with memory of its own: it clones adapters, and pins the host's memory. */
+extern const struct claas_backend_ops fake_backend_with_memory;
 
 void fake_reset(void);
 int64_t fake_now(void);

@@ -293,6 +293,7 @@ static void compare_masters(struct cuda_context *context, const struct cuda_mode
     struct claas_adapter_image back = {};
     int rc;
 
+    back.memory = image->memory;
     for (int i = 0; i < 3; i++) {
         float *want = expected(model, adapter, sources[i] ? sources[i] : zeros, 1.0f);
 
@@ -334,8 +335,84 @@ static void test_refresh(struct cuda_context *context, const struct cuda_model *
     free(device);
 }
 
+static void *take_pinned(void *arg, size_t bytes)
+{
+    void *base = cuda_host_new(bytes);
+
+    (void)arg;
+    if (!base) {
+        check_fail("no pinned memory of %zu bytes", bytes);
+        exit(1);
+    }
+    memset(base, 0x7f, bytes); /* whatever a download leaves out shows */
+    return base;
+}
+
+static void give_pinned(void *arg, void *array)
+{
+    (void)arg;
+    cuda_host_free(array);
+}
+
+static const struct claas_adapter_memory pinned_memory = {take_pinned, give_pinned, NULL};
+
+/* The image in pinned memory, in place of that in plain memory. */
+static void pin_image(const struct claas_model_config *config, struct claas_adapter_image *image)
+{
+    size_t bytes = claas_lora_parameter_count(config, &image->lora) * sizeof(float);
+    struct claas_adapter_image pinned = {};
+
+    check_rc(claas_adapter_image_new(config, &image->lora, &pinned_memory, image->exp_avg != NULL,
+                                     &pinned),
+             "claas_adapter_image_new");
+    pinned.step = image->step;
+    memcpy(pinned.parameters, image->parameters, bytes);
+    if (image->exp_avg) {
+        memcpy(pinned.exp_avg, image->exp_avg, bytes);
+        memcpy(pinned.exp_avg_sq, image->exp_avg_sq, bytes);
+    }
+    claas_adapter_image_done(image);
+    *image = pinned;
+}
+
+/* Copies on the device: the view to serve, the state to be kept, and from that state all of it
+ * again. They stay as they are when the source goes on. */
+static void test_clones(struct cuda_context *context, const struct cuda_model *model,
+                        struct cuda_adapter *adapter, const struct claas_adapter_image *image)
+{
+    struct cuda_adapter view, state, all, none;
+    int rc = cuda_adapter_clone(context, model, adapter, CUDA_CLONE_STATE, &state);
+
+    check_rc(rc, "cuda_adapter_clone, state");
+    if (rc < 0)
+        return;
+    if (state.view.base || !state.trains)
+        check_fail("a kept state has a view, or no masters");
+    check_cuda(cudaMemset(adapter->parameters, 0, 3 * adapter->layout.count * sizeof(float)),
+               "the source goes on");
+    check_cuda(cudaDeviceSynchronize(), "the source goes on");
+    compare_masters(context, model, &state, image);
+    rc = cuda_adapter_clone(context, model, &state, CUDA_CLONE_VIEW, &view);
+    check_rc(rc, "cuda_adapter_clone, view");
+    if (rc == 0) {
+        compare_view(context, model, &view, image->parameters);
+        if (view.masters.base || view.trains ||
+            cuda_adapter_clone(context, model, &view, CUDA_CLONE_ALL, &none) >= 0)
+            check_fail("a served copy has masters, or can be copied");
+        cuda_adapter_done(context, &view);
+    }
+    rc = cuda_adapter_clone(context, model, &state, CUDA_CLONE_ALL, &all);
+    check_rc(rc, "cuda_adapter_clone, all");
+    if (rc == 0) {
+        compare_view(context, model, &all, image->parameters);
+        compare_masters(context, model, &all, image);
+        cuda_adapter_done(context, &all);
+    }
+    cuda_adapter_done(context, &state);
+}
+
 static void test_adapter(struct cuda_context *context, const struct cuda_model *model, int rank,
-                         unsigned modules, bool trains, bool moments)
+                         unsigned modules, bool trains, bool moments, bool pinned)
 {
     struct claas_adapter_image image = random_image(&model->config, rank, modules, moments);
     struct claas_adapter_image back = {};
@@ -344,6 +421,8 @@ static void test_adapter(struct cuda_context *context, const struct cuda_model *
     int rc = cuda_adapter_new(context, model, &image.lora, trains, &adapter);
 
     check_rc(rc, "cuda_adapter_new");
+    if (pinned)
+        pin_image(&model->config, &image);
     for (int again = 0; again < 2 && rc == 0; again++) {
         rc = cuda_adapter_upload(context, model, &adapter, &image);
         check_rc(rc, "cuda_adapter_upload");
@@ -355,6 +434,8 @@ static void test_adapter(struct cuda_context *context, const struct cuda_model *
             check_fail("an adapter for serving can be read back or refreshed");
         if (trains)
             test_refresh(context, model, &adapter, &image);
+        if (trains)
+            test_clones(context, model, &adapter, &image);
         image.lora.alpha = 8.0f; /* another shape: refused */
         if (cuda_adapter_upload(context, model, &adapter, &image) >= 0)
             check_fail("another alpha went through");
@@ -387,9 +468,11 @@ static void test_adapters(enum cuda_type act, const char *path)
     check_rc(rc, "cuda_model_load");
     for (int rank : ranks)
         for (unsigned modules : subsets) {
-            test_adapter(&context, &model, rank, modules, true, true);
-            test_adapter(&context, &model, rank, modules, true, false);
-            test_adapter(&context, &model, rank, modules, false, false);
+            for (bool pinned : {false, true}) {
+                test_adapter(&context, &model, rank, modules, true, true, pinned);
+                test_adapter(&context, &model, rank, modules, true, false, pinned);
+                test_adapter(&context, &model, rank, modules, false, false, pinned);
+            }
         }
     bad.rank = CLAAS_RANK_MAX + 1;
     bad.modules = CLAAS_MODULE_ALL;
@@ -404,6 +487,27 @@ static void test_adapters(enum cuda_type act, const char *path)
     claas_model_free(&source);
     cuda_context_close(&context);
 }
+
+/* Hands out arrays that were there before, and takes none back. */
+static struct claas_adapter_image reused;
+
+static void *take_reused(void *arg, size_t bytes)
+{
+    float **arrays[] = {&reused.parameters, &reused.exp_avg, &reused.exp_avg_sq};
+
+    (void)arg;
+    (void)bytes;
+    for (float **array : arrays)
+        if (*array) {
+            void *base = *array;
+
+            *array = NULL;
+            return base;
+        }
+    return NULL;
+}
+
+static const struct claas_adapter_memory reused_memory = {take_reused, give_pinned, NULL};
 
 /* Of an 8B model with rank 32: 87.3 million parameters, without their layers' weights. */
 static void time_adapter(void)
@@ -429,6 +533,38 @@ static void time_adapter(void)
     start = now_ms();
     check_rc(cuda_adapter_download(&context, &model, &adapter, NULL, NULL, &back), "cuda_adapter_download");
     check_report("adapter download 8B r=32", (float)(now_ms() - start), 12.0 * (double)count, 0);
+    claas_adapter_image_done(&back);
+    start = now_ms();
+    pin_image(&model.config, &image);
+    check_report("pinning 349 MB and copying into it", (float)(now_ms() - start),
+                 4.0 * (double)count, 0);
+    start = now_ms();
+    check_rc(cuda_adapter_upload(&context, &model, &adapter, &image), "cuda_adapter_upload");
+    check_report("adapter upload 8B r=32, pinned", (float)(now_ms() - start), 4.0 * (double)count,
+                 0);
+    /* Twice: the pages of the first are what a cache of the host's memory has at hand. */
+    check_rc(claas_adapter_image_new(&model.config, &image.lora, &pinned_memory, true, &back),
+             "pinned memory");
+    reused = back;
+    start = now_ms();
+    back = claas_adapter_image{};
+    back.memory = &reused_memory;
+    check_rc(cuda_adapter_download(&context, &model, &adapter, NULL, NULL, &back),
+             "cuda_adapter_download");
+    check_report("adapter download 8B r=32, pinned and reused", (float)(now_ms() - start),
+                 12.0 * (double)count, 0);
+    for (int i = 0; i < 3; i++) {
+        struct cuda_adapter clone;
+        static const char *const names[] = {"adapter clone 8B r=32, view",
+                                            "adapter clone 8B r=32, state",
+                                            "adapter clone 8B r=32, all"};
+
+        start = now_ms();
+        check_rc(cuda_adapter_clone(&context, &model, &adapter, (enum cuda_clone)i, &clone),
+                 names[i]);
+        check_report(names[i], (float)(now_ms() - start), 0, 0);
+        cuda_adapter_done(&context, &clone);
+    }
     check_report("adapter refresh 8B r=32",
                  check_median_ms(&context,
                                  [&] {
