@@ -17,7 +17,8 @@
  *   every tile with all 16 rows, and the warps' results are joined at the end. 68 KB, three blocks
  *   on an SM. The grid is as large as the chip holds and walks over (part, run, kv head).
  *
- * join_parts: one warp per row and head joins the parts in order.
+ *   Whichever block stores the last part of a (run, kv head) joins them, in the parts' order: the
+ *   counts that tell it are integers, and it is the one that makes them zero again.
  *
  * Which kernel takes a run, and its parts, follow from that run alone, and rows of a tile do not
  * mix: a row's result never depends on what else is in the pass.
@@ -29,6 +30,7 @@
 #define PART_ROWS 16  /* a run of no more rows is done in parts */
 #define PART_KEYS 128 /* at least */
 #define PARTS_MAX 32
+#define JOIN_AHEAD 8 /* parts of a row on their way while they are joined */
 
 struct attend_args {
     struct cuda_attention a;
@@ -337,6 +339,85 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
     __syncthreads();
 }
 
+/* Whether this block has stored the last of the parts that are joined; all of its threads have
+ * stored their share. `count`: of the parts that are there, 0 between launches. */
+static __device__ __forceinline__ bool is_last(int32_t *count, int parts)
+{
+    bool last = false;
+
+    __threadfence(); /* what this thread stored is seen by whoever sees the count */
+    __syncthreads();
+    if (threadIdx.x == 0)
+        last = atomicAdd(count, 1) == parts - 1;
+    last = __syncthreads_or(last);
+    if (last && threadIdx.x == 0)
+        *count = 0;
+    if (last)
+        __threadfence(); /* and what others stored by this block */
+    return last;
+}
+
+/* The parts of a row that are read at a time; past the first-level cache, since other blocks have
+ * written them. */
+template <int D>
+static __device__ __forceinline__ void read_parts(float (&out)[JOIN_AHEAD][D / 32],
+                                                  const struct attend_args &args, size_t slot,
+                                                  int parts)
+{
+#pragma unroll
+    for (int i = 0; i < JOIN_AHEAD; i++)
+#pragma unroll
+        for (int j = 0; j < D / 32; j++)
+            out[i][j] = i < parts ? __ldcg(args.part_out +
+                                           (slot + (size_t)i * (size_t)args.part_rows) * D +
+                                           threadIdx.x % 32 + 32 * j)
+                                  : 0.0f;
+}
+
+/* A run's rows of one kv head from their parts in order, a warp a row. */
+template <int D>
+static __device__ __forceinline__ void join_parts(const struct attend_args &args,
+                                                  const struct cuda_attn_run &run, int run_index,
+                                                  int g, int parts)
+{
+    const int lane = (int)threadIdx.x % 32;
+
+    for (int r = (int)threadIdx.x / 32; r < run.count * args.group; r += ATTN_WARPS) {
+        float2 own = make_float2(-INFINITY, 0);
+        float out[JOIN_AHEAD][D / 32], value[D / 32] = {}, max = 0, weight = 0, sum = 0;
+        const size_t at = row_head(args, run, g, r);
+
+        if (lane < parts)
+            own = __ldcg(&args.part_stats[part_slot(args, run_index, g, lane, r)]);
+        read_parts<D>(out, args, part_slot(args, run_index, g, 0, r), parts);
+        max = own.x;
+        for (int step = 16; step > 0; step /= 2)
+            max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+        weight = power_of_2((own.x - max) * args.scale2);
+        for (int part = 0; part < parts; part += JOIN_AHEAD) {
+            if (part > 0)
+                read_parts<D>(out, args, part_slot(args, run_index, g, part, r), parts - part);
+#pragma unroll
+            for (int i = 0; i < JOIN_AHEAD; i++) {
+                const float w = __shfl_sync(0xffffffffu, weight, part + i);
+
+                if (part + i >= parts) /* for the whole warp */
+                    break;
+                sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part + i), sum);
+#pragma unroll
+                for (int j = 0; j < D / 32; j++)
+                    value[j] = fmaf(w, out[i][j], value[j]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < D / 32; j++)
+            ((bf16 *)args.a.out)[at * D + lane + 32 * j] =
+                __float2bfloat16_rn(value[j] * (1.0f / sum));
+        if (args.a.lse && lane == 0)
+            args.a.lse[at] = max * args.a.scale + logf(sum);
+    }
+}
+
 template <int D>
 static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const struct attend_args args)
 {
@@ -350,51 +431,12 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
         const struct cuda_attn_run run = args.a.runs[run_index];
         const int parts = parts_of(args, run);
 
-        if (part < parts)
-            attend_one_part<D>(args, run, run_index, g, part, parts, shared);
+        if (part >= parts)
+            continue;
+        attend_one_part<D>(args, run, run_index, g, part, parts, shared);
+        if (parts > 1 && is_last(args.a.counts + run_index * args.a.kv_heads + g, parts))
+            join_parts<D>(args, run, run_index, g, parts);
     }
-}
-
-template <int D>
-static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct attend_args args)
-{
-    const int lane = (int)threadIdx.x % 32;
-    const int item = (int)(blockIdx.x * ATTN_WARPS + threadIdx.x / 32);
-    const int r = item % args.part_rows, rest = item / args.part_rows;
-    const int g = rest % args.a.kv_heads, run_index = rest / args.a.kv_heads;
-    float2 own = make_float2(-INFINITY, 0);
-    float max = 0, weight = 0, sum = 0, value[D / 32] = {};
-    struct cuda_attn_run run;
-    int parts = 0;
-
-    launch_next();
-    if (run_index >= args.a.run_count)
-        return;
-    launch_wait();
-    run = args.a.runs[run_index];
-    parts = parts_of(args, run);
-    if (parts <= 1 || r >= run.count * args.group)
-        return;
-    if (lane < parts)
-        own = args.part_stats[part_slot(args, run_index, g, lane, r)];
-    max = own.x;
-    for (int step = 16; step > 0; step /= 2)
-        max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
-    weight = power_of_2((own.x - max) * args.scale2);
-    for (int part = 0; part < parts; part++) {
-        const float w = __shfl_sync(0xffffffffu, weight, part);
-        const float *out = args.part_out + part_slot(args, run_index, g, part, r) * D;
-
-        sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part), sum);
-#pragma unroll
-        for (int j = 0; j < D / 32; j++)
-            value[j] = fmaf(w, out[lane + 32 * j], value[j]);
-    }
-    for (int j = 0; j < D / 32; j++)
-        ((bf16 *)args.a.out)[row_head(args, run, g, r) * D + lane + 32 * j] =
-            __float2bfloat16_rn(value[j] * (1.0f / sum));
-    if (args.a.lse && lane == 0)
-        args.a.lse[row_head(args, run, g, r)] = max * args.a.scale + logf(sum);
 }
 
 /* --- host --- */
@@ -471,18 +513,12 @@ static int launch_parts(struct cuda_context *context, const struct attend_args &
     const size_t bytes = (size_t)(PART_ROWS + 4 * ATTN_KEYS) * D * sizeof(bf16);
     const int resident = 3 * context->multiprocessors;
     const int grid = args.items < resident ? args.items : resident;
-    const int rows = args.a.run_count * args.a.kv_heads * args.part_rows;
-    int err = allow_shared(context, attend_part<D>, bytes, &ready);
+    const int err = allow_shared(context, attend_part<D>, bytes, &ready);
 
     if (err < 0)
         return err;
-    err = launch(context, "attention in parts", attend_part<D>, dim3((unsigned)grid),
-                 dim3(ATTN_THREADS), bytes, args);
-    if (err < 0 || args.parts_max == 1)
-        return err;
-    return launch(context, "attention in parts", join_parts<D>,
-                  dim3((unsigned)((rows + ATTN_WARPS - 1) / ATTN_WARPS)), dim3(ATTN_THREADS), 0,
-                  args);
+    return launch(context, "attention in parts", attend_part<D>, dim3((unsigned)grid),
+                  dim3(ATTN_THREADS), bytes, args);
 }
 
 /* Tiles of 128 rows halve the traffic of keys through shared memory; 64 where those would leave
@@ -517,6 +553,8 @@ static int place_parts(struct attend_args *args)
     if (need > (a->scratch ? a->scratch_bytes : 0))
         return claas_fail(CLAAS_ERR_INTERNAL, "attention: %zu bytes of scratch, %zu are needed",
                           a->scratch ? a->scratch_bytes : (size_t)0, need);
+    if (args->parts_max > 1 && !a->counts)
+        return claas_fail(CLAAS_ERR_INTERNAL, "attention: parts without their counts");
     args->part_stats = (float2 *)a->scratch;
     args->part_out = (float *)(args->part_stats + (size_t)args->items * (size_t)args->part_rows);
     return 0;

@@ -82,7 +82,8 @@ struct cuda_pass {
     float *lora_sums;      /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
     void *splits;          /* scratch of attention: serving only */
     size_t split_bytes;
-    uint8_t *kv; /* serving: block 0 of layer 0 */
+    int32_t *split_counts; /* likewise: zero between passes */
+    uint8_t *kv;           /* serving: block 0 of layer 0 */
     size_t kv_layer_bytes;
     claas_yield_fn *yield;
     void *yield_arg;

@@ -275,6 +275,23 @@ static std::vector<float> taken(check_array *a)
     return std::vector<float>(a->host, a->host + a->count);
 }
 
+/* Of parts, for a call: zeros. */
+static check_buffer counts_new(const runs *r)
+{
+    return buffer_of(std::vector<int32_t>(r->list.size() * (size_t)r->kv_heads));
+}
+
+static void check_counts(const runs *r, const check_buffer *counts)
+{
+    std::vector<int32_t> now(r->list.size() * (size_t)r->kv_heads);
+
+    check_download(counts, now.data());
+    for (size_t i = 0; i < now.size(); i++)
+        if (now[i] != 0)
+            check_fail("run %zu, kv head %zu: %d parts are counted after the call",
+                       i / (size_t)r->kv_heads, i % (size_t)r->kv_heads, now[i]);
+}
+
 static results run_device(cuda_context *context, runs *r, const data *x, float scale)
 {
     check_array qkv = check_copy_of(x->type, x->qkv.data(), x->qkv.size());
@@ -285,7 +302,7 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
     check_array dqkv = check_blank(x->type, x->qkv.size());
     check_buffer row_run = buffer_of(r->row_run), children = buffer_of(r->children), list,
                  tables = {};
-    check_buffer scratch = {};
+    check_buffer scratch = {}, counts = {};
     check_array kv = {};
     struct cuda_attention args = {};
     results got;
@@ -302,6 +319,8 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
             r->heads, r->kv_heads, r->d, (int)r->list.size(), r->longest, r->furthest);
         scratch = check_buffer_new(args.scratch_bytes);
         args.scratch = scratch.data;
+        counts = counts_new(r);
+        args.counts = (int32_t *)counts.data;
     }
     list = buffer_of(r->list);
     args.heads = r->heads;
@@ -335,6 +354,8 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
         check_free(&kv, "kv");
         check_buffer_free(&tables, "tables");
         check_buffer_free(&scratch, "scratch");
+        check_counts(r, &counts);
+        check_buffer_free(&counts, "counts");
     }
     check_free(&qkv, "qkv");
     check_free(&dout, "dout");
@@ -590,12 +611,20 @@ static void test_refusals(cuda_context *context)
     args.head_dim = 272;
     if (cuda_attention(context, &args) != CLAAS_ERR_UNSUPPORTED)
         check_fail("a head of 272");
+    args.head_dim = 64;
+    args.run_count = args.longest = 1;
+    args.furthest = 300;
+    args.kv = args.scratch = (void *)4096; /* never read */
+    args.scratch_bytes = (size_t)1 << 30;
+    args.ldqkv = 384;
+    if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL)
+        check_fail("parts without their counts");
     check_end();
 }
 
-/* --- times --- */
+/* --- passes whose numbers are random --- */
 
-/* Buffers of a pass that is only timed; the runs' rows and keys are random. */
+/* Buffers of a pass that is timed or repeated; the runs' rows and keys are random. */
 struct timed {
     struct cuda_attention args;
     struct cuda_attention_bwd bwd;
@@ -651,6 +680,8 @@ static timed timed_new(runs *r)
         a->scratch_bytes = cuda_attention_scratch_bytes(r->heads, r->kv_heads, r->d, a->run_count,
                                                         r->longest, r->furthest);
         a->scratch = timed_array(&t, a->scratch_bytes);
+        t.buffers.push_back(counts_new(r));
+        a->counts = (int32_t *)t.buffers.back().data;
     } else {
         a->lse = (float *)timed_array(&t, m * (size_t)r->heads * sizeof(float));
         t.bwd.children = timed_copy(&t, r->children);
@@ -670,6 +701,57 @@ static void timed_free(timed *t)
         check_buffer_free(&b, "a timed array");
     t->buffers.clear();
 }
+
+/* The last block of a run joins its parts: again and again with the same scratch and counts,
+ * launched, then replayed in a graph beside a call of fewer parts; always the first call's bits. */
+static void test_joined(cuda_context *context, shape s)
+{
+    const int rounds = 20;
+    runs r = runs_new(s.heads, s.kv_heads, s.d, true), few = r;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+
+    check_begin("parts joined again and again: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (int pos : {0, 127, 128, 129, 500, 1000, 2049, 4095, 4096, 9000})
+        add_run(&r, 1, pos, -1);
+    add_run(&r, 2, 1022, -1);
+    for (int pos : {200, 3, 700})
+        add_run(&few, 1, pos, -1);
+
+    timed t = timed_new(&r), other = timed_new(&few);
+    const size_t bytes = (size_t)(r.m * r.heads * r.d) * 2;
+    std::vector<uint8_t> first(bytes), now(bytes);
+
+    other.args.scratch = t.args.scratch;
+    other.args.scratch_bytes = t.args.scratch_bytes;
+    other.args.counts = t.args.counts;
+    check_rc(cuda_attention(context, &t.args), "cuda_attention");
+    check_cuda(cudaStreamSynchronize(context->stream), "attention");
+    check_cuda(cudaMemcpy(first.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
+    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
+               "capture");
+    check_rc(cuda_attention(context, &t.args), "cuda_attention while capturing");
+    check_rc(cuda_attention(context, &other.args), "cuda_attention while capturing");
+    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
+    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
+    for (int round = 0; round < 2 * rounds; round++) {
+        check_cuda(cudaMemsetAsync(t.args.out, 0xff, bytes, context->stream), "memset");
+        if (round % 2 == 0)
+            check_rc(cuda_attention(context, &t.args), "cuda_attention");
+        else
+            check_cuda(cudaGraphLaunch(exec, context->stream), "launch");
+        check_cuda(cudaStreamSynchronize(context->stream), "attention");
+        check_cuda(cudaMemcpy(now.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
+        check_same(round % 2 == 0 ? "launched again" : "replayed", now.data(), first.data(), bytes);
+    }
+    check_cuda(cudaGraphExecDestroy(exec), "a graph");
+    check_cuda(cudaGraphDestroy(graph), "a graph");
+    timed_free(&other);
+    timed_free(&t);
+    check_end();
+}
+
+/* --- times --- */
 
 /* TFLOP/s count what the mask leaves: 4 d for a query, a key and a head, and 10 d for the gradient.
  */
@@ -761,6 +843,8 @@ static void test_type(enum cuda_type type)
         test_long(&context, {3, 1, 64});
         test_same_bits(&context, {4, 2, 64});
         test_same_bits(&context, {4, 2, 128});
+        test_joined(&context, {8, 2, 128});
+        test_joined(&context, {9, 3, 64});
         test_refusals(&context);
     }
     for (shape s : plain_shapes)
