@@ -283,31 +283,41 @@ int cuda_mlp_half(const struct cuda_pass *pass, const struct cuda_lora_rows *row
 
 /* --- all layers --- */
 
-static int infer_tail(const struct cuda_pass *pass, struct cuda_infer *infer, void *out)
+/* The tail's rows of what the last layer's second half reads. */
+static int gather_tail(const struct cuda_pass *pass, const struct cuda_infer *infer,
+                       struct cuda_acts *acts)
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
+    int code = cuda_gather(context, infer->tail_count, backend->model.config.hidden, acts->x_in,
+                           infer->tail, infer->tail_x);
+
+    if (code >= 0)
+        code = cuda_gather(context, infer->tail_count, backend->model.nq, acts->attn, infer->tail,
+                           infer->tail_attn);
+    acts->x_in = infer->tail_x;
+    acts->attn = infer->tail_attn;
+    return code;
+}
+
+static int infer_tail(const struct cuda_pass *pass, struct cuda_infer *infer, void *out)
+{
+    claas_backend_t *backend = pass->backend;
     const struct claas_model_config *c = &backend->model.config;
-    const struct cuda_lora_rows *rows =
-        infer->tail_count == pass->pack.m ? &pass->pack.rows : &pass->pack.tail;
+    bool all = infer->tail_count == pass->pack.m; /* then they are in order */
+    const struct cuda_lora_rows *rows = all ? &pass->pack.rows : &pass->pack.tail;
     struct cuda_acts acts = infer->acts;
-    int code;
+    int code = 0;
 
     if (rows->m != infer->tail_count)
         return claas_fail(CLAAS_ERR_INTERNAL, "a tail of %d rows, %d of them described",
                           infer->tail_count, rows->m);
-    code =
-        cuda_gather(context, infer->tail_count, c->hidden, acts.x_in, infer->tail, infer->tail_x);
-
-    if (code >= 0)
-        code = cuda_gather(context, infer->tail_count, backend->model.nq, acts.attn, infer->tail,
-                           infer->tail_attn);
-    acts.x_in = infer->tail_x;
-    acts.attn = infer->tail_attn;
+    if (!all)
+        code = gather_tail(pass, infer, &acts);
     if (code >= 0)
         code = cuda_mlp_half(pass, rows, c->layers - 1, &acts);
     if (code >= 0)
-        code = cuda_rmsnorm(context, infer->tail_count, c->hidden, acts.x_out,
+        code = cuda_rmsnorm(&backend->context, infer->tail_count, c->hidden, acts.x_out,
                             backend->model.norm_out, c->norm_eps, out, NULL);
     return code;
 }
