@@ -19,7 +19,8 @@
  * A plan also keeps the product described for cuBLASLt, with the number of tokens it had last: a
  * product that comes again costs a look-up and cublasLtMatmul.
  *
- * Few rows by a weight are multiplied by gemm_few.cu instead; CLAAS_CUDA_FEW=0 leaves them here. */
+ * Few rows by a weight are multiplied by gemm_few.cu instead; CLAAS_CUDA_FEW=0 leaves them here.
+ * CLAAS_CUDA_FUSE=0: and their norms and SwiGLU to kernels of their own. */
 #include "cuda/gemm.h"
 #include "cuda/gemm_choices.h"
 #include "cuda/gemm_few.h"
@@ -69,7 +70,7 @@ struct plan {
 struct cuda_gemm_plans {
     struct plan **slots;
     size_t capacity, count;
-    bool tunes, few;
+    bool tunes, few, fuse;
     cudaEvent_t before, after;
     char *path; /* of the file; NULL: none */
     struct gemm_choices_origin origin;
@@ -535,6 +536,7 @@ static int open_plans(struct cuda_context *context)
     context->plans = plans;
     plans->tunes = !is_off("CLAAS_CUDA_TUNE");
     plans->few = !is_off("CLAAS_CUDA_FEW");
+    plans->fuse = !is_off("CLAAS_CUDA_FUSE");
     plans->written = gemm_choices_clock();
     rc = grow(plans);
     if (rc == 0)
@@ -606,6 +608,12 @@ static int run_library(struct cuda_context *context, const struct cuda_gemm *gem
     return check_status(context, gemm, status, "running it");
 }
 
+bool cuda_gemm_makes(struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    return open_plans(context) == 0 && context->plans->few && context->plans->fuse &&
+           gemm->source != CUDA_GEMM_PLAIN && cuda_gemm_few_suits(context, gemm);
+}
+
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
     int rc;
@@ -619,5 +627,9 @@ int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
         return rc;
     if (context->plans->few && cuda_gemm_few_suits(context, gemm))
         return cuda_gemm_few(context, gemm);
+    if (gemm->source != CUDA_GEMM_PLAIN)
+        return claas_fail(CLAAS_ERR_INTERNAL,
+                          "a product of %d x %d x %d cannot make its rows itself", gemm->m, gemm->n,
+                          gemm->k);
     return run_library(context, gemm);
 }
