@@ -241,7 +241,7 @@ static __global__ void probe_kernel(void)
 
 static int check_device(struct cuda_context *context)
 {
-    const char *early = getenv("CLAAS_CUDA_EARLY");
+    const char *early = getenv("CLAAS_CUDA_EARLY"), *fuse = getenv("CLAAS_CUDA_FUSE");
     struct cudaFuncAttributes attributes;
     cudaDeviceProp properties;
     cudaError_t code = cudaSetDevice(0);
@@ -253,6 +253,7 @@ static int check_device(struct cuda_context *context)
     context->arch = 10 * properties.major + properties.minor;
     context->multiprocessors = properties.multiProcessorCount;
     context->early = context->arch >= 90 && !(early && strcmp(early, "0") == 0);
+    context->fuse = !(fuse && strcmp(fuse, "0") == 0);
     context->memory = properties.totalGlobalMem;
     (void)snprintf(context->name, sizeof(context->name), "%.63s", properties.name);
     if (context->arch < OLDEST_ARCH)

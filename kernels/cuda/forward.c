@@ -254,6 +254,7 @@ static int compute_decoding(claas_backend_t *backend)
     int reach = cuda_attention_reach(pack->furthest), context = backend->model.config.context;
     struct cuda_graph_key key = {.rows = pack->m, .adapters = has_adapters(&space->pack)};
 
+    pack->decoding = true;
     key.furthest = pack->furthest = reach < context ? reach : context;
     return cuda_graphs_run(&backend->context, &space->graphs, &key, compute, backend);
 }

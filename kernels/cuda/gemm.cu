@@ -19,8 +19,7 @@
  * A plan also keeps the product described for cuBLASLt, with the number of tokens it had last: a
  * product that comes again costs a look-up and cublasLtMatmul.
  *
- * Few rows by a weight are multiplied by gemm_few.cu instead; CLAAS_CUDA_FEW=0 leaves them here.
- * CLAAS_CUDA_FUSE=0: and their norms and SwiGLU to kernels of their own. */
+ * Few rows by a weight are multiplied by gemm_few.cu instead; CLAAS_CUDA_FEW=0 leaves them here. */
 #include "cuda/gemm.h"
 #include "cuda/gemm_choices.h"
 #include "cuda/gemm_few.h"
@@ -70,7 +69,7 @@ struct plan {
 struct cuda_gemm_plans {
     struct plan **slots;
     size_t capacity, count;
-    bool tunes, few, fuse;
+    bool tunes, few;
     cudaEvent_t before, after;
     char *path; /* of the file; NULL: none */
     struct gemm_choices_origin origin;
@@ -536,7 +535,6 @@ static int open_plans(struct cuda_context *context)
     context->plans = plans;
     plans->tunes = !is_off("CLAAS_CUDA_TUNE");
     plans->few = !is_off("CLAAS_CUDA_FEW");
-    plans->fuse = !is_off("CLAAS_CUDA_FUSE");
     plans->written = gemm_choices_clock();
     rc = grow(plans);
     if (rc == 0)
@@ -610,7 +608,7 @@ static int run_library(struct cuda_context *context, const struct cuda_gemm *gem
 
 bool cuda_gemm_makes(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
-    return open_plans(context) == 0 && context->plans->few && context->plans->fuse &&
+    return context->fuse && open_plans(context) == 0 && context->plans->few &&
            gemm->source != CUDA_GEMM_PLAIN && cuda_gemm_few_suits(context, gemm);
 }
 

@@ -304,8 +304,11 @@ int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cu
     int code = linear_of(pass, &pass->pack.rows, layer, CUDA_QKV, &normed, acts->s[CUDA_QKV], NULL,
                          acts->qkv);
 
-    if (code >= 0)
-        code = cuda_qkv_finish(context, &qkv);
+    attention.finish = pass->pack.decoding ? &qkv : NULL;
+    if (!cuda_attention_finishes(context, &attention)) {
+        attention.finish = NULL;
+        code = code >= 0 ? cuda_qkv_finish(context, &qkv) : code;
+    }
     return code >= 0 ? cuda_attention(context, &attention) : code;
 }
 

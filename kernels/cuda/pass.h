@@ -43,6 +43,7 @@ int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload);
 /* A pack as the device sees it (device pointers). */
 struct cuda_pack {
     int m, run_count, longest, furthest;
+    bool decoding; /* each run is one row, and reads no block that another row writes */
     const int32_t *tokens, *pos, *blocks, *row_run, *tables, *children;
     const struct cuda_attn_run *runs;
     struct cuda_lora_rows rows; /* whose the rows are */
