@@ -302,7 +302,8 @@ join_warps(const struct attend_args &args, const struct cuda_attn_run &run, int 
 /* --- rows that are finished here --- */
 
 /* The queries of a run of one row into tile rows 0 …, and, if the part has the row's own key, that
- * and its value into own [2][D] and into the cache. The same bits as qkv_finish's. */
+ * and its value into own [2][D] and into the cache. The same bits as qkv_finish's. What they are
+ * multiplied by, and where they go, does not change during the pass and is read before launch_wait. */
 template <int D>
 static __device__ __forceinline__ void finish_row(const struct attend_args &args,
                                                   const struct cuda_attn_run &run, int g, bool key,
@@ -311,12 +312,16 @@ static __device__ __forceinline__ void finish_row(const struct attend_args &args
     constexpr int lanes = D / 16, at_once = ATTN_THREADS / lanes, chunks = D / 8;
     const struct cuda_qkv &a = args.finish;
     const int heads = args.group + (key ? 2 : 0);
+    struct kv_slot slot = {};
 
+    if (key)
+        slot = find_slot(a, run.first);
     for (int i = (int)threadIdx.x; i < (PART_ROWS - args.group) * chunks; i += ATTN_THREADS)
         *(uint4 *)(q + place<D>(args.group + i / chunks, i % chunks)) = make_uint4(0, 0, 0, 0);
     for (int first = 0; first < heads; first += at_once) { /* warps whole, for read_head */
         const int i = first + (int)threadIdx.x / lanes, chunk = (int)threadIdx.x % lanes;
         float low[CHUNK] = {}, high[CHUNK] = {}, rstd = 0;
+        struct head_turn turn = {};
         struct head_place at = {};
 
         at.row = run.first;
@@ -325,15 +330,18 @@ static __device__ __forceinline__ void finish_row(const struct attend_args &args
         at.k = i == args.group;
         at.here = i < heads;
         at.head = at.q ? g * args.group + i : a.heads + (at.k ? 0 : a.kv_heads) + g;
+        if (at.here && (at.q || at.k))
+            load_turn(a, at, run.pos, turn);
+        launch_wait();
         rstd = read_head<bf16>(a, at, lanes, low, high);
         if (at.here && (at.q || at.k))
-            finish_head(a, at, rstd, run.pos, low, high);
+            finish_head(a, at, rstd, turn, low, high);
         if (at.here && at.q) {
             store8<true>(q + place<D>(i, chunk), CHUNK, low);
             store8<true>(q + place<D>(i, chunk + chunks / 2), CHUNK, high);
         } else if (at.here) {
             store_halves(own + (at.k ? 0 : D) + at.at, D / 2, low, high);
-            store_kv<bf16>(a, at, low, high);
+            store_kv<bf16>(a, at, slot, low, high);
         }
     }
 }
@@ -378,10 +386,8 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
         load_queries<D, PART_ROWS>(q, (const bf16 *)a.qkv + (size_t)(g * args.group) * D,
                                    (size_t)a.ldqkv, run.first, run.count, args.group);
     load_keys<D>(stages, stages + tile, keys, from, stored);
-    if (FINISH) {
-        launch_wait();
+    if (FINISH)
         finish_row<D>(args, run, g, own_key, q, own);
-    }
     for (int t = 0; t < tiles; t++) {
         bf16 *k = stages + t % 2 * 2 * tile, *next = stages + (t + 1) % 2 * 2 * tile;
         const int key = from + t * ATTN_KEYS;
@@ -409,25 +415,25 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
     }
     __syncthreads();
     join_warps<D>(args, run, run_index, g, part, parts == 1, out, stats);
-    __syncthreads();
+    __syncthreads(); /* `shared` is free, and the part is stored (is_last) */
 }
 
-/* Whether this block has stored the last of the parts that are joined; all of its threads have
- * stored their share. `count`: of the parts that are there, 0 between launches. */
+/* Whether this block has stored the last of the parts that are joined; a barrier lies between that
+ * and here. `count`: of the parts that are there, 0 between launches. A fence counts for what the
+ * barriers before and behind it order, so one thread's will do. */
 static __device__ __forceinline__ bool is_last(int32_t *count, int parts)
 {
     bool last = false;
 
-    __threadfence(); /* what this thread stored is seen by whoever sees the count */
-    __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+        __threadfence(); /* the block's part is seen by whoever sees the count */
         last = atomicAdd(count, 1) == parts - 1;
-    last = __syncthreads_or(last);
-    if (last && threadIdx.x == 0)
-        *count = 0;
-    if (last)
-        __threadfence(); /* and what others stored by this block */
-    return last;
+        if (last) {
+            *count = 0;
+            __threadfence(); /* and the others' parts by this block */
+        }
+    }
+    return __syncthreads_or(last);
 }
 
 /* The parts of a row that are read at a time; past the first-level cache, since other blocks have
@@ -492,8 +498,8 @@ static __device__ __forceinline__ void join_parts(const struct attend_args &args
 }
 
 /* FINISH: what describes the pass (runs, block numbers) and earlier keys are there before its first
- * kernel begins, so launch_wait can come after them: in attend_one_part, which every launch's first
- * block comes to. */
+ * kernel begins, so launch_wait can come after them: in finish_row, which every launch's first block
+ * comes to. */
 template <int D, bool FINISH>
 static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const struct attend_args args)
 {

@@ -24,7 +24,23 @@ struct few_rows {
     const float *weight; /* normed */
     float eps;
     struct norm_split split; /* of a row that is normed */
+    int step_rows, step_parts; /* from a warp's task to its next: 8 / split.warps, 8 % split.warps */
 };
+
+static inline struct few_rows few_rows_of(const struct cuda_gemm *gemm)
+{
+    struct few_rows rows = {};
+
+    rows.a = (const __nv_bfloat16 *)gemm->a;
+    rows.ld = gemm->lda;
+    rows.up = gemm->k;
+    rows.weight = gemm->norm;
+    rows.eps = gemm->eps;
+    rows.split = norm_split_row(gemm->k);
+    rows.step_rows = THREADS / WARP / rows.split.warps;
+    rows.step_parts = THREADS / WARP % rows.split.warps;
+    return rows;
+}
 
 template <int WORDS> struct alignas(4 * WORDS) few_words {
     uint32_t word[WORDS];
@@ -91,37 +107,45 @@ few_make(const struct few_raw<WORDS> &raw, float rstd)
 
 /* Task t: the part of row t / W that is warp t % W's of norm.cu, W of them to a row. A warp of this
  * block takes every eighth task, so many at a time that FEW_AHEAD loads a thread are on their way.
- * ITEMS: the split's. */
+ * Nothing is divided: that would take longer than the loads. ITEMS: the split's. */
 template <int ITEMS>
 static __device__ __forceinline__ void few_add_tasks(const struct few_rows &rows, int m, int k,
                                                      float (*sums)[NORM_WARPS])
 {
-    const int tasks = FEW_AHEAD / ITEMS, warps = THREADS / WARP, count = m * rows.split.warps;
+    const int tasks = FEW_AHEAD / ITEMS, warps = rows.split.warps;
     const int lane = (int)threadIdx.x % WARP;
+    int row = 0, part = (int)threadIdx.x / WARP;
 
-    for (int first = (int)threadIdx.x / WARP; first < count; first += tasks * warps) {
+    for (; part >= warps; part -= warps)
+        row++;
+    while (row < m) {
+        float *to[tasks]; /* NULL: no task */
         uint4 raw[tasks][ITEMS];
 
 #pragma unroll
         for (int t = 0; t < tasks; t++) {
-            const int task = first + t * warps, row = task / rows.split.warps;
-            const int thread = task % rows.split.warps * WARP + lane;
+            const __nv_bfloat16 *x = rows.a + (size_t)row * (size_t)rows.ld;
 
+            to[t] = row < m ? &sums[row][part] : NULL;
 #pragma unroll
             for (int i = 0; i < ITEMS; i++) {
-                const int at = (thread + i * rows.split.warps * WARP) * CHUNK;
+                const int at = ((part + i * warps) * WARP + lane) * CHUNK;
 
                 raw[t][i] = make_uint4(0, 0, 0, 0);
-                if (task < count && at < k)
-                    raw[t][i] =
-                        *(const uint4 *)(rows.a + (size_t)row * (size_t)rows.ld + (size_t)at);
+                if (row < m && at < k)
+                    raw[t][i] = *(const uint4 *)(x + at);
             }
+            row += rows.step_rows;
+            part += rows.step_parts;
+            row += part >= warps;
+            part -= part >= warps ? warps : 0;
         }
 #pragma unroll
         for (int t = 0; t < tasks; t++) {
-            const int task = first + t * warps;
             float sum = 0;
 
+            if (!to[t]) /* for the whole warp, and so are those behind it */
+                break;
 #pragma unroll
             for (int i = 0; i < ITEMS; i++) {
                 const float v[CHUNK] = {
@@ -132,8 +156,8 @@ static __device__ __forceinline__ void few_add_tasks(const struct few_rows &rows
                 sum = norm_add(sum, v);
             }
             sum = lanes_sum(sum, WARP);
-            if (lane == 0 && task < count)
-                sums[task / rows.split.warps][task % rows.split.warps] = sum;
+            if (lane == 0)
+                *to[t] = sum;
         }
     }
 }

@@ -183,6 +183,7 @@ static __device__ __forceinline__ void fetch_norm(const struct few_args *args, i
 {
     const int line = 32; /* floats */
 
+#pragma unroll 1
     for (int i = first * DEPTH + (int)threadIdx.x * line; i < limit; i += THREADS * line)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(
             __cvta_generic_to_global(args->rows.weight + i)));
@@ -546,12 +547,7 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
     const void *add = gemm->add ? gemm->add : gemm->out;
     size_t quad = gemm->out_type == CUDA_TYPE_F32 ? 16 : 8;
 
-    args->rows.a = (const bf16 *)gemm->a;
-    args->rows.ld = gemm->lda;
-    args->rows.up = gemm->k;
-    args->rows.weight = gemm->norm;
-    args->rows.eps = gemm->eps;
-    args->rows.split = norm_split_row(gemm->k);
+    args->rows = few_rows_of(gemm);
     args->b = (const bf16 *)gemm->b;
     args->add = add;
     args->out = gemm->out;

@@ -31,6 +31,7 @@ __global__ static void __launch_bounds__(THREADS)
     const int d = a.head_dim, half = d / 2, at = place.at, rotated = a.heads + a.kv_heads;
     float *rstd_out = place.q ? a.rstd_q : a.rstd_k;
     float low[CHUNK] = {}, high[CHUNK] = {}, rstd;
+    struct head_turn turn;
     T *x = (T *)a.qkv + ((size_t)place.row * (rotated + a.kv_heads) + place.head) * d + at;
 
     launch_next();
@@ -45,12 +46,13 @@ __global__ static void __launch_bounds__(THREADS)
         if (head_norm(a, place) && rstd_out && at == 0)
             rstd_out[place.q ? (size_t)place.row * a.heads + place.head
                              : (size_t)place.row * a.kv_heads + place.head - a.heads] = rstd;
-        finish_head(a, place, rstd, a.pos[place.row], low, high);
+        load_turn(a, place, a.pos[place.row], turn);
+        finish_head(a, place, rstd, turn, low, high);
     }
     if (place.q || place.k || a.bias)
         store_halves(x, half, low, high);
     if (a.kv && !place.q)
-        store_kv<T>(a, place, low, high);
+        store_kv<T>(a, place, find_slot(a, place.row), low, high);
 }
 
 /* dx from the rotation turned back, then as rmsnorm's: rstd (g - x rstd^2 mean(g x)), g = dx w. */
@@ -62,6 +64,7 @@ __global__ static void __launch_bounds__(THREADS)
     const int d = a.head_dim, half = d / 2, at = place.at;
     const float *norm = place.q ? a.norm_q : a.norm_k;
     float low[CHUNK] = {}, high[CHUNK] = {}, x[CHUNK] = {}, y[CHUNK] = {}, sum = 0, shift, rstd;
+    struct head_turn turn;
     T *dx = dqkv + ((size_t)place.row * (heads_done + a.kv_heads) + place.head) * d + at;
 
     launch_next();
@@ -69,15 +72,18 @@ __global__ static void __launch_bounds__(THREADS)
     if (place.here) {
         load8<true>(dx, CHUNK, low);
         load8<true>(dx + half, CHUNK, high);
-        rotate(low, high, a.cos_sin + (size_t)a.pos[place.row] * d + 2 * at, -1);
+        load_angles(turn.cs, a.cos_sin + (size_t)a.pos[place.row] * d + 2 * at);
+        rotate(low, high, turn.cs, -1);
     }
     if (place.here && norm) {
         const T *raw = (const T *)a.raw + ((size_t)place.row * heads_done + place.head) * d + at;
 
         load8<true>(raw, CHUNK, x);
         load8<true>(raw + half, CHUNK, y);
-        scale_from(low, 1, norm + at);
-        scale_from(high, 1, norm + at + half);
+        load8<true>(norm + at, CHUNK, turn.low);
+        load8<true>(norm + at + half, CHUNK, turn.high);
+        scale_by(low, 1, turn.low);
+        scale_by(high, 1, turn.high);
 #pragma unroll
         for (int j = 0; j < CHUNK; j++)
             sum += low[j] * x[j] + high[j] * y[j];

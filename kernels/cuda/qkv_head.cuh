@@ -18,14 +18,17 @@ struct head_place {
     bool here; /* false: beyond the last head, or a lane beyond head_dim/2 */
 };
 
-/* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. table: cos, sin of 8
- * angles. What is contracted is said, here and below, and not left to the kernel around it. */
-__device__ static void rotate(float low[CHUNK], float high[CHUNK], const float *table, float sign)
+__device__ static void load_angles(float cs[2 * CHUNK], const float *table)
 {
-    float cs[2 * CHUNK];
-
     load8<true>(table, CHUNK, cs);
     load8<true>(table + CHUNK, CHUNK, cs + CHUNK);
+}
+
+/* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. cs: cos, sin of 8
+ * angles. What is contracted is said, here and below, and not left to the kernel around it. */
+__device__ static void rotate(float low[CHUNK], float high[CHUNK], const float cs[2 * CHUNK],
+                              float sign)
+{
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
         const float x = low[j], y = high[j], cosine = cs[2 * j], sine = sign * cs[2 * j + 1];
@@ -44,11 +47,8 @@ __device__ static void add_from(float v[CHUNK], const float *p)
     for (int j = 0; j < CHUNK; j++)
         v[j] += w[j];
 }
-__device__ static void scale_from(float v[CHUNK], float factor, const float *p)
+__device__ static void scale_by(float v[CHUNK], float factor, const float w[CHUNK])
 {
-    float w[CHUNK];
-
-    load8<true>(p, CHUNK, w);
 #pragma unroll
     for (int j = 0; j < CHUNK; j++)
         v[j] = v[j] * factor * w[j];
@@ -75,19 +75,36 @@ __device__ static int unwritten_from(const struct cuda_qkv &a, int row)
     return count;
 }
 
+/* Where a row's keys and values go, by what the pass says of it. */
+struct kv_slot {
+    int block, position; /* in it */
+    int clear_from;
+};
+
+__device__ static struct kv_slot find_slot(const struct cuda_qkv &a, int row)
+{
+    struct kv_slot slot;
+
+    slot.block = a.blocks[row];
+    slot.position = a.pos[row] % CUDA_KV_BLOCK;
+    slot.clear_from = unwritten_from(a, row);
+    return slot;
+}
+
 /* Into block [2][G][16][d]. A row that begins a block also clears what lies behind the call's last
  * position: attention multiplies it by 0, and what an earlier user left may be NaN. */
 template <typename T>
 __device__ static void store_kv(const struct cuda_qkv &a, const struct head_place &place,
-                                const float low[CHUNK], const float high[CHUNK])
+                                const struct kv_slot &slot, const float low[CHUNK],
+                                const float high[CHUNK])
 {
-    const int d = a.head_dim, slot = place.head - a.heads; /* k heads, then v heads: [2][G] */
-    T *out = (T *)a.kv + ((size_t)a.blocks[place.row] * 2 * a.kv_heads + slot) * CUDA_KV_BLOCK * d +
-             place.at;
+    const int d = a.head_dim, head = place.head - a.heads; /* k heads, then v heads: [2][G] */
+    T *out =
+        (T *)a.kv + ((size_t)slot.block * 2 * a.kv_heads + head) * CUDA_KV_BLOCK * d + place.at;
     const float zero[CHUNK] = {};
 
-    store_halves(out + (size_t)(a.pos[place.row] % CUDA_KV_BLOCK) * d, d / 2, low, high);
-    for (int p = unwritten_from(a, place.row); p < CUDA_KV_BLOCK; p++)
+    store_halves(out + (size_t)slot.position * d, d / 2, low, high);
+    for (int p = slot.clear_from; p < CUDA_KV_BLOCK; p++)
         store_halves(out + (size_t)p * d, d / 2, zero, zero);
 }
 
@@ -135,18 +152,35 @@ __device__ static float read_head(const struct cuda_qkv &a, const struct head_pl
     return head_rstd<T>(a, lanes, head_norm(a, place), low, high);
 }
 
-/* Of q or k: normalised, if it has a norm, and rotated to position pos. */
-__device__ static void finish_head(const struct cuda_qkv &a, const struct head_place &place,
-                                   float rstd, int pos, float low[CHUNK], float high[CHUNK])
+/* What q or k is multiplied by: the norm's weights of its two halves, if it has one, and the angles
+ * of its position. */
+struct head_turn {
+    float low[CHUNK], high[CHUNK], cs[2 * CHUNK];
+};
+
+__device__ static void load_turn(const struct cuda_qkv &a, const struct head_place &place, int pos,
+                                 struct head_turn &turn)
 {
     const float *norm = head_norm(a, place);
     const int at = place.at;
 
     if (norm) {
-        scale_from(low, rstd, norm + at);
-        scale_from(high, rstd, norm + at + a.head_dim / 2);
+        load8<true>(norm + at, CHUNK, turn.low);
+        load8<true>(norm + at + a.head_dim / 2, CHUNK, turn.high);
     }
-    rotate(low, high, a.cos_sin + (size_t)pos * a.head_dim + 2 * at, 1);
+    load_angles(turn.cs, a.cos_sin + (size_t)pos * a.head_dim + 2 * at);
+}
+
+/* Of q or k: normalised, if it has a norm, and rotated. */
+__device__ static void finish_head(const struct cuda_qkv &a, const struct head_place &place,
+                                   float rstd, const struct head_turn &turn, float low[CHUNK],
+                                   float high[CHUNK])
+{
+    if (head_norm(a, place)) {
+        scale_by(low, rstd, turn.low);
+        scale_by(high, rstd, turn.high);
+    }
+    rotate(low, high, turn.cs, 1);
 }
 
 #endif
