@@ -1,7 +1,7 @@
 /* Causal attention with grouped queries, over packed rows (training) or over paged keys and values
  * (serving). All pointers are device pointers, but for the counts. head_dim 64 or 128 in bfloat16
  * on tensor cores; any multiple of 16 up to 256, and float32, by a plain kernel. Softmax in
- * float32, P rounded to act for the product with V. Deterministic: no atomics. */
+ * float32, P rounded to act for the product with V. Deterministic: no atomics but on counts. */
 #ifndef CLAAS_CUDA_ATTENTION_H
 #define CLAAS_CUDA_ATTENTION_H
 
@@ -13,6 +13,8 @@ extern "C" {
 
 #define CUDA_KV_BLOCK   16
 #define CUDA_KEY_WINDOW 128
+
+struct cuda_qkv; /* cuda_rows.h */
 
 /* Rows [first, first+count) of the pack are positions pos … of one sequence. Positions 0 … pos-1
  * are rows parent_first … of the same pack (training; pos = 0: none), or in the blocks (serving).
@@ -46,7 +48,17 @@ struct cuda_attention {
      * 0 */
     void *scratch;
     size_t scratch_bytes;
+    /* likewise: how many parts are there, [run][kv head]; zero before the call and after it. A
+     * kernel that does not get there has faulted, and the context is lost with it. */
+    int32_t *counts;
+    /* decoding, or NULL: cuda_qkv_finish has not been called for this pass's rows and is done here,
+     * but for q|k|v itself, which keeps what the product left. Each run is one row, and reads no
+     * block that another row of the pass writes. */
+    const struct cuda_qkv *finish;
 };
+/* Whether cuda_attention should be given rows to finish (not with CLAAS_CUDA_FUSE=0). It refuses
+ * those that it cannot, or that would cost more than they save: INTERNAL. */
+bool cuda_attention_finishes(const struct cuda_context *context, const struct cuda_attention *args);
 /* Runs of few queries over many keys are cut into parts of keys that are joined afterwards. Enough
  * for any pass of at most these sizes; 0 without parts. */
 size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head_dim, int runs, int longest,

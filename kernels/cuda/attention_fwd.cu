@@ -17,7 +17,13 @@
  *   every tile with all 16 rows, and the warps' results are joined at the end. 68 KB, three blocks
  *   on an SM. The grid is as large as the chip holds and walks over (part, run, kv head).
  *
- * join_parts: one warp per row and head joins the parts in order.
+ *   Whichever block stores the last part of a (run, kv head) joins them, in the parts' order: the
+ *   counts that tell it are integers, and it is the one that makes them zero again.
+ *
+ *   In decoding of few rows (cuda_attention.finish) it also does what qkv_finish would: each block
+ *   normalises and rotates its queries, and the one whose part holds the row's own position makes
+ *   that key and value, for its tile and for the cache. All other keys are of earlier passes, so
+ *   that the first tile is fetched before the q|k|v product is done.
  *
  * Which kernel takes a run, and its parts, follow from that run alone, and rows of a tile do not
  * mix: a row's result never depends on what else is in the pass.
@@ -25,10 +31,16 @@
  * Sources: Dao, FlashAttention-2 (2023); flash-decoding (2023) for parts. */
 #include "cuda/attention_tiles.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/qkv_head.cuh"
 
 #define PART_ROWS ATTN_PART_ROWS
 #define PART_KEYS 128 /* at least */
 #define PARTS_MAX 32
+#define JOIN_AHEAD 8 /* parts of a row on their way while they are joined */
+/* Rows up to which attend_part finishes q, k and v itself. The launch saved, and keys that need not
+ * wait for it, are some 3 us a layer; every part of a row pays its queries again, about 0.3 us more
+ * than fetching them, and items are five deep on the card at 8 rows of 4,096 positions. Prediction. */
+#define FINISH_ROWS 8
 
 struct attend_args {
     struct cuda_attention a;
@@ -38,6 +50,7 @@ struct attend_args {
     int part_rows, parts_max, items;
     float *part_out;    /* [run][kv head][part][part_rows][D], not yet divided by the sum */
     float2 *part_stats; /* the same without D: maximum of the unscaled scores, sum */
+    struct cuda_qkv finish; /* if a.finish */
 };
 
 static __host__ __device__ __forceinline__ int part_keys(int end)
@@ -286,7 +299,68 @@ join_warps(const struct attend_args &args, const struct cuda_attn_run &run, int 
     }
 }
 
+/* --- rows that are finished here --- */
+
+/* The queries of a run of one row into tile rows 0 …, and, if the part has the row's own key, that
+ * and its value into own [2][D] and into the cache. The same bits as qkv_finish's. What they are
+ * multiplied by, and where they go, does not change during the pass and is read before launch_wait. */
 template <int D>
+static __device__ __forceinline__ void finish_row(const struct attend_args &args,
+                                                  const struct cuda_attn_run &run, int g, bool key,
+                                                  bf16 *q, bf16 *own)
+{
+    constexpr int lanes = D / 16, at_once = ATTN_THREADS / lanes, chunks = D / 8;
+    const struct cuda_qkv &a = args.finish;
+    const int heads = args.group + (key ? 2 : 0);
+    struct kv_slot slot = {};
+
+    if (key)
+        slot = find_slot(a, run.first);
+    for (int i = (int)threadIdx.x; i < (PART_ROWS - args.group) * chunks; i += ATTN_THREADS)
+        *(uint4 *)(q + place<D>(args.group + i / chunks, i % chunks)) = make_uint4(0, 0, 0, 0);
+    for (int first = 0; first < heads; first += at_once) { /* warps whole, for read_head */
+        const int i = first + (int)threadIdx.x / lanes, chunk = (int)threadIdx.x % lanes;
+        float low[CHUNK] = {}, high[CHUNK] = {}, rstd = 0;
+        struct head_turn turn = {};
+        struct head_place at = {};
+
+        at.row = run.first;
+        at.at = chunk * CHUNK;
+        at.q = i < args.group;
+        at.k = i == args.group;
+        at.here = i < heads;
+        at.head = at.q ? g * args.group + i : a.heads + (at.k ? 0 : a.kv_heads) + g;
+        if (at.here && (at.q || at.k))
+            load_turn(a, at, run.pos, turn);
+        launch_wait();
+        rstd = read_head<bf16>(a, at, lanes, low, high);
+        if (at.here && (at.q || at.k))
+            finish_head(a, at, rstd, turn, low, high);
+        if (at.here && at.q) {
+            store8<true>(q + place<D>(i, chunk), CHUNK, low);
+            store8<true>(q + place<D>(i, chunk + chunks / 2), CHUNK, high);
+        } else if (at.here) {
+            store_halves(own + (at.k ? 0 : D) + at.at, D / 2, low, high);
+            store_kv<bf16>(a, at, slot, low, high);
+        }
+    }
+}
+
+/* The row's own key and value into row `row` of their tiles, which have arrived without them; then
+ * everybody's. */
+template <int D>
+static __device__ __forceinline__ void place_own(bf16 *k, bf16 *v, int row, const bf16 *own)
+{
+    constexpr int chunks = D / 8;
+    const int chunk = (int)threadIdx.x % chunks;
+
+    if ((int)threadIdx.x < 2 * chunks)
+        *(uint4 *)(((int)threadIdx.x < chunks ? k : v) + place<D>(row, chunk)) =
+            *(const uint4 *)(own + (int)threadIdx.x * CHUNK);
+    __syncthreads();
+}
+
+template <int D, bool FINISH>
 static __device__ __forceinline__ void
 attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run, int run_index,
                 int g, int part, int parts, bf16 *shared)
@@ -297,7 +371,9 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int end = run.pos + run.count, length = part_keys(end), from = part * length;
     const int last = min(from + length, end) - 1, tiles = (last - from) / ATTN_KEYS + 1;
-    bf16 *q = shared, *stages = shared + PART_ROWS * D;
+    const bool own_key = FINISH && part == parts - 1;
+    const int stored = own_key ? last - 1 : last; /* before `from`: none */
+    bf16 *q = shared, *stages = shared + PART_ROWS * D, *own = stages + 4 * tile;
     float *out = (float *)stages;
     float2 *stats = (float2 *)(out + ATTN_WARPS * PART_ROWS * (D + 8));
     struct attend_state<D, 1> state;
@@ -306,17 +382,22 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
     attend_begin(state);
     for (int half = 0; half < 2; half++)
         position[0][half] = min(run.pos + (lane / 4 + 8 * half) / args.group, end - 1);
-    load_queries<D, PART_ROWS>(q, (const bf16 *)a.qkv + (size_t)(g * args.group) * D,
-                               (size_t)a.ldqkv, run.first, run.count, args.group);
-    load_keys<D>(stages, stages + tile, keys, from, last);
+    if (!FINISH)
+        load_queries<D, PART_ROWS>(q, (const bf16 *)a.qkv + (size_t)(g * args.group) * D,
+                                   (size_t)a.ldqkv, run.first, run.count, args.group);
+    load_keys<D>(stages, stages + tile, keys, from, stored);
+    if (FINISH)
+        finish_row<D>(args, run, g, own_key, q, own);
     for (int t = 0; t < tiles; t++) {
         bf16 *k = stages + t % 2 * 2 * tile, *next = stages + (t + 1) % 2 * 2 * tile;
         const int key = from + t * ATTN_KEYS;
 
         copies_wait();
         __syncthreads();
+        if (own_key && t + 1 == tiles)
+            place_own<D>(k, k + tile, last - key, own);
         if (t + 1 < tiles)
-            load_keys<D>(next, next + tile, keys, key + ATTN_KEYS, last);
+            load_keys<D>(next, next + tile, keys, key + ATTN_KEYS, stored);
         attend_tile<D, 1, 2>(state, q, 0, k, k + tile, 16 * warp, key + 16 * warp, position, true,
                              args.scale2);
     }
@@ -334,67 +415,111 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
     }
     __syncthreads();
     join_warps<D>(args, run, run_index, g, part, parts == 1, out, stats);
-    __syncthreads();
+    __syncthreads(); /* `shared` is free, and the part is stored (is_last) */
 }
 
+/* Whether this block has stored the last of the parts that are joined; a barrier lies between that
+ * and here. `count`: of the parts that are there, 0 between launches. A fence counts for what the
+ * barriers before and behind it order, so one thread's will do. */
+static __device__ __forceinline__ bool is_last(int32_t *count, int parts)
+{
+    bool last = false;
+
+    if (threadIdx.x == 0) {
+        __threadfence(); /* the block's part is seen by whoever sees the count */
+        last = atomicAdd(count, 1) == parts - 1;
+        if (last) {
+            *count = 0;
+            __threadfence(); /* and the others' parts by this block */
+        }
+    }
+    return __syncthreads_or(last);
+}
+
+/* The parts of a row that are read at a time; past the first-level cache, since other blocks have
+ * written them. */
 template <int D>
+static __device__ __forceinline__ void read_parts(float (&out)[JOIN_AHEAD][D / 32],
+                                                  const struct attend_args &args, size_t slot,
+                                                  int parts)
+{
+#pragma unroll
+    for (int i = 0; i < JOIN_AHEAD; i++)
+#pragma unroll
+        for (int j = 0; j < D / 32; j++)
+            out[i][j] = i < parts ? __ldcg(args.part_out +
+                                           (slot + (size_t)i * (size_t)args.part_rows) * D +
+                                           threadIdx.x % 32 + 32 * j)
+                                  : 0.0f;
+}
+
+/* A run's rows of one kv head from their parts in order, a warp a row. */
+template <int D>
+static __device__ __forceinline__ void join_parts(const struct attend_args &args,
+                                                  const struct cuda_attn_run &run, int run_index,
+                                                  int g, int parts)
+{
+    const int lane = (int)threadIdx.x % 32;
+
+    for (int r = (int)threadIdx.x / 32; r < run.count * args.group; r += ATTN_WARPS) {
+        float2 own = make_float2(-INFINITY, 0);
+        float out[JOIN_AHEAD][D / 32], value[D / 32] = {}, max = 0, weight = 0, sum = 0;
+        const size_t at = row_head(args, run, g, r);
+
+        if (lane < parts)
+            own = __ldcg(&args.part_stats[part_slot(args, run_index, g, lane, r)]);
+        read_parts<D>(out, args, part_slot(args, run_index, g, 0, r), parts);
+        max = own.x;
+        for (int step = 16; step > 0; step /= 2)
+            max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+        weight = power_of_2((own.x - max) * args.scale2);
+        for (int part = 0; part < parts; part += JOIN_AHEAD) {
+            if (part > 0)
+                read_parts<D>(out, args, part_slot(args, run_index, g, part, r), parts - part);
+#pragma unroll
+            for (int i = 0; i < JOIN_AHEAD; i++) {
+                const float w = __shfl_sync(0xffffffffu, weight, part + i);
+
+                if (part + i >= parts) /* for the whole warp */
+                    break;
+                sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part + i), sum);
+#pragma unroll
+                for (int j = 0; j < D / 32; j++)
+                    value[j] = fmaf(w, out[i][j], value[j]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < D / 32; j++)
+            ((bf16 *)args.a.out)[at * D + lane + 32 * j] =
+                __float2bfloat16_rn(value[j] * (1.0f / sum));
+        if (args.a.lse && lane == 0)
+            args.a.lse[at] = max * args.a.scale + logf(sum);
+    }
+}
+
+/* FINISH: what describes the pass (runs, block numbers) and earlier keys are there before its first
+ * kernel begins, so launch_wait can come after them: in finish_row, which every launch's first block
+ * comes to. */
+template <int D, bool FINISH>
 static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const struct attend_args args)
 {
     extern __shared__ __align__(128) bf16 shared[];
 
     launch_next();
-    launch_wait();
+    if (!FINISH)
+        launch_wait();
     for (int item = (int)blockIdx.x; item < args.items; item += (int)gridDim.x) {
         const int g = item % args.a.kv_heads, rest = item / args.a.kv_heads;
         const int run_index = rest % args.a.run_count, part = rest / args.a.run_count;
         const struct cuda_attn_run run = args.a.runs[run_index];
         const int parts = parts_of(args, run);
 
-        if (part < parts)
-            attend_one_part<D>(args, run, run_index, g, part, parts, shared);
+        if (part >= parts)
+            continue;
+        attend_one_part<D, FINISH>(args, run, run_index, g, part, parts, shared);
+        if (parts > 1 && is_last(args.a.counts + run_index * args.a.kv_heads + g, parts))
+            join_parts<D>(args, run, run_index, g, parts);
     }
-}
-
-template <int D>
-static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct attend_args args)
-{
-    const int lane = (int)threadIdx.x % 32;
-    const int item = (int)(blockIdx.x * ATTN_WARPS + threadIdx.x / 32);
-    const int r = item % args.part_rows, rest = item / args.part_rows;
-    const int g = rest % args.a.kv_heads, run_index = rest / args.a.kv_heads;
-    float2 own = make_float2(-INFINITY, 0);
-    float max = 0, weight = 0, sum = 0, value[D / 32] = {};
-    struct cuda_attn_run run;
-    int parts = 0;
-
-    launch_next();
-    if (run_index >= args.a.run_count)
-        return;
-    launch_wait();
-    run = args.a.runs[run_index];
-    parts = parts_of(args, run);
-    if (parts <= 1 || r >= run.count * args.group)
-        return;
-    if (lane < parts)
-        own = args.part_stats[part_slot(args, run_index, g, lane, r)];
-    max = own.x;
-    for (int step = 16; step > 0; step /= 2)
-        max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
-    weight = power_of_2((own.x - max) * args.scale2);
-    for (int part = 0; part < parts; part++) {
-        const float w = __shfl_sync(0xffffffffu, weight, part);
-        const float *out = args.part_out + part_slot(args, run_index, g, part, r) * D;
-
-        sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part), sum);
-#pragma unroll
-        for (int j = 0; j < D / 32; j++)
-            value[j] = fmaf(w, out[lane + 32 * j], value[j]);
-    }
-    for (int j = 0; j < D / 32; j++)
-        ((bf16 *)args.a.out)[row_head(args, run, g, r) * D + lane + 32 * j] =
-            __float2bfloat16_rn(value[j] * (1.0f / sum));
-    if (args.a.lse && lane == 0)
-        args.a.lse[row_head(args, run, g, r)] = max * args.a.scale + logf(sum);
 }
 
 /* --- host --- */
@@ -464,25 +589,20 @@ static int launch_windows(struct cuda_context *context, const struct attend_args
     return launch(context, "attention", attend<D, MT>, grid, dim3(ATTN_THREADS), bytes, args);
 }
 
-template <int D>
+template <int D, bool FINISH>
 static int launch_parts(struct cuda_context *context, const struct attend_args &args)
 {
     static bool ready = false;
-    const size_t bytes = (size_t)(PART_ROWS + 4 * ATTN_KEYS) * D * sizeof(bf16);
+    /* queries, two stages of keys and values, a row's own */
+    const size_t bytes = (size_t)(PART_ROWS + 4 * ATTN_KEYS + (FINISH ? 2 : 0)) * D * sizeof(bf16);
     const int resident = 3 * context->multiprocessors;
     const int grid = args.items < resident ? args.items : resident;
-    const int rows = args.a.run_count * args.a.kv_heads * args.part_rows;
-    int err = allow_shared(context, attend_part<D>, bytes, &ready);
+    const int err = allow_shared(context, attend_part<D, FINISH>, bytes, &ready);
 
     if (err < 0)
         return err;
-    err = launch(context, "attention in parts", attend_part<D>, dim3((unsigned)grid),
-                 dim3(ATTN_THREADS), bytes, args);
-    if (err < 0 || args.parts_max == 1)
-        return err;
-    return launch(context, "attention in parts", join_parts<D>,
-                  dim3((unsigned)((rows + ATTN_WARPS - 1) / ATTN_WARPS)), dim3(ATTN_THREADS), 0,
-                  args);
+    return launch(context, "attention in parts", attend_part<D, FINISH>, dim3((unsigned)grid),
+                  dim3(ATTN_THREADS), bytes, args);
 }
 
 /* Tiles of 128 rows halve the traffic of keys through shared memory; 64 where those would leave
@@ -494,7 +614,8 @@ template <int D> static int pick(struct cuda_context *context, const struct atte
     int err = 0;
 
     if (args.part_rows > 0)
-        err = launch_parts<D>(context, args);
+        err = args.a.finish ? launch_parts<D, true>(context, args)
+                            : launch_parts<D, false>(context, args);
     if (err < 0 || (args.a.kv && args.a.longest * args.group <= PART_ROWS))
         return err;
     if (attn_sm90(context))
@@ -519,6 +640,8 @@ static int place_parts(struct attend_args *args)
     if (need > (a->scratch ? a->scratch_bytes : 0))
         return claas_fail(CLAAS_ERR_INTERNAL, "attention: %zu bytes of scratch, %zu are needed",
                           a->scratch ? a->scratch_bytes : (size_t)0, need);
+    if (args->parts_max > 1 && !a->counts)
+        return claas_fail(CLAAS_ERR_INTERNAL, "attention: parts without their counts");
     args->part_stats = (float2 *)a->scratch;
     args->part_out = (float *)(args->part_stats + (size_t)args->items * (size_t)args->part_rows);
     return 0;
@@ -534,6 +657,24 @@ int attn_check(const struct cuda_attention *a)
     return 0;
 }
 
+/* Runs of one row, as many as there are rows, all of them in parts; whole pieces of 16 bytes. */
+static bool can_finish(const struct cuda_context *context, const struct cuda_attention *a)
+{
+    const struct cuda_qkv *finish = a->finish;
+
+    return attn_tiled(context, a) && a->kv && a->longest == 1 && a->m == a->run_count &&
+           a->m <= FINISH_ROWS && a->heads / a->kv_heads <= PART_ROWS && a->kv == finish->kv &&
+           a->qkv == finish->qkv && !finish->raw && !finish->rstd_q && !finish->rstd_k &&
+           a->ldqkv == (a->heads + 2 * a->kv_heads) * a->head_dim && aligned16(finish->bias) &&
+           aligned16(finish->norm_q) && aligned16(finish->norm_k) && aligned16(finish->cos_sin);
+}
+
+extern "C" bool cuda_attention_finishes(const struct cuda_context *context,
+                                        const struct cuda_attention *a)
+{
+    return context->fuse && a->finish && attn_check(a) == 0 && can_finish(context, a);
+}
+
 extern "C" int cuda_attention(struct cuda_context *context, const struct cuda_attention *a)
 {
     struct attend_args args = {};
@@ -541,11 +682,15 @@ extern "C" int cuda_attention(struct cuda_context *context, const struct cuda_at
 
     if (err < 0 || a->m == 0 || a->run_count == 0)
         return err;
+    if (a->finish && !can_finish(context, a))
+        return claas_fail(CLAAS_ERR_INTERNAL, "attention of %d rows cannot finish them", a->m);
     if (!attn_tiled(context, a))
         return cuda_attention_plain(context, a);
     args.a = *a;
     args.group = a->heads / a->kv_heads;
     args.scale2 = a->scale * ATTN_LOG2E;
+    if (a->finish)
+        args.finish = *a->finish;
     err = place_parts(&args);
     if (err < 0)
         return err;

@@ -101,7 +101,8 @@ template <int D> static __device__ __forceinline__ int place(int row, int chunk)
     return row * D + ((chunk ^ (row & 7)) << 3);
 }
 
-/* Starts the copy of the keys and values at positions first … first+63; zeros beyond `last`. */
+/* Starts the copy of the keys and values at positions first … first+63; zeros beyond `last`, which
+ * may be before `first`. */
 template <int D>
 static __device__ __forceinline__ void
 load_keys(bf16 *k, bf16 *v, const struct attn_keys<bf16> &keys, int first, int last)
@@ -113,7 +114,7 @@ load_keys(bf16 *k, bf16 *v, const struct attn_keys<bf16> &keys, int first, int l
     for (int i = 0; i < ATTN_KEYS / rows; i++) {
         const int r = row + i * rows, p = first + r;
         const bool valid = p <= last;
-        const size_t at = attn_key_at(keys, valid ? p : last) + (size_t)(chunk * 8);
+        const size_t at = attn_key_at(keys, valid ? p : first) + (size_t)(chunk * 8);
 
         copy_16(k + place<D>(r, chunk), keys.k + at, valid);
         copy_16(v + place<D>(r, chunk), keys.v + at, valid);

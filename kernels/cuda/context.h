@@ -47,6 +47,8 @@ struct cuda_context {
     int multiprocessors;
     bool early;    /* kernels may begin before the one before them ends (launch.cuh): sm_90, and
                       CLAAS_CUDA_EARLY is not 0 */
+    bool fuse;     /* operations of few rows are done within those that read what they make, where
+                      that pays: CLAAS_CUDA_FUSE is not 0 */
     size_t memory; /* bytes of the card, or the limit where that is lower */
     char name[64]; /* "NVIDIA H100 80GB HBM3" */
     enum cuda_type act;

@@ -43,6 +43,7 @@ int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload);
 /* A pack as the device sees it (device pointers). */
 struct cuda_pack {
     int m, run_count, longest, furthest;
+    bool decoding; /* each run is one row, and reads no block that another row writes */
     const int32_t *tokens, *pos, *blocks, *row_run, *tables, *children;
     const int64_t *key_order; /* training: see cuda_attention_bwd */
     const struct cuda_attn_run *runs;
@@ -83,7 +84,8 @@ struct cuda_pass {
     float *lora_sums;      /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
     void *splits;          /* scratch of attention: serving only */
     size_t split_bytes;
-    uint8_t *kv; /* serving: block 0 of layer 0 */
+    int32_t *split_counts; /* likewise: zero between passes */
+    uint8_t *kv;           /* serving: block 0 of layer 0 */
     size_t kv_layer_bytes;
     claas_yield_fn *yield;
     void *yield_arg;

@@ -1,24 +1,12 @@
 /* What follows the q|k|v product, [m][Nqkv], in one pass: bias, norm of each head, rotation, the
  * key/value store; and the way back. Formulas: cpu/ops.h; rotation: Su et al. 2021 in the
- * half-split form.
- *
- * d/16 lanes (made a power of two) per head; a lane has 8 elements of the head's first half and the
- * 8 they are rotated with. */
-#include "cuda/attention.h"
-#include "cuda/cuda_rows.h"
+ * half-split form. One head: qkv_head.cuh. */
 #include "cuda/launch.cuh"
-#include "cuda/row_chunks.cuh"
+#include "cuda/qkv_head.cuh"
 
 #include <limits.h>
 
 #define HEAD_DIM_MAX 512 /* a warp per head */
-
-/* What a thread works on: elements [at, at+8) of a head's first half and the same of its second. */
-struct head_place {
-    int row, head, at;
-    bool q, k; /* neither: v */
-    bool here; /* false: beyond the last head, or a lane beyond head_dim/2 */
-};
 
 /* heads_done: heads per row that the kernel touches, q before k before v. */
 __device__ static struct head_place place_of(const struct cuda_qkv &a, int lanes, int heads_done)
@@ -35,138 +23,36 @@ __device__ static struct head_place place_of(const struct cuda_qkv &a, int lanes
     return place;
 }
 
-/* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. table: cos, sin of 8
- * angles. */
-__device__ static void rotate(float low[CHUNK], float high[CHUNK], const float *table, float sign)
-{
-    float cs[2 * CHUNK];
-
-    load8<true>(table, CHUNK, cs);
-    load8<true>(table + CHUNK, CHUNK, cs + CHUNK);
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-        const float x = low[j], y = high[j], cosine = cs[2 * j], sine = sign * cs[2 * j + 1];
-
-        low[j] = x * cosine - y * sine;
-        high[j] = y * cosine + x * sine;
-    }
-}
-
-__device__ static void add_from(float v[CHUNK], const float *p)
-{
-    float w[CHUNK];
-
-    load8<true>(p, CHUNK, w);
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++)
-        v[j] += w[j];
-}
-__device__ static void scale_from(float v[CHUNK], float factor, const float *p)
-{
-    float w[CHUNK];
-
-    load8<true>(p, CHUNK, w);
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++)
-        v[j] = v[j] * factor * w[j];
-}
-
-template <typename T>
-__device__ static void store_halves(T *p, int half, const float low[CHUNK], const float high[CHUNK])
-{
-    store8<true>(p, CHUNK, low);
-    store8<true>(p + half, CHUNK, high);
-}
-
-/* First position of the row's block that this call leaves unwritten, if the row begins its block;
- * else CUDA_KV_BLOCK. Rows of one block lie side by side, in increasing positions. */
-__device__ static int unwritten_from(const struct cuda_qkv &a, int row)
-{
-    int count = 1;
-
-    if (a.pos[row] % CUDA_KV_BLOCK != 0)
-        return CUDA_KV_BLOCK;
-    while (count < CUDA_KV_BLOCK && row + count < a.m && a.blocks[row + count] == a.blocks[row] &&
-           a.pos[row + count] == a.pos[row] + count)
-        count++;
-    return count;
-}
-
-/* Into block [2][G][16][d]. A row that begins a block also clears what lies behind the call's last
- * position: attention multiplies it by 0, and what an earlier user left may be NaN. */
-template <typename T>
-__device__ static void store_kv(const struct cuda_qkv &a, const struct head_place &place,
-                                const float low[CHUNK], const float high[CHUNK])
-{
-    const int d = a.head_dim, slot = place.head - a.heads; /* k heads, then v heads: [2][G] */
-    T *out = (T *)a.kv + ((size_t)a.blocks[place.row] * 2 * a.kv_heads + slot) * CUDA_KV_BLOCK * d +
-             place.at;
-    const float zero[CHUNK] = {};
-
-    store_halves(out + (size_t)(a.pos[place.row] % CUDA_KV_BLOCK) * d, d / 2, low, high);
-    for (int p = unwritten_from(a, place.row); p < CUDA_KV_BLOCK; p++)
-        store_halves(out + (size_t)p * d, d / 2, zero, zero);
-}
-
-/* Without norm nothing is rounded and the result means nothing. With it the norm reads what raw
- * holds, so that the backward pass is that of the very same numbers. */
-template <typename T>
-__device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm, float low[CHUNK],
-                                  float high[CHUNK])
-{
-    float sum = 0;
-
-    if (norm) {
-        round8(low, (const T *)NULL);
-        round8(high, (const T *)NULL);
-#pragma unroll
-        for (int j = 0; j < CHUNK; j++)
-            sum += low[j] * low[j] + high[j] * high[j];
-    }
-    return 1.0f / sqrtf(lanes_sum(sum, lanes) / (float)a.head_dim + a.eps);
-}
-
 template <typename T>
 __global__ static void __launch_bounds__(THREADS)
     qkv_finish_heads(struct cuda_qkv a, int lanes, int heads_done)
 {
     const struct head_place place = place_of(a, lanes, heads_done);
     const int d = a.head_dim, half = d / 2, at = place.at, rotated = a.heads + a.kv_heads;
-    const float *norm = place.q ? a.norm_q : place.k ? a.norm_k : NULL;
     float *rstd_out = place.q ? a.rstd_q : a.rstd_k;
     float low[CHUNK] = {}, high[CHUNK] = {}, rstd;
+    struct head_turn turn;
     T *x = (T *)a.qkv + ((size_t)place.row * (rotated + a.kv_heads) + place.head) * d + at;
 
     launch_next();
     launch_wait();
-    if (place.here) {
-        load8<true>(x, CHUNK, low);
-        load8<true>(x + half, CHUNK, high);
-    }
-    if (place.here && a.bias) {
-        add_from(low, a.bias + place.head * d + at);
-        add_from(high, a.bias + place.head * d + at + half);
-    }
-    rstd = head_rstd<T>(a, lanes, norm, low, high); /* the last meeting of the warp's lanes */
+    rstd = read_head<T>(a, place, lanes, low, high); /* the last meeting of the warp's lanes */
     if (!place.here)
         return;
     if (place.q || place.k) {
         if (a.raw)
             store_halves((T *)a.raw + ((size_t)place.row * rotated + place.head) * d + at, half,
                          low, high);
-        if (norm && rstd_out && at == 0)
+        if (head_norm(a, place) && rstd_out && at == 0)
             rstd_out[place.q ? (size_t)place.row * a.heads + place.head
                              : (size_t)place.row * a.kv_heads + place.head - a.heads] = rstd;
-        if (norm) {
-            scale_from(low, rstd, norm + at);
-            scale_from(high, rstd, norm + at + half);
-        }
-        rotate(low, high, a.cos_sin + (size_t)a.pos[place.row] * d + 2 * at, 1);
+        load_turn(a, place, a.pos[place.row], turn);
+        finish_head(a, place, rstd, turn, low, high);
     }
     if (place.q || place.k || a.bias)
         store_halves(x, half, low, high);
     if (a.kv && !place.q)
-        store_kv<T>(a, place, low, high);
+        store_kv<T>(a, place, find_slot(a, place.row), low, high);
 }
 
 /* dx from the rotation turned back, then as rmsnorm's: rstd (g - x rstd^2 mean(g x)), g = dx w. */
@@ -178,6 +64,7 @@ __global__ static void __launch_bounds__(THREADS)
     const int d = a.head_dim, half = d / 2, at = place.at;
     const float *norm = place.q ? a.norm_q : a.norm_k;
     float low[CHUNK] = {}, high[CHUNK] = {}, x[CHUNK] = {}, y[CHUNK] = {}, sum = 0, shift, rstd;
+    struct head_turn turn;
     T *dx = dqkv + ((size_t)place.row * (heads_done + a.kv_heads) + place.head) * d + at;
 
     launch_next();
@@ -185,15 +72,18 @@ __global__ static void __launch_bounds__(THREADS)
     if (place.here) {
         load8<true>(dx, CHUNK, low);
         load8<true>(dx + half, CHUNK, high);
-        rotate(low, high, a.cos_sin + (size_t)a.pos[place.row] * d + 2 * at, -1);
+        load_angles(turn.cs, a.cos_sin + (size_t)a.pos[place.row] * d + 2 * at);
+        rotate(low, high, turn.cs, -1);
     }
     if (place.here && norm) {
         const T *raw = (const T *)a.raw + ((size_t)place.row * heads_done + place.head) * d + at;
 
         load8<true>(raw, CHUNK, x);
         load8<true>(raw + half, CHUNK, y);
-        scale_from(low, 1, norm + at);
-        scale_from(high, 1, norm + at + half);
+        load8<true>(norm + at, CHUNK, turn.low);
+        load8<true>(norm + at + half, CHUNK, turn.high);
+        scale_by(low, 1, turn.low);
+        scale_by(high, 1, turn.high);
 #pragma unroll
         for (int j = 0; j < CHUNK; j++)
             sum += low[j] * x[j] + high[j] * y[j];

@@ -2,6 +2,7 @@
  * prompts, paged keys and values, both elements, the tiled and the plain kernels; that a row's
  * numbers do not depend on its company; times. */
 #include "cuda/attention.h"
+#include "cuda/cuda_rows.h"
 
 #include "cuda_check.h"
 
@@ -285,6 +286,23 @@ static check_buffer backwards_order(int m)
     return buffer_of(order);
 }
 
+/* Of parts, for a call: zeros. */
+static check_buffer counts_new(const runs *r)
+{
+    return buffer_of(std::vector<int32_t>(r->list.size() * (size_t)r->kv_heads));
+}
+
+static void check_counts(const runs *r, const check_buffer *counts)
+{
+    std::vector<int32_t> now(r->list.size() * (size_t)r->kv_heads);
+
+    check_download(counts, now.data());
+    for (size_t i = 0; i < now.size(); i++)
+        if (now[i] != 0)
+            check_fail("run %zu, kv head %zu: %d parts are counted after the call",
+                       i / (size_t)r->kv_heads, i % (size_t)r->kv_heads, now[i]);
+}
+
 static results run_device(cuda_context *context, runs *r, const data *x, float scale)
 {
     check_array qkv = check_copy_of(x->type, x->qkv.data(), x->qkv.size());
@@ -295,7 +313,7 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
     check_array dqkv = check_blank(x->type, x->qkv.size());
     check_buffer row_run = buffer_of(r->row_run), children = buffer_of(r->children), list,
                  tables = {};
-    check_buffer scratch = {};
+    check_buffer scratch = {}, counts = {};
     check_array kv = {};
     struct cuda_attention args = {};
     results got;
@@ -312,6 +330,8 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
             r->heads, r->kv_heads, r->d, (int)r->list.size(), r->longest, r->furthest);
         scratch = check_buffer_new(args.scratch_bytes);
         args.scratch = scratch.data;
+        counts = counts_new(r);
+        args.counts = (int32_t *)counts.data;
     }
     list = buffer_of(r->list);
     args.heads = r->heads;
@@ -348,6 +368,8 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
         check_free(&kv, "kv");
         check_buffer_free(&tables, "tables");
         check_buffer_free(&scratch, "scratch");
+        check_counts(r, &counts);
+        check_buffer_free(&counts, "counts");
     }
     check_free(&qkv, "qkv");
     check_free(&dout, "dout");
@@ -591,6 +613,7 @@ static void test_same_bits(cuda_context *context, shape s)
 static void test_refusals(cuda_context *context)
 {
     struct cuda_attention args = {};
+    struct cuda_qkv finish = {};
 
     check_begin("refusals");
     args.heads = 3;
@@ -603,12 +626,30 @@ static void test_refusals(cuda_context *context)
     args.head_dim = 272;
     if (cuda_attention(context, &args) != CLAAS_ERR_UNSUPPORTED)
         check_fail("a head of 272");
+    args.head_dim = 64;
+    args.run_count = args.longest = 1;
+    args.furthest = 300;
+    args.kv = args.scratch = (void *)4096; /* never read */
+    args.scratch_bytes = (size_t)1 << 30;
+    args.ldqkv = 384;
+    if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL)
+        check_fail("parts without their counts");
+    finish.kv = (void *)4096;
+    args.finish = &finish;
+    args.counts = (int32_t *)4096;
+    args.m = args.run_count = 8;
+    if (!cuda_attention_finishes(context, &args))
+        check_fail("8 rows are not finished");
+    args.m = args.run_count = 9;
+    if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL ||
+        cuda_attention_finishes(context, &args))
+        check_fail("9 rows to be finished");
     check_end();
 }
 
-/* --- times --- */
+/* --- passes whose numbers are random --- */
 
-/* Buffers of a pass that is only timed; the runs' rows and keys are random. */
+/* Buffers of a pass that is timed or repeated; the runs' rows and keys are random. */
 struct timed {
     struct cuda_attention args;
     struct cuda_attention_bwd bwd;
@@ -664,6 +705,8 @@ static timed timed_new(runs *r)
         a->scratch_bytes = cuda_attention_scratch_bytes(r->heads, r->kv_heads, r->d, a->run_count,
                                                         r->longest, r->furthest);
         a->scratch = timed_array(&t, a->scratch_bytes);
+        t.buffers.push_back(counts_new(r));
+        a->counts = (int32_t *)t.buffers.back().data;
     } else {
         a->lse = (float *)timed_array(&t, m * (size_t)r->heads * sizeof(float));
         t.bwd.children = timed_copy(&t, r->children);
@@ -683,6 +726,216 @@ static void timed_free(timed *t)
         check_buffer_free(&b, "a timed array");
     t->buffers.clear();
 }
+
+/* --- rows that attention finishes --- */
+
+#define EPS 1e-6f
+
+struct finished {
+    std::vector<float> out, qkv, kv;
+};
+
+/* Rows of the product's q|k|v, to be finished by cuda_qkv_finish, or by attention itself. */
+struct unfinished {
+    runs *r;
+    const data *x;
+    struct cuda_qkv args; /* but what each call has of its own */
+    std::vector<float> blocks;
+    std::vector<int32_t> numbers;
+};
+
+static finished run_finished(cuda_context *context, const unfinished *u, bool itself)
+{
+    runs *r = u->r;
+    check_array qkv = check_copy_of(CUDA_TYPE_BF16, u->x->qkv.data(), u->x->qkv.size());
+    check_array kv = check_copy_of(CUDA_TYPE_BF16, u->blocks.data(), u->blocks.size());
+    check_array out = check_blank(CUDA_TYPE_BF16, u->x->dout.size());
+    check_buffer list = buffer_of(r->list), row_run = buffer_of(r->row_run);
+    check_buffer tables = buffer_of(u->numbers), counts = counts_new(r), scratch = {};
+    struct cuda_qkv finish = u->args;
+    struct cuda_attention args = {};
+    finished got;
+
+    finish.qkv = qkv.data;
+    finish.kv = kv.data;
+    args.heads = r->heads;
+    args.kv_heads = r->kv_heads;
+    args.head_dim = r->d;
+    args.scale = (float)(1 / sqrt((double)r->d));
+    args.m = r->m;
+    args.run_count = (int)r->list.size();
+    args.longest = r->longest;
+    args.furthest = r->furthest;
+    args.runs = (const cuda_attn_run *)list.data;
+    args.row_run = (const int32_t *)row_run.data;
+    args.qkv = qkv.data;
+    args.ldqkv = u->x->ld;
+    args.out = out.data;
+    args.kv = kv.data;
+    args.tables = (const int32_t *)tables.data;
+    args.scratch_bytes = cuda_attention_scratch_bytes(r->heads, r->kv_heads, r->d, args.run_count,
+                                                      r->longest, r->furthest);
+    scratch = check_buffer_new(args.scratch_bytes);
+    args.scratch = scratch.data;
+    args.counts = (int32_t *)counts.data;
+    args.finish = itself ? &finish : NULL;
+    if (itself && !cuda_attention_finishes(context, &args))
+        check_fail("%d rows are not finished by attention", r->m);
+    if (!itself)
+        check_rc(cuda_qkv_finish(context, &finish), "cuda_qkv_finish");
+    check_rc(cuda_attention(context, &args), "cuda_attention");
+    got.out = taken(&out);
+    got.qkv = taken(&qkv);
+    got.kv = taken(&kv);
+    check_counts(r, &counts);
+    check_free(&qkv, "qkv");
+    check_free(&kv, "kv");
+    check_free(&out, "out");
+    check_buffer_free(&list, "runs");
+    check_buffer_free(&row_run, "row_run");
+    check_buffer_free(&tables, "tables");
+    check_buffer_free(&counts, "counts");
+    check_buffer_free(&scratch, "scratch");
+    return got;
+}
+
+/* NaN is like NaN; says where the first difference is, in rows of `ld`. */
+static void compare_finished(const char *what, const std::vector<float> &got,
+                             const std::vector<float> &want, size_t ld)
+{
+    for (size_t i = 0; i < want.size(); i++)
+        if (memcmp(&got[i], &want[i], sizeof(float)) != 0 && !(isnan(got[i]) && isnan(want[i]))) {
+            check_fail("%s: row %zu, column %zu: %.9g, by qkv_finish %.9g", what, i / ld, i % ld,
+                       (double)got[i], (double)want[i]);
+            return;
+        }
+}
+
+static void check_finished(cuda_context *context, shape s, const std::vector<int> &positions,
+                           bool norm, bool bias)
+{
+    const int nqkv = (s.heads + 2 * s.kv_heads) * s.d, table = 4200;
+    check_array norm_q = check_acts(CUDA_TYPE_F32, (size_t)s.d, 1);
+    check_array norm_k = check_acts(CUDA_TYPE_F32, (size_t)s.d, 1);
+    check_array biases = check_acts(CUDA_TYPE_F32, (size_t)nqkv, 1);
+    check_array angles = check_acts(CUDA_TYPE_F32, (size_t)table * (size_t)s.d, 0.7f);
+    runs r = runs_new(s.heads, s.kv_heads, s.d, true);
+    std::vector<int32_t> pos, blocks;
+    check_buffer device_pos, device_blocks;
+    unfinished u = {};
+    finished itself, apart;
+
+    for (int p : positions)
+        add_run(&r, 1, p, -1);
+
+    const data x = data_new(&r, CUDA_TYPE_BF16, 0);
+
+    u.r = &r;
+    u.x = &x;
+    u.blocks = make_blocks(&r, &x, &u.numbers);
+    for (const cuda_attn_run &run : r.list) {
+        pos.push_back(run.pos);
+        blocks.push_back(u.numbers[(size_t)(run.table + run.pos / CUDA_KV_BLOCK)]);
+    }
+    device_pos = buffer_of(pos);
+    device_blocks = buffer_of(blocks);
+    u.args.m = r.m;
+    u.args.heads = s.heads;
+    u.args.kv_heads = s.kv_heads;
+    u.args.head_dim = s.d;
+    u.args.bias = bias ? (const float *)biases.data : NULL;
+    u.args.norm_q = norm ? (const float *)norm_q.data : NULL;
+    u.args.norm_k = norm ? (const float *)norm_k.data : NULL;
+    u.args.eps = EPS;
+    u.args.cos_sin = (const float *)angles.data;
+    u.args.pos = (const int32_t *)device_pos.data;
+    u.args.blocks = (const int32_t *)device_blocks.data;
+    apart = run_finished(context, &u, false);
+    itself = run_finished(context, &u, true);
+    for (float value : apart.out)
+        if (!isfinite(value)) {
+            check_fail("out is not finite");
+            break;
+        }
+    compare_finished("out", itself.out, apart.out, (size_t)x.nq);
+    compare_finished("keys and values", itself.kv, apart.kv, (size_t)s.d);
+    compare_finished("q|k|v, which stays", itself.qkv, x.qkv, (size_t)nqkv);
+    check_free(&norm_q, "norm_q");
+    check_free(&norm_k, "norm_k");
+    check_free(&biases, "bias");
+    check_free(&angles, "angles");
+    check_buffer_free(&device_pos, "pos");
+    check_buffer_free(&device_blocks, "blocks");
+}
+
+/* Rows at the edges of blocks, of tiles and of parts, one to eight of them. */
+static void test_finished(cuda_context *context, shape s)
+{
+    check_begin("rows finished by attention: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (int kind = 0; kind < 4; kind++) {
+        const bool norm = kind % 2, bias = kind / 2;
+
+        check_finished(context, s, {0}, norm, bias);
+        check_finished(context, s, {511}, norm, bias);
+        check_finished(context, s, {300, 1, 17}, norm, bias);
+        check_finished(context, s, {0, 15, 16, 63, 64, 127, 128, 129}, norm, bias);
+        check_finished(context, s, {65, 191, 192, 2049, 4095, 4096, 1000, 31}, norm, bias);
+    }
+    check_end();
+}
+
+/* --- parts --- */
+
+/* The last block of a run joins its parts: again and again with the same scratch and counts,
+ * launched, then replayed in a graph beside a call of fewer parts; always the first call's bits. */
+static void test_joined(cuda_context *context, shape s)
+{
+    const int rounds = 20;
+    runs r = runs_new(s.heads, s.kv_heads, s.d, true), few = r;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+
+    check_begin("parts joined again and again: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (int pos : {0, 127, 128, 129, 500, 1000, 2049, 4095, 4096, 9000})
+        add_run(&r, 1, pos, -1);
+    add_run(&r, 2, 1022, -1);
+    for (int pos : {200, 3, 700})
+        add_run(&few, 1, pos, -1);
+
+    timed t = timed_new(&r), other = timed_new(&few);
+    const size_t bytes = (size_t)(r.m * r.heads * r.d) * 2;
+    std::vector<uint8_t> first(bytes), now(bytes);
+
+    other.args.scratch = t.args.scratch;
+    other.args.scratch_bytes = t.args.scratch_bytes;
+    other.args.counts = t.args.counts;
+    check_rc(cuda_attention(context, &t.args), "cuda_attention");
+    check_cuda(cudaStreamSynchronize(context->stream), "attention");
+    check_cuda(cudaMemcpy(first.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
+    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
+               "capture");
+    check_rc(cuda_attention(context, &t.args), "cuda_attention while capturing");
+    check_rc(cuda_attention(context, &other.args), "cuda_attention while capturing");
+    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
+    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
+    for (int round = 0; round < 2 * rounds; round++) {
+        check_cuda(cudaMemsetAsync(t.args.out, 0xff, bytes, context->stream), "memset");
+        if (round % 2 == 0)
+            check_rc(cuda_attention(context, &t.args), "cuda_attention");
+        else
+            check_cuda(cudaGraphLaunch(exec, context->stream), "launch");
+        check_cuda(cudaStreamSynchronize(context->stream), "attention");
+        check_cuda(cudaMemcpy(now.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
+        check_same(round % 2 == 0 ? "launched again" : "replayed", now.data(), first.data(), bytes);
+    }
+    check_cuda(cudaGraphExecDestroy(exec), "a graph");
+    check_cuda(cudaGraphDestroy(graph), "a graph");
+    timed_free(&other);
+    timed_free(&t);
+    check_end();
+}
+
+/* --- times --- */
 
 /* TFLOP/s count what the mask leaves: 4 d for a query, a key and a head, and 10 d for the gradient.
  */
@@ -776,6 +1029,11 @@ static void test_type(enum cuda_type type)
         test_long(&context, {3, 1, 64});
         test_same_bits(&context, {4, 2, 64});
         test_same_bits(&context, {4, 2, 128});
+        for (shape s : {shape{4, 2, 64}, shape{8, 2, 128}, shape{9, 3, 64}, shape{16, 1, 128},
+                        shape{15, 1, 64}, shape{32, 8, 128}})
+            test_finished(&context, s);
+        test_joined(&context, {8, 2, 128});
+        test_joined(&context, {9, 3, 64});
         test_refusals(&context);
     }
     for (shape s : plain_shapes)

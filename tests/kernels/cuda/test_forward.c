@@ -430,6 +430,56 @@ static void test_pieces(const char *model, bool adapted, int from)
     rig_close(&rig);
 }
 
+/* --- norms and SwiGLU within products --- */
+
+#define FUSED_PIECE 7 /* rows: as few as products make themselves */
+
+/* Log-probs of GROUP sequences, each alone and all together, three times (launched, captured,
+ * replayed), and of a short prompt read in pieces; by a back-end whose products make their rows
+ * themselves, or not. */
+static void score_fused(const char *model, const char *fuse, float out[3 * 2 * GROUP + PROMPT])
+{
+    static const int all[GROUP] = {0, 1, 2, 3, 4, 5, 6, 7};
+    struct seq *seqs = CLAAS_NEW_ARRAY(struct seq, GROUP);
+    claas_backend_adapter_t *none[GROUP] = {0};
+    struct rig rig;
+
+    (void)setenv("CLAAS_CUDA_FUSE", fuse, 1);
+    rig = rig_open(model, "bf16", GROUP * 16);
+    for (int i = 0; i < GROUP; i++) {
+        int32_t blocks[16];
+
+        for (int b = 0; b < 16; b++)
+            blocks[b] = b * GROUP + i;
+        seq_start(&rig, &seqs[i], 50 + (uint64_t)i, 70 + 17 * i, blocks, NULL);
+    }
+    (void)unsetenv("CLAAS_CUDA_FUSE");
+    for (int round = 0; round < 3; round++, out += 2 * GROUP) {
+        for (int i = 0; i < GROUP; i++)
+            score(&rig, seqs, &all[i], 1, none, out + i);
+        score(&rig, seqs, all, GROUP, none, out + GROUP);
+    }
+    read_in_pieces(&rig, &seqs[0], NULL, 0, FUSED_PIECE, out);
+    free(seqs);
+    rig_close(&rig);
+}
+
+static void test_fused(const char *model)
+{
+    float with[3 * 2 * GROUP + PROMPT], without[3 * 2 * GROUP + PROMPT];
+    char name[128];
+
+    score_fused(model, "0", without);
+    score_fused(model, "1", with);
+    for (size_t i = 0; i < CLAAS_COUNT(with); i++)
+        if (memcmp(&with[i], &without[i], sizeof(with[i])) != 0 || !isfinite(with[i]))
+            FAIL("log-prob %zu of %zu: %.9g, by kernels of their own %.9g", i, CLAAS_COUNT(with),
+                 (double)with[i], (double)without[i]);
+    (void)snprintf(name, sizeof(name), "norms and SwiGLU within products change nothing, %s",
+                   model);
+    finish(name);
+}
+
 /* --- the pool --- */
 
 static claas_device_t *device_open(claas_model_t *model, size_t kv_tokens)
@@ -629,7 +679,9 @@ int main(void)
         test_pieces("random:smollm2-135m", false, 0);
         test_pieces("random:smollm2-135m", false, 4061);
         test_pieces("random:qwen3-0.6b", false, 0);
+        test_fused("random:qwen3-0.6b");
     }
+    test_fused("random:smollm2-135m");
     test_pool_size();
     test_pool_full();
     test_no_memory();

@@ -1,0 +1,186 @@
+/* What follows the q|k|v product, for one head of one row: bias, norm, rotation, the key/value
+ * store. qkv.cu does it for all heads of a pass, attention for those of a row that it is about to
+ * attend to (attention_fwd.cu): the same bits.
+ *
+ * d/16 lanes (made a power of two) per head; a lane has 8 elements of the head's first half and the
+ * 8 they are rotated with. */
+#ifndef CLAAS_CUDA_QKV_HEAD_CUH
+#define CLAAS_CUDA_QKV_HEAD_CUH
+
+#include "cuda/attention.h"
+#include "cuda/cuda_rows.h"
+#include "cuda/norm_row.cuh"
+
+/* What a thread works on: elements [at, at+8) of a head's first half and the same of its second. */
+struct head_place {
+    int row, head, at;
+    bool q, k; /* neither: v */
+    bool here; /* false: beyond the last head, or a lane beyond head_dim/2 */
+};
+
+__device__ static void load_angles(float cs[2 * CHUNK], const float *table)
+{
+    load8<true>(table, CHUNK, cs);
+    load8<true>(table + CHUNK, CHUNK, cs + CHUNK);
+}
+
+/* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. cs: cos, sin of 8
+ * angles. What is contracted is said, here and below, and not left to the kernel around it. */
+__device__ static void rotate(float low[CHUNK], float high[CHUNK], const float cs[2 * CHUNK],
+                              float sign)
+{
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+        const float x = low[j], y = high[j], cosine = cs[2 * j], sine = sign * cs[2 * j + 1];
+
+        low[j] = __fmaf_rn(x, cosine, -__fmul_rn(y, sine));
+        high[j] = __fmaf_rn(y, cosine, __fmul_rn(x, sine));
+    }
+}
+
+__device__ static void add_from(float v[CHUNK], const float *p)
+{
+    float w[CHUNK];
+
+    load8<true>(p, CHUNK, w);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+        v[j] += w[j];
+}
+__device__ static void scale_by(float v[CHUNK], float factor, const float w[CHUNK])
+{
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+        v[j] = v[j] * factor * w[j];
+}
+
+template <typename T>
+__device__ static void store_halves(T *p, int half, const float low[CHUNK], const float high[CHUNK])
+{
+    store8<true>(p, CHUNK, low);
+    store8<true>(p + half, CHUNK, high);
+}
+
+/* First position of the row's block that this call leaves unwritten, if the row begins its block;
+ * else CUDA_KV_BLOCK. Rows of one block lie side by side, in increasing positions. */
+__device__ static int unwritten_from(const struct cuda_qkv &a, int row)
+{
+    int count = 1;
+
+    if (a.pos[row] % CUDA_KV_BLOCK != 0)
+        return CUDA_KV_BLOCK;
+    while (count < CUDA_KV_BLOCK && row + count < a.m && a.blocks[row + count] == a.blocks[row] &&
+           a.pos[row + count] == a.pos[row] + count)
+        count++;
+    return count;
+}
+
+/* Where a row's keys and values go, by what the pass says of it. */
+struct kv_slot {
+    int block, position; /* in it */
+    int clear_from;
+};
+
+__device__ static struct kv_slot find_slot(const struct cuda_qkv &a, int row)
+{
+    struct kv_slot slot;
+
+    slot.block = a.blocks[row];
+    slot.position = a.pos[row] % CUDA_KV_BLOCK;
+    slot.clear_from = unwritten_from(a, row);
+    return slot;
+}
+
+/* Into block [2][G][16][d]. A row that begins a block also clears what lies behind the call's last
+ * position: attention multiplies it by 0, and what an earlier user left may be NaN. */
+template <typename T>
+__device__ static void store_kv(const struct cuda_qkv &a, const struct head_place &place,
+                                const struct kv_slot &slot, const float low[CHUNK],
+                                const float high[CHUNK])
+{
+    const int d = a.head_dim, head = place.head - a.heads; /* k heads, then v heads: [2][G] */
+    T *out =
+        (T *)a.kv + ((size_t)slot.block * 2 * a.kv_heads + head) * CUDA_KV_BLOCK * d + place.at;
+    const float zero[CHUNK] = {};
+
+    store_halves(out + (size_t)slot.position * d, d / 2, low, high);
+    for (int p = slot.clear_from; p < CUDA_KV_BLOCK; p++)
+        store_halves(out + (size_t)p * d, d / 2, zero, zero);
+}
+
+/* Without norm nothing is rounded and the result means nothing. With it the norm reads what raw
+ * holds, so that the backward pass is that of the very same numbers. */
+template <typename T>
+__device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm, float low[CHUNK],
+                                  float high[CHUNK])
+{
+    float sum = 0;
+
+    if (norm) {
+        round8(low, (const T *)NULL);
+        round8(high, (const T *)NULL);
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++)
+            sum = __fadd_rn(sum, __fmaf_rn(low[j], low[j], __fmul_rn(high[j], high[j])));
+    }
+    return norm_rstd(lanes_sum(sum, lanes), a.head_dim, a.eps);
+}
+
+__device__ static const float *head_norm(const struct cuda_qkv &a, const struct head_place &place)
+{
+    return place.q ? a.norm_q : place.k ? a.norm_k : NULL;
+}
+
+/* The head as it comes, with its bias; zeros where there is none. Returns what it is normalised by.
+ * All lanes of the warp must come here. */
+template <typename T>
+__device__ static float read_head(const struct cuda_qkv &a, const struct head_place &place,
+                                  int lanes, float low[CHUNK], float high[CHUNK])
+{
+    const int d = a.head_dim, half = d / 2, at = place.at;
+    const T *x = (const T *)a.qkv +
+                 ((size_t)place.row * (a.heads + 2 * a.kv_heads) + place.head) * d + at;
+
+    if (place.here) {
+        load8<true>(x, CHUNK, low);
+        load8<true>(x + half, CHUNK, high);
+    }
+    if (place.here && a.bias) {
+        add_from(low, a.bias + place.head * d + at);
+        add_from(high, a.bias + place.head * d + at + half);
+    }
+    return head_rstd<T>(a, lanes, head_norm(a, place), low, high);
+}
+
+/* What q or k is multiplied by: the norm's weights of its two halves, if it has one, and the angles
+ * of its position. */
+struct head_turn {
+    float low[CHUNK], high[CHUNK], cs[2 * CHUNK];
+};
+
+__device__ static void load_turn(const struct cuda_qkv &a, const struct head_place &place, int pos,
+                                 struct head_turn &turn)
+{
+    const float *norm = head_norm(a, place);
+    const int at = place.at;
+
+    if (norm) {
+        load8<true>(norm + at, CHUNK, turn.low);
+        load8<true>(norm + at + a.head_dim / 2, CHUNK, turn.high);
+    }
+    load_angles(turn.cs, a.cos_sin + (size_t)pos * a.head_dim + 2 * at);
+}
+
+/* Of q or k: normalised, if it has a norm, and rotated. */
+__device__ static void finish_head(const struct cuda_qkv &a, const struct head_place &place,
+                                   float rstd, const struct head_turn &turn, float low[CHUNK],
+                                   float high[CHUNK])
+{
+    if (head_norm(a, place)) {
+        scale_by(low, rstd, turn.low);
+        scale_by(high, rstd, turn.high);
+    }
+    rotate(low, high, turn.cs, 1);
+}
+
+#endif
