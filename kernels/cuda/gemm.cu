@@ -606,12 +606,6 @@ static int run_library(struct cuda_context *context, const struct cuda_gemm *gem
     return check_status(context, gemm, status, "running it");
 }
 
-bool cuda_gemm_makes(struct cuda_context *context, const struct cuda_gemm *gemm)
-{
-    return context->fuse && open_plans(context) == 0 && context->plans->few &&
-           gemm->source != CUDA_GEMM_PLAIN && cuda_gemm_few_suits(context, gemm);
-}
-
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
     int rc;
@@ -625,9 +619,5 @@ int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
         return rc;
     if (context->plans->few && cuda_gemm_few_suits(context, gemm))
         return cuda_gemm_few(context, gemm);
-    if (gemm->source != CUDA_GEMM_PLAIN)
-        return claas_fail(CLAAS_ERR_INTERNAL,
-                          "a product of %d x %d x %d cannot make its rows itself", gemm->m, gemm->n,
-                          gemm->k);
     return run_library(context, gemm);
 }

@@ -13,11 +13,6 @@
  *           next. The mma's slots 2t, 2t+1, 2t+8, 2t+9 thus hold the elements 8t … 8t+3 of the
  *           stage: another order of k than the slots', the same for a and b
  *
- * Up to MADE_ROWS rows of a may be made here, of what is normed or gated (few_rows.cuh): warp w then
- * writes row w of each stage into the ring, two elements a lane, which it has read one stage
- * earlier. A normed row's rstd comes first: every block adds up the squares of all rows itself,
- * while its weights arrive.
- *
  * Where n is too small to fill the card, k is split over the 2, 4 or 8 blocks of a cluster: the
  * parts are kept in shared memory, and each block adds up, in the order of k, and stores its share
  * of the tile. Without clusters (below sm_90) there is no split.
@@ -26,7 +21,6 @@
  * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
  * see its neighbours, so m and the row's place never show. Fragments: PTX ISA, "Matrix fragments
  * for mma.m16n8k16". */
-#include "cuda/few_rows.cuh"
 #include "cuda/gemm_few.h"
 #include "cuda/launch.cuh"
 
@@ -34,7 +28,8 @@
 #include <cuda_bf16.h>
 #include <string.h>
 
-#define WARPS        (THREADS / WARP) /* 8 */
+#define WARPS        8
+#define THREADS      (32 * WARPS)
 #define B_ROWS       (16 * WARPS) /* of a block */
 #define DEPTH        64           /* elements of k in a stage */
 #define PIECES       (DEPTH / 8)  /* of 16 bytes, in a row of a stage */
@@ -43,26 +38,17 @@
 #define STAGES_LEAST 2            /* of a part of k */
 #define SIZE_LEAST   256
 #define LAST_STAGES  8 /* of a block, when the next kernel may begin: some microseconds before the end */
-#define BLOCKS_RESIDENT 2 /* on a multiprocessor */
-/* Rows up to which it pays to make them here. A launch saved is some 2 us. Normed: every block reads
- * all rows first, two blocks a multiprocessor 64 bytes a clock, 0.14 us a row of 4,096, and 0.4 us
- * for the barrier and what follows it: 12 rows would be the end, 8 is what one warp a row allows.
- * That is so for the blocks of one wave only: a later one would pay again (BLOCKS_RESIDENT). Gated:
- * about 110 instructions a warp and stage, on 8 warps 220 clocks of the 1,250 that a stage takes to
- * arrive. Predictions. */
-#define MADE_ROWS FEW_MADE_ROWS
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
 
 typedef __nv_bfloat16 bf16;
 
 struct few_args {
-    struct few_rows rows; /* a */
-    const bf16 *b;
+    const bf16 *a, *b;
     const void *add;
     void *out;
     int m, n, k;
-    int ldb, ldo;
+    int lda, ldb, ldo;
     int splits;
     float alpha, beta;
     bool wide;  /* out and add are float32 */
@@ -152,74 +138,9 @@ static __device__ __forceinline__ void load_rows(const struct few_args *args, in
 
         if (8 * TILES % (THREADS / PIECES) == 0 || r < 8 * TILES)
             copy_16(stage + place(r, piece),
-                    args->rows.a +
-                        (valid ? (size_t)r * (size_t)args->rows.ld + (size_t)column : 0),
-                    valid);
+                    args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0), valid);
     }
 }
-
-/* --- rows that are made here --- */
-
-/* The pair that this lane makes of stage `index`; zeros behind column `limit`. */
-template <enum cuda_gemm_source SOURCE>
-static __device__ __forceinline__ struct few_raw<1> read_pair(const struct few_args *args,
-                                                              int index, int limit)
-{
-    int row = (int)threadIdx.x / WARP, column = index * DEPTH + 2 * ((int)threadIdx.x % WARP);
-
-    return few_read<SOURCE, 1>(args->rows, row, column, row < args->m && column < limit);
-}
-
-static __device__ __forceinline__ void store_pair(uint4 *stage, uint32_t pair)
-{
-    int row = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-
-    ((uint32_t *)(stage + B_ROWS * PIECES + place(row, lane / 4)))[lane % 4] = pair;
-}
-
-/* What is read first and never changes, on its way into the L2: `limit` ends this block's part of
- * k. */
-static __device__ __forceinline__ void fetch_norm(const struct few_args *args, int first, int limit)
-{
-    const int line = 32; /* floats */
-
-#pragma unroll 1
-    for (int i = first * DEPTH + (int)threadIdx.x * line; i < limit; i += THREADS * line)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(
-            __cvta_generic_to_global(args->rows.weight + i)));
-}
-
-/* Makes the first STAGES - 1 stages of the ring and reads the next one's pair. Rows from m on are
- * zeros for good. Returns rstd of the warp's row. */
-template <enum cuda_gemm_source SOURCE, int STAGES>
-static __device__ __forceinline__ float make_first(const struct few_args *args, int first,
-                                                   int limit, uint4 *ring, struct few_raw<1> *next)
-{
-    const int pieces = few_shape<1>::stage_pieces, row = (int)threadIdx.x / WARP;
-    __shared__ float sums[FEW_MADE_ROWS][NORM_WARPS];
-    struct few_raw<1> raw[STAGES];
-    float rstd = 0;
-
-#pragma unroll
-    for (int i = 0; i < STAGES; i++)
-        raw[i] = read_pair<SOURCE>(args, first + i, limit);
-    if (SOURCE == CUDA_GEMM_NORMED) {
-        few_add_rows(args->rows, args->m, args->k, sums);
-        __syncthreads();
-        if (row < args->m)
-            rstd = few_rstd(args->rows, args->k, sums, row);
-    }
-#pragma unroll
-    for (int i = 0; i < STAGES; i++)
-        if (row >= args->m)
-            store_pair(ring + i * pieces, 0);
-        else if (i < STAGES - 1)
-            store_pair(ring + i * pieces, few_make<SOURCE, 1>(raw[i], rstd).word[0]);
-    *next = raw[STAGES - 1];
-    return rstd;
-}
-
-/* --- the sum --- */
 
 template <int TILES>
 static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float (&sums)[TILES][4])
@@ -243,33 +164,20 @@ static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float 
 }
 
 /* The stages `first` to `end` of k. Ends with the ring free for other uses. */
-template <int TILES, enum cuda_gemm_source SOURCE>
+template <int TILES>
 static __device__ __forceinline__ void add_up(const struct few_args *args, int first_row, int first,
                                               int end, uint4 *ring, float (&sums)[TILES][4])
 {
     const int stages = few_shape<TILES>::stages, pieces = few_shape<TILES>::stage_pieces;
-    const bool plain = SOURCE == CUDA_GEMM_PLAIN, mine = (int)threadIdx.x / WARP < args->m;
     int slot = 0, ahead = stages - 1; /* of the ring */
-    int limit = min(args->k, end * DEPTH);
-    struct few_raw<1> raw; /* of this lane's pair of the stage that is loaded next */
-    float rstd = 0;
 
     if (!args->frozen)
         launch_wait();
-    for (int i = 0; i < stages - 1 && first + i < end; i++) {
+    for (int i = 0; i < stages - 1 && first + i < end; i++)
         load_weights(args, first_row, first + i, ring + i * pieces);
-        if (!plain)
-            close_group();
-    }
-    for (int i = end - first; i < stages - 1 && !plain; i++)
-        close_group();
-    if (SOURCE == CUDA_GEMM_NORMED)
-        fetch_norm(args, first, limit);
     if (args->frozen)
         launch_wait();
-    if constexpr (!plain)
-        rstd = make_first<SOURCE, stages>(args, first, limit, ring, &raw);
-    for (int i = 0; i < stages - 1 && plain; i++) {
+    for (int i = 0; i < stages - 1; i++) {
         if (first + i < end)
             load_rows<TILES>(args, first + i, ring + i * pieces);
         close_group(); /* the first one's also holds all of the weights above */
@@ -281,14 +189,9 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         __syncthreads();           /* everybody's is, and nobody reads the one before any more */
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
-            if constexpr (plain)
-                load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
-            else if (mine)
-                store_pair(ring + ahead * pieces, few_make<SOURCE, 1>(raw, rstd).word[0]);
+            load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
         }
         close_group();
-        if constexpr (!plain)
-            raw = read_pair<SOURCE>(args, index + stages, limit);
         multiply_stage<TILES>(ring + slot * pieces, sums);
         ahead = slot;
         slot = slot + 1 < stages ? slot + 1 : 0;
@@ -457,7 +360,7 @@ static __device__ __forceinline__ void store_share(const struct few_args *args, 
 }
 
 /* Grid: tiles of n times splits of k; a cluster is the splits of a tile. */
-template <int TILES, enum cuda_gemm_source SOURCE>
+template <int TILES>
 static __global__ void __launch_bounds__(THREADS, 2) few_kernel(const struct few_args args)
 {
     extern __shared__ __align__(128) uint4 ring[];
@@ -468,9 +371,8 @@ static __global__ void __launch_bounds__(THREADS, 2) few_kernel(const struct few
     float sums[TILES][4] = {};
 
     static_assert(8 * TILES * PART_PITCH * 4 <= few_shape<TILES>::bytes, "a part fits the ring");
-    static_assert(SOURCE == CUDA_GEMM_PLAIN || 8 * TILES == FEW_MADE_ROWS, "a warp has a row");
-    add_up<TILES, SOURCE>(&args, first_row, stages * rank / args.splits,
-                          stages * (rank + 1) / args.splits, ring, sums);
+    add_up<TILES>(&args, first_row, stages * rank / args.splits, stages * (rank + 1) / args.splits,
+                  ring, sums);
     keep_part<TILES>(sums, part);
     sync_parts(args.splits);
     store_share(&args, first_row, rank, part);
@@ -482,15 +384,12 @@ static __global__ void __launch_bounds__(THREADS, 2) few_kernel(const struct few
 
 static const struct {
     void (*kernel)(const struct few_args);
-    enum cuda_gemm_source source;
     int tiles, bytes;
 } kernels[] = {
-    {few_kernel<1, CUDA_GEMM_NORMED>, CUDA_GEMM_NORMED, 1, few_shape<1>::bytes},
-    {few_kernel<1, CUDA_GEMM_GATED>, CUDA_GEMM_GATED, 1, few_shape<1>::bytes},
-    {few_kernel<1, CUDA_GEMM_PLAIN>, CUDA_GEMM_PLAIN, 1, few_shape<1>::bytes},
-    {few_kernel<2, CUDA_GEMM_PLAIN>, CUDA_GEMM_PLAIN, 2, few_shape<2>::bytes},
-    {few_kernel<4, CUDA_GEMM_PLAIN>, CUDA_GEMM_PLAIN, 4, few_shape<4>::bytes},
-    {few_kernel<8, CUDA_GEMM_PLAIN>, CUDA_GEMM_PLAIN, 8, few_shape<8>::bytes},
+    {few_kernel<1>, 1, few_shape<1>::bytes},
+    {few_kernel<2>, 2, few_shape<2>::bytes},
+    {few_kernel<4>, 4, few_shape<4>::bytes},
+    {few_kernel<8>, 8, few_shape<8>::bytes},
 };
 
 int cuda_gemm_few_open(struct cuda_context *context)
@@ -506,6 +405,15 @@ int cuda_gemm_few_open(struct cuda_context *context)
     return rc;
 }
 
+bool cuda_gemm_few_suits(const struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    uintptr_t starts = (uintptr_t)gemm->a | (uintptr_t)gemm->b;
+
+    return gemm->form == CUDA_GEMM_NT && context->act == CUDA_TYPE_BF16 && gemm->m >= 1 &&
+           gemm->m <= CUDA_GEMM_FEW_ROWS && gemm->n >= SIZE_LEAST && gemm->k >= SIZE_LEAST &&
+           gemm->k % 8 == 0 && gemm->lda % 8 == 0 && gemm->ldb % 8 == 0 && starts % 16 == 0;
+}
+
 /* How many blocks share k: enough to fill the card, each with some stages. Not a matter of m. */
 static int cut_k(const struct cuda_context *context, int n, int k)
 {
@@ -517,43 +425,20 @@ static int cut_k(const struct cuda_context *context, int n, int k)
     return splits;
 }
 
-/* Rows that the product makes itself: where that can be done and costs less than a launch. */
-static bool makes_rows(const struct cuda_context *context, const struct cuda_gemm *gemm)
-{
-    int tiles = (gemm->n + B_ROWS - 1) / B_ROWS;
-
-    if (gemm->m > MADE_ROWS)
-        return false;
-    if (gemm->source == CUDA_GEMM_GATED)
-        return gemm->lda >= 2 * gemm->k;
-    return gemm->k <= NORM_N_MAX && (uintptr_t)gemm->norm % 16 == 0 &&
-           tiles * cut_k(context, gemm->n, gemm->k) <= BLOCKS_RESIDENT * context->multiprocessors;
-}
-
-bool cuda_gemm_few_suits(const struct cuda_context *context, const struct cuda_gemm *gemm)
-{
-    uintptr_t starts = (uintptr_t)gemm->a | (uintptr_t)gemm->b;
-
-    if (gemm->source != CUDA_GEMM_PLAIN && !makes_rows(context, gemm))
-        return false;
-    return gemm->form == CUDA_GEMM_NT && context->act == CUDA_TYPE_BF16 && gemm->m >= 1 &&
-           gemm->m <= CUDA_GEMM_FEW_ROWS && gemm->n >= SIZE_LEAST && gemm->k >= SIZE_LEAST &&
-           gemm->k % 8 == 0 && gemm->lda % 8 == 0 && gemm->ldb % 8 == 0 && starts % 16 == 0;
-}
-
 static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
                       struct few_args *args)
 {
     const void *add = gemm->add ? gemm->add : gemm->out;
     size_t quad = gemm->out_type == CUDA_TYPE_F32 ? 16 : 8;
 
-    args->rows = few_rows_of(gemm);
+    args->a = (const bf16 *)gemm->a;
     args->b = (const bf16 *)gemm->b;
     args->add = add;
     args->out = gemm->out;
     args->m = gemm->m;
     args->n = gemm->n;
     args->k = gemm->k;
+    args->lda = gemm->lda;
     args->ldb = gemm->ldb;
     args->ldo = gemm->ldo;
     args->splits = cut_k(context, gemm->n, gemm->k);
@@ -573,7 +458,7 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     size_t which = 0;
 
     fill_args(context, gemm, &args);
-    while (kernels[which].source != gemm->source || 8 * kernels[which].tiles < gemm->m)
+    while (8 * kernels[which].tiles < gemm->m)
         which++;
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim.x = (unsigned)args.splits;

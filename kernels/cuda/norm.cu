@@ -1,12 +1,16 @@
 /* RMSNorm of rows, and its gradient (Zhang and Sennrich 2019). Formulas: cpu/ops.h.
  *
  * [m][n], n <= 1024: one warp per row, 4 rows per block; more: one block per row, 2 chunks per
- * thread (4 above 8192). Sums in norm_row.cuh's order: by n alone, never by m. */
+ * thread (4 above 8192). Sums: a thread's chunks in order, lanes by a butterfly, then warps by a
+ * butterfly: by n alone, never by m. */
 #include "cuda/cuda_rows.h"
 #include "cuda/launch.cuh"
-#include "cuda/norm_row.cuh"
+#include "cuda/row_chunks.cuh"
 
-#define NORM_WARP_ROWS 4 /* rows per block where a warp has a row */
+#define NORM_THREADS   512 /* of a block at most: leaves 128 registers each */
+#define NORM_WARP_ROWS 4   /* rows per block where a warp has a row */
+#define NORM_ITEMS_MAX 4   /* chunks per thread */
+#define NORM_N_MAX     (NORM_THREADS * NORM_ITEMS_MAX * CHUNK)
 
 struct norm_args {
     int m, n;
@@ -34,7 +38,7 @@ __device__ static float row_sum(float sum)
     if (lane == 0)
         warps[threadIdx.x / WARP] = sum;
     __syncthreads();
-    return norm_join(lane < blockDim.x / WARP ? warps[lane] : 0.0f);
+    return lanes_sum(lane < blockDim.x / WARP ? warps[lane] : 0.0f, WARP);
 }
 
 /* y = x rstd w, rstd = 1/sqrt(mean x^2 + eps) */
@@ -62,8 +66,10 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
         if ((threadIdx.x + i * blockDim.x) * CHUNK < a.n)
-            sum = norm_add(sum, v[i]);
-    rstd = norm_rstd(row_sum(sum), a.n, a.eps);
+#pragma unroll
+            for (int j = 0; j < CHUNK; j++)
+                sum += v[i][j] * v[i][j];
+    rstd = 1.0f / sqrtf(row_sum(sum) / (float)a.n + a.eps);
     if (a.rstd && threadIdx.x == 0)
         a.rstd[row] = rstd;
 #pragma unroll
@@ -74,7 +80,7 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
             continue;
 #pragma unroll
         for (int j = 0; j < CHUNK; j++)
-            v[i][j] = norm_element(v[i][j], rstd, w[i][j]);
+            v[i][j] = v[i][j] * rstd * w[i][j];
         store8<VECTOR>(y + at, a.n - at, v[i]);
     }
 }
@@ -134,6 +140,26 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct n
     }
 }
 
+/* How the chunks of a row are dealt to threads. */
+struct norm_split {
+    int items; /* chunks per thread: 1, 2 or 4 */
+    dim3 block;
+};
+
+static struct norm_split split_row(int n)
+{
+    const int chunks = divide_up(n, CHUNK);
+    struct norm_split split = {1, dim3(WARP, NORM_WARP_ROWS)};
+
+    if (chunks <= WARP * NORM_ITEMS_MAX) {
+        split.items = chunks <= WARP ? 1 : chunks <= 2 * WARP ? 2 : 4;
+        return split;
+    }
+    split.items = chunks <= 2 * NORM_THREADS ? 2 : 4;
+    split.block = dim3(divide_up(divide_up(chunks, split.items), WARP) * WARP, 1);
+    return split;
+}
+
 template <typename T, bool VECTOR> static norm_kernel *pick_norm(int items)
 {
     return items == 1   ? rmsnorm_rows<T, 1, VECTOR>
@@ -159,8 +185,7 @@ template <typename T> static norm_kernel *pick_kernel(const struct norm_args *a,
 
 static int run_norm(struct cuda_context *context, const struct norm_args *args, const char *what)
 {
-    const struct norm_split split = norm_split_row(args->n);
-    const dim3 block(split.warps * WARP, split.warps == 1 ? NORM_WARP_ROWS : 1);
+    const struct norm_split split = split_row(args->n);
     norm_kernel *kernel = NULL;
 
     if (args->n < 1 || args->n > NORM_N_MAX)
@@ -170,7 +195,8 @@ static int run_norm(struct cuda_context *context, const struct norm_args *args, 
         return 0;
     kernel = context->act == CUDA_TYPE_BF16 ? pick_kernel<__nv_bfloat16>(args, split.items)
                                             : pick_kernel<float>(args, split.items);
-    return launch(context, what, kernel, dim3(divide_up(args->m, block.y)), block, 0, *args);
+    return launch(context, what, kernel, dim3(divide_up(args->m, split.block.y)), split.block, 0,
+                  *args);
 }
 
 int cuda_rmsnorm(struct cuda_context *context, int m, int n, const void *x, const float *weight,

@@ -129,29 +129,6 @@ static int shrink(claas_backend_t *backend, const struct cuda_lora *lora, bool a
     return code;
 }
 
-static struct cuda_gemm weight_gemm(const struct cuda_context *context,
-                                    const struct cuda_weight *weight, int m, const void *x,
-                                    const void *residual, void *out)
-{
-    return (struct cuda_gemm){
-        .form = CUDA_GEMM_NT,
-        .m = m,
-        .n = weight->n,
-        .k = weight->k,
-        .a = x,
-        .lda = weight->k,
-        .b = weight->w,
-        .ldb = weight->k,
-        .out = out,
-        .ldo = weight->n,
-        .out_type = context->act,
-        .alpha = 1,
-        .beta = residual ? 1 : 0,
-        .add = residual,
-        .frozen = true,
-    };
-}
-
 int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
                 enum cuda_weight_kind kind, const void *x, void *s, const void *residual, void *out)
 {
@@ -169,61 +146,33 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
         .y = out,
         .sums = pass->lora_sums,
     };
-    struct cuda_gemm gemm = weight_gemm(context, weight, rows->m, x, residual, out);
     bool any = rows->group_count > 0;
     bool aside = any && cuda_lora_is_few(context, &lora) && cuda_is_capturing(context);
     int code = any ? shrink(backend, &lora, aside) : 0;
 
     if (code >= 0)
-        code = cuda_gemm(context, &gemm);
+        code = cuda_gemm(context, &(struct cuda_gemm){
+                                      .form = CUDA_GEMM_NT,
+                                      .m = rows->m,
+                                      .n = weight->n,
+                                      .k = weight->k,
+                                      .a = x,
+                                      .lda = weight->k,
+                                      .b = weight->w,
+                                      .ldb = weight->k,
+                                      .out = out,
+                                      .ldo = weight->n,
+                                      .out_type = context->act,
+                                      .alpha = 1,
+                                      .beta = residual ? 1 : 0,
+                                      .add = residual,
+                                      .frozen = true,
+                                  });
     if (code >= 0 && aside)
         code = follow(context, backend->aside.stream, backend->aside.joined, context->stream);
     if (code >= 0 && any)
         code = cuda_lora_expand(context, &lora);
     return code >= 0 ? cuda_turn(pass) : code;
-}
-
-/* What a weight multiplies: rows of `from` normalised or gated, `x`. */
-struct input {
-    enum cuda_gemm_source source;
-    const void *from;
-    const float *norm;
-    float *rstd; /* normed: kept for a backward pass, or NULL */
-    void *x;     /* where they are put, if they are */
-};
-
-static int make_input(struct cuda_context *context, const struct claas_model_config *c, int m,
-                      const struct input *input)
-{
-    if (input->source == CUDA_GEMM_GATED)
-        return cuda_swiglu(context, m, c->intermediate, input->from, input->x);
-    return cuda_rmsnorm(context, m, c->hidden, input->from, input->norm, c->norm_eps, input->x,
-                        input->rstd);
-}
-
-/* cuda_linear of an input. The product makes it where it can and nobody else reads it (LoRA does),
- * else a kernel of its own: the same bits. */
-static int linear_of(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
-                     enum cuda_weight_kind kind, const struct input *input, void *s,
-                     const void *residual, void *out)
-{
-    claas_backend_t *backend = pass->backend;
-    struct cuda_context *context = &backend->context;
-    const struct claas_model_config *c = &backend->model.config;
-    const struct cuda_weight *weight = &backend->model.layers[layer].weights[kind];
-    struct cuda_gemm gemm = weight_gemm(context, weight, rows->m, input->from, residual, out);
-    int code;
-
-    gemm.source = input->source;
-    gemm.lda = input->source == CUDA_GEMM_GATED ? 2 * weight->k : weight->k;
-    gemm.norm = input->norm;
-    gemm.eps = c->norm_eps;
-    if (rows->group_count == 0 && !input->rstd && cuda_gemm_makes(context, &gemm)) {
-        code = cuda_gemm(context, &gemm);
-        return code >= 0 ? cuda_turn(pass) : code;
-    }
-    code = make_input(context, c, rows->m, input);
-    return code >= 0 ? cuda_linear(pass, rows, layer, kind, input->x, s, residual, out) : code;
 }
 
 /* This layer's blocks when serving. */
@@ -292,19 +241,18 @@ int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cu
 {
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
+    const struct claas_model_config *c = &backend->model.config;
+    const struct cuda_pack *pack = &pass->pack;
     struct cuda_qkv qkv = cuda_qkv_args(pass, layer, acts);
     struct cuda_attention attention = cuda_attention_args(pass, layer, acts);
-    const struct input normed = {
-        .source = CUDA_GEMM_NORMED,
-        .from = acts->x_in,
-        .norm = backend->model.layers[layer].norm_in,
-        .rstd = acts->rstd_in,
-        .x = pass->xn,
-    };
-    int code = linear_of(pass, &pass->pack.rows, layer, CUDA_QKV, &normed, acts->s[CUDA_QKV], NULL,
-                         acts->qkv);
+    int code =
+        cuda_rmsnorm(context, pack->m, c->hidden, acts->x_in, backend->model.layers[layer].norm_in,
+                     c->norm_eps, pass->xn, acts->rstd_in);
 
-    attention.finish = pass->pack.decoding ? &qkv : NULL;
+    if (code >= 0)
+        code = cuda_linear(pass, &pack->rows, layer, CUDA_QKV, pass->xn, acts->s[CUDA_QKV], NULL,
+                           acts->qkv);
+    attention.finish = pack->decoding ? &qkv : NULL;
     if (!cuda_attention_finishes(context, &attention)) {
         attention.finish = NULL;
         code = code >= 0 ? cuda_qkv_finish(context, &qkv) : code;
@@ -315,27 +263,24 @@ int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cu
 int cuda_mlp_half(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
                   const struct cuda_acts *acts)
 {
-    const struct input normed = {
-        .source = CUDA_GEMM_NORMED,
-        .from = acts->x_mid,
-        .norm = pass->backend->model.layers[layer].norm_mid,
-        .rstd = acts->rstd_mid,
-        .x = pass->xn,
-    };
-    const struct input gated = {
-        .source = CUDA_GEMM_GATED,
-        .from = acts->gate_up,
-        .x = pass->h,
-    };
-    int code = cuda_linear(pass, rows, layer, CUDA_O, acts->attn, acts->s[CUDA_O], acts->x_in,
-                           acts->x_mid);
+    claas_backend_t *backend = pass->backend;
+    struct cuda_context *context = &backend->context;
+    const struct claas_model_config *c = &backend->model.config;
+    int m = rows->m, code = cuda_linear(pass, rows, layer, CUDA_O, acts->attn, acts->s[CUDA_O],
+                                        acts->x_in, acts->x_mid);
 
     if (code >= 0)
-        code = linear_of(pass, rows, layer, CUDA_GATE_UP, &normed, acts->s[CUDA_GATE_UP], NULL,
-                         acts->gate_up);
+        code =
+            cuda_rmsnorm(context, m, c->hidden, acts->x_mid, backend->model.layers[layer].norm_mid,
+                         c->norm_eps, pass->xn, acts->rstd_mid);
     if (code >= 0)
-        code = linear_of(pass, rows, layer, CUDA_DOWN, &gated, acts->s[CUDA_DOWN], acts->x_mid,
-                         acts->x_out);
+        code = cuda_linear(pass, rows, layer, CUDA_GATE_UP, pass->xn, acts->s[CUDA_GATE_UP], NULL,
+                           acts->gate_up);
+    if (code >= 0)
+        code = cuda_swiglu(context, m, c->intermediate, acts->gate_up, pass->h);
+    if (code >= 0)
+        code = cuda_linear(pass, rows, layer, CUDA_DOWN, pass->h, acts->s[CUDA_DOWN], acts->x_mid,
+                           acts->x_out);
     return code >= 0 ? cuda_yield(pass) : code;
 }
 

@@ -1,11 +1,20 @@
 /* SwiGLU (Shazeer 2020) of rows [m][F], and its gradient: one chunk per thread, rows end to end.
  * Formulas: cpu/ops.h. */
 #include "cuda/cuda_rows.h"
-#include "cuda/gated.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_chunks.cuh"
 
 #include <limits.h>
+
+__device__ static float sigmoid(float x)
+{
+    return 1.0f / (1.0f + expf(-x));
+}
+/* Products alone: the forward and the backward pass get the same bits. s = sigmoid(gate). */
+__device__ static float gated(float gate, float s, float up)
+{
+    return gate * s * up;
+}
 
 template <typename T, bool VECTOR>
 __global__ static void __launch_bounds__(THREADS)

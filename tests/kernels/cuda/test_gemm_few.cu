@@ -1,14 +1,10 @@
 /* Products of few rows against sums in double: every number of rows, edge sizes of n and k, with
  * and without something added, both types of output; and that a row has the same bits whatever the
- * number of rows and its place among them. Rows that the product makes itself, normed or gated: the
- * bits of the two operations one after the other. Then times, beside cuBLASLt's in the same run. */
+ * number of rows and its place among them. Then times, beside cuBLASLt's in the same run. */
 #include "cuda_check.h"
-#include "cuda/cuda_rows.h"
 #include "cuda/gemm_few.h"
 
-#define ROWS      CUDA_GEMM_FEW_ROWS
-#define MADE_ROWS 8 /* that a product makes itself, at most */
-#define EPS       1e-6f
+#define ROWS CUDA_GEMM_FEW_ROWS
 /* Tensor cores cut off, not round, when they add to a float32 sum. */
 #define CUT_LIMIT 1e-4
 
@@ -214,154 +210,6 @@ static void test_cases(struct cuda_context *context)
         }
 }
 
-/* --- rows that the product makes --- */
-
-struct made_case {
-    enum cuda_gemm_source source;
-    int n, k, pad; /* pad: added to the length of the rows that are read */
-    enum cuda_type out_type;
-    bool add;
-};
-
-static const char *source_name(enum cuda_gemm_source source)
-{
-    return source == CUDA_GEMM_NORMED ? "normed" : "gated";
-}
-
-/* Values of usual size; of MADE_ROWS rows the third is all zeros, the fourth's are large and the
- * fifth's small, so that sigmoids and rstd reach their ends. */
-static struct check_array made_rows(const struct made_case *c, int length)
-{
-    struct check_array x = check_blank(CUDA_TYPE_BF16, (size_t)MADE_ROWS * length);
-
-    for (int row = 0; row < MADE_ROWS; row++)
-        for (int j = 0; j < length; j++)
-            x.host[(size_t)row * length + j] =
-                check_random() * (row == 2 ? 0.0f : row == 3 ? 300.0f : row == 4 ? 1e-4f : 2.0f);
-    check_put(&x);
-    return x;
-}
-
-/* The first m rows of x, `length` long, each with `pad` NaNs behind it. */
-static struct check_array padded(const struct check_array *x, int m, int length, int pad)
-{
-    struct check_array rows = check_blank(CUDA_TYPE_BF16, (size_t)m * (length + pad));
-
-    for (int row = 0; row < m; row++)
-        for (int j = 0; j < length + pad; j++)
-            rows.host[(size_t)row * (length + pad) + j] =
-                j < length ? x->host[(size_t)row * length + j] : NAN;
-    check_put(&rows);
-    return rows;
-}
-
-static struct cuda_gemm made_gemm(const struct made_case *c, int m, const struct check_array *b,
-                                  const struct check_array *add)
-{
-    struct cuda_gemm g = {};
-
-    g.form = CUDA_GEMM_NT;
-    g.m = m;
-    g.n = c->n;
-    g.k = c->k;
-    g.lda = g.ldb = c->k;
-    g.b = b->data;
-    g.ldo = c->n;
-    g.out_type = c->out_type;
-    g.alpha = 1.0f;
-    g.beta = c->add ? 1.0f : 0.0f;
-    g.add = c->add ? add->data : NULL;
-    g.frozen = true;
-    return g;
-}
-
-/* m rows: the product that makes them against the operation and the product after it. */
-static void compare_made(struct cuda_context *context, const struct made_case *c, int m,
-                         const struct check_array *x, const struct check_array *weight,
-                         const struct check_array *b, const struct check_array *add)
-{
-    int length = c->source == CUDA_GEMM_GATED ? 2 * c->k : c->k;
-    size_t count = (size_t)m * c->n;
-    struct check_array made = check_blank(CUDA_TYPE_BF16, (size_t)m * c->k);
-    struct check_array want = check_blank(c->out_type, count), got = check_blank(c->out_type, count);
-    struct check_array rows = padded(x, m, length, c->pad);
-    struct cuda_gemm g = made_gemm(c, m, b, add);
-
-    if (c->source == CUDA_GEMM_GATED)
-        check_rc(cuda_swiglu(context, m, c->k, x->data, made.data), "cuda_swiglu");
-    else
-        check_rc(cuda_rmsnorm(context, m, c->k, x->data, (const float *)weight->data, EPS,
-                              made.data, NULL),
-                 "cuda_rmsnorm");
-    g.a = made.data;
-    g.out = want.data;
-    check_rc(cuda_gemm(context, &g), "cuda_gemm");
-    g.a = rows.data;
-    g.lda = length + c->pad;
-    g.out = got.data;
-    g.source = c->source;
-    g.norm = (const float *)weight->data;
-    g.eps = EPS;
-    if (!cuda_gemm_makes(context, &g))
-        check_fail("%d rows are not made by the product", m);
-    check_rc(cuda_gemm(context, &g), "cuda_gemm that makes its rows");
-    check_get(&want);
-    check_get(&got);
-    for (size_t at = 0; at < count; at++)
-        if (!isfinite(want.host[at]) || memcmp(&got.host[at], &want.host[at], sizeof(float)) != 0) {
-            check_fail("%d rows: row %d, column %d: %.9g, but %.9g after its own operation", m,
-                       (int)(at / c->n), (int)(at % c->n), (double)got.host[at],
-                       (double)want.host[at]);
-            break;
-        }
-    check_free(&made, "made");
-    check_free(&want, "want");
-    check_free(&got, "got");
-    check_free(&rows, "rows");
-}
-
-static void run_made(struct cuda_context *context, const struct made_case *c)
-{
-    struct check_array x = made_rows(c, c->source == CUDA_GEMM_GATED ? 2 * c->k : c->k);
-    struct check_array weight = check_acts(CUDA_TYPE_F32, (size_t)c->k, 1.0f);
-    struct check_array b = check_acts(CUDA_TYPE_BF16, (size_t)c->n * c->k, 1.0f);
-    struct check_array add = check_acts(c->out_type, (size_t)MADE_ROWS * c->n, 2.0f);
-
-    check_begin("few rows %s, %d x %d, pad %d, %s%s", source_name(c->source), c->n, c->k, c->pad,
-                check_name(c->out_type), c->add ? ", added to" : "");
-    for (int m = 1; m <= MADE_ROWS; m++)
-        compare_made(context, c, m, &x, &weight, &b, &add);
-    check_free(&x, "x");
-    check_free(&weight, "weight");
-    check_free(&b, "b");
-    check_free(&add, "add");
-    check_end();
-}
-
-/* Every way that a row's chunks are dealt (norm_row.cuh), stages that are not whole, and on a card
- * of sm_90 1, 2, 4 and 8 parts of k. */
-static void test_made(struct cuda_context *context)
-{
-    static const int sizes[][3] = {
-        {256, 256, 0},  {300, 264, 8},  {576, 512, 0},    {257, 520, 8},   {960, 576, 0},
-        {640, 1024, 0}, {383, 1032, 8}, {1002, 1536, 16}, {512, 2048, 0},  {6144, 2056, 0},
-        {256, 2560, 0}, {300, 4096, 8}, {512, 4104, 0},   {258, 5120, 0},  {384, 8192, 0},
-        {256, 8200, 8}, {256, 9728, 0}, {640, 12288, 0},  {256, 16384, 8}, {16386, 328, 0},
-    };
-
-    for (const int *size : sizes)
-        for (int kind = 0; kind < 4; kind++) {
-            struct made_case c = {kind % 2 ? CUDA_GEMM_GATED : CUDA_GEMM_NORMED,
-                                  size[0],
-                                  size[1],
-                                  size[2],
-                                  kind < 2 ? CUDA_TYPE_BF16 : CUDA_TYPE_F32,
-                                  kind == 1 || kind == 2};
-
-            run_made(context, &c);
-        }
-}
-
 /* --- what is left to cuBLASLt --- */
 
 static void expect_suits(const struct cuda_context *context, const struct cuda_gemm *g, bool want,
@@ -369,34 +217,6 @@ static void expect_suits(const struct cuda_context *context, const struct cuda_g
 {
     if (cuda_gemm_few_suits(context, g) != want)
         check_fail("%s: %s", what, want ? "not taken" : "taken");
-}
-
-static void test_suits_made(struct cuda_context *context, const struct cuda_gemm *base)
-{
-    struct cuda_gemm normed = *base, gated = *base, g;
-
-    normed.m = gated.m = MADE_ROWS;
-    normed.source = CUDA_GEMM_NORMED;
-    normed.norm = (const float *)base->a;
-    gated.source = CUDA_GEMM_GATED;
-    gated.lda = 512;
-    expect_suits(context, &normed, true, "8 normed rows");
-    expect_suits(context, &gated, true, "8 gated rows");
-    g = normed, g.m = MADE_ROWS + 1;
-    expect_suits(context, &g, false, "9 normed rows");
-    g = gated, g.m = MADE_ROWS + 1;
-    expect_suits(context, &g, false, "9 gated rows");
-    g = gated, g.lda = 504;
-    expect_suits(context, &g, false, "gated rows shorter than gate and up");
-    g = normed, g.k = g.lda = g.ldb = 16392;
-    expect_suits(context, &g, false, "a normed row of 16392");
-    g = normed, g.norm = (const float *)base->a + 1;
-    expect_suits(context, &g, false, "a norm 4 bytes off");
-    g = normed, g.n = g.ldo = 128 * (2 * context->multiprocessors + 1);
-    expect_suits(context, &g, false, "normed rows for more blocks than the card holds");
-    g = normed, g.n = 255;
-    if (cuda_gemm(context, &g) != CLAAS_ERR_INTERNAL)
-        check_fail("normed rows for 255 columns are not refused");
 }
 
 static void test_suits(struct cuda_context *context)
@@ -434,7 +254,6 @@ static void test_suits(struct cuda_context *context)
     expect_suits(context, &g, false, "b 2 bytes off");
     g = base, g.form = CUDA_GEMM_NN;
     expect_suits(context, &g, false, "NN");
-    test_suits_made(context, &base);
     check_end();
 }
 
@@ -473,32 +292,25 @@ static void queue_calls(struct cuda_context *context, const struct timing *t)
     }
 }
 
-/* Milliseconds of each of the `calls` that queue() makes, in a graph: the host's part does not
- * count. */
-template <typename Queue>
-static float time_graph(struct cuda_context *context, int calls, Queue queue)
+/* Milliseconds of a call, of those in a graph: the host's part does not count. */
+static float time_calls(struct cuda_context *context, const struct timing *t)
 {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     float ms;
 
-    queue(); /* chooses */
+    queue_calls(context, t); /* chooses */
     check_cuda(cudaStreamSynchronize(context->stream), "a product");
     check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
                "capture");
-    queue();
+    queue_calls(context, t);
     check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
     check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
     ms = check_median_ms(context,
                          [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "launch"); });
     check_cuda(cudaGraphExecDestroy(exec), "a graph");
     check_cuda(cudaGraphDestroy(graph), "a graph");
-    return ms / (float)calls;
-}
-
-static float time_calls(struct cuda_context *context, const struct timing *t)
-{
-    return time_graph(context, t->calls, [&] { queue_calls(context, t); });
+    return ms / (float)t->calls;
 }
 
 static void time_shape(struct cuda_context *few, struct cuda_context *library, const char *what,
@@ -537,82 +349,6 @@ static void time_shape(struct cuda_context *few, struct cuda_context *library, c
     check_cuda(cudaFree(a), "cudaFree");
     check_cuda(cudaFree(t.b), "cudaFree");
     check_cuda(cudaFree(t.out), "cudaFree");
-}
-
-/* A product that makes its rows, and the operation and the product: with what a chain of launches
- * costs, since each waits for the one before. */
-struct made_timing {
-    struct made_case c;
-    int m, copies, calls;
-    void *x, *made, *out;
-    uint8_t *b;
-    float *weight;
-};
-
-static void queue_made(struct cuda_context *context, const struct made_timing *t, bool apart)
-{
-    const struct made_case *c = &t->c;
-    bool gated = c->source == CUDA_GEMM_GATED;
-
-    for (int i = 0; i < t->calls; i++) {
-        struct cuda_gemm g = {};
-
-        if (apart && gated)
-            check_rc(cuda_swiglu(context, t->m, c->k, t->x, t->made), "cuda_swiglu");
-        else if (apart)
-            check_rc(cuda_rmsnorm(context, t->m, c->k, t->x, t->weight, EPS, t->made, NULL),
-                     "cuda_rmsnorm");
-        g.form = CUDA_GEMM_NT;
-        g.m = t->m;
-        g.n = c->n;
-        g.k = c->k;
-        g.a = apart ? t->made : t->x;
-        g.lda = !apart && gated ? 2 * c->k : c->k;
-        g.b = t->b + (size_t)(i % t->copies) * (size_t)c->n * (size_t)c->k * 2;
-        g.ldb = c->k;
-        g.out = t->out;
-        g.ldo = c->n;
-        g.out_type = c->out_type;
-        g.alpha = 1.0f;
-        g.frozen = true;
-        g.source = apart ? CUDA_GEMM_PLAIN : c->source;
-        g.norm = t->weight;
-        g.eps = EPS;
-        check_rc(cuda_gemm(context, &g), "cuda_gemm");
-    }
-}
-
-static void time_made(struct cuda_context *context, const char *what, enum cuda_gemm_source source,
-                      int n, int k)
-{
-    size_t bytes = (size_t)n * k * 2;
-    struct made_timing t = {};
-
-    t.c = {source, n, k, 0, CUDA_TYPE_BF16, false};
-    t.copies = (int)((TRAFFIC + bytes - 1) / bytes);
-    t.calls = t.copies < 4 ? 4 : t.copies > 256 ? 256 : t.copies;
-    check_cuda(cudaMalloc(&t.x, (size_t)MADE_ROWS * k * 4), "cudaMalloc");
-    check_cuda(cudaMalloc(&t.made, (size_t)MADE_ROWS * k * 2), "cudaMalloc");
-    check_cuda(cudaMalloc((void **)&t.b, bytes * t.copies), "cudaMalloc");
-    check_cuda(cudaMalloc(&t.out, (size_t)MADE_ROWS * n * 2), "cudaMalloc");
-    check_cuda(cudaMalloc((void **)&t.weight, (size_t)k * sizeof(float)), "cudaMalloc");
-    check_fill(CUDA_TYPE_BF16, t.x, (size_t)MADE_ROWS * k * 2, 1.0f);
-    check_fill(CUDA_TYPE_BF16, t.b, bytes / 2 * t.copies, 1.0f);
-    check_fill(CUDA_TYPE_F32, t.weight, (size_t)k, 1.0f);
-    for (t.m = 1; t.m <= MADE_ROWS; t.m *= 2) {
-        float one = time_graph(context, t.calls, [&] { queue_made(context, &t, false); });
-        float two = time_graph(context, t.calls, [&] { queue_made(context, &t, true); });
-        char name[96];
-
-        snprintf(name, sizeof(name), "few rows %s %s %d x %d x %d (apart: %.2f us more)", what,
-                 source_name(source), t.m, n, k, (double)(two - one) * 1e3);
-        check_report(name, one, (double)bytes, 0);
-    }
-    check_cuda(cudaFree(t.x), "cudaFree");
-    check_cuda(cudaFree(t.made), "cudaFree");
-    check_cuda(cudaFree(t.b), "cudaFree");
-    check_cuda(cudaFree(t.out), "cudaFree");
-    check_cuda(cudaFree(t.weight), "cudaFree");
 }
 
 static void time_copy(const struct cuda_context *context)
@@ -657,11 +393,6 @@ static void time_all(struct cuda_context *few)
     check_rc(cuda_gemm(&library, &g), "cuda_gemm");
     unsetenv("CLAAS_CUDA_FEW");
     time_copy(few);
-    time_made(few, "8B qkv", CUDA_GEMM_NORMED, 6144, 4096);
-    time_made(few, "8B gate|up", CUDA_GEMM_NORMED, 24576, 4096);
-    time_made(few, "8B down", CUDA_GEMM_GATED, 4096, 12288);
-    time_made(few, "135M gate|up", CUDA_GEMM_NORMED, 3072, 576);
-    time_made(few, "135M down", CUDA_GEMM_GATED, 576, 1536);
     time_shape(few, &library, "8B qkv", 6144, 4096, CUDA_TYPE_BF16);
     time_shape(few, &library, "8B o", 4096, 4096, CUDA_TYPE_BF16);
     time_shape(few, &library, "8B gate|up", 24576, 4096, CUDA_TYPE_BF16);
@@ -733,7 +464,6 @@ int main(void)
     check_open(CUDA_TYPE_BF16, &context);
     test_suits(&context);
     test_cases(&context);
-    test_made(&context);
     test_graph(&context);
     if (check_measures())
         time_all(&context);
