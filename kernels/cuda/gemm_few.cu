@@ -19,13 +19,12 @@
  *
  * The order of an element's sum: slots within a mma (the hardware's), mmas along k, parts. It
  * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
- * see its neighbours, so m and the row's place never show. Fragments: PTX ISA, "Matrix fragments
- * for mma.m16n8k16". */
+ * see its neighbours, so m and the row's place never show. */
 #include "cuda/gemm_few.h"
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
 #include <string.h>
 
 #define WARPS        8
@@ -37,11 +36,9 @@
 #define BLOCKS_GOAL  128          /* nearly one for each multiprocessor of an H100 */
 #define STAGES_LEAST 2            /* of a part of k */
 #define SIZE_LEAST   256
-#define LAST_STAGES  8 /* of a block, when the next kernel may begin: some microseconds before the end */
+#define LAST_STAGES  8 /* of a block, from when on the next kernel may begin */
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
-
-typedef __nv_bfloat16 bf16;
 
 struct few_args {
     const bf16 *a, *b;
@@ -51,8 +48,8 @@ struct few_args {
     int lda, ldb, ldo;
     int splits;
     float alpha, beta;
-    bool wide;  /* out and add are float32 */
-    bool quads; /* four columns of out and add are aligned and exist together */
+    bool wide;   /* out and add are float32 */
+    bool quads;  /* four columns of out and add are aligned and exist together */
     bool frozen; /* b may be fetched before the kernel before this one is done */
 };
 
@@ -62,39 +59,6 @@ template <int TILES> struct few_shape {
     static const int stage_pieces = (B_ROWS + 8 * TILES) * PIECES;
     static const int bytes = stages * stage_pieces * 16;
 };
-
-/* --- instructions --- */
-
-/* 16 bytes to shared memory in the background, zeros if not valid (nothing is read then). The other
- * half of the 256 bytes is wanted next. */
-static __device__ __forceinline__ void copy_16(uint4 *to, const bf16 *from, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void close_group(void)
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-/* All of this thread's groups but the last PENDING have arrived. */
-template <int PENDING> static __device__ __forceinline__ void wait_groups(void)
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-/* c (16 x 8) += a (16 x 16) b (16 x 8). */
-static __device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1,
-                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 /* --- a part of k --- */
 
@@ -116,8 +80,9 @@ static __device__ __forceinline__ void load_weights(const struct few_args *args,
         int r = first_row + i + row;
         bool valid = inside && r < args->n;
 
-        copy_16(stage + place(i + row, piece),
-                args->b + (valid ? (size_t)r * (size_t)args->ldb + (size_t)column : 0), valid);
+        copy_16_of_many(stage + place(i + row, piece),
+                        args->b + (valid ? (size_t)r * (size_t)args->ldb + (size_t)column : 0),
+                        valid);
     }
 }
 
@@ -137,8 +102,9 @@ static __device__ __forceinline__ void load_rows(const struct few_args *args, in
         bool valid = inside && r < args->m;
 
         if (8 * TILES % (THREADS / PIECES) == 0 || r < 8 * TILES)
-            copy_16(stage + place(r, piece),
-                    args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0), valid);
+            copy_16_of_many(stage + place(r, piece),
+                            args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0),
+                            valid);
     }
 }
 
@@ -152,13 +118,15 @@ static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float 
 #pragma unroll
     for (int half = 0; half < PIECES; half += 4) {
         uint4 low = b[place(g, half + t)], high = b[place(g + 8, half + t)];
+        const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+        const uint32_t second[4] = {low.z, high.z, low.w, high.w};
 
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             uint4 x = a[place(8 * i + g, half + t)];
 
-            multiply(sums[i], low.x, high.x, low.y, high.y, x.x, x.y);
-            multiply(sums[i], low.z, high.z, low.w, high.w, x.z, x.w);
+            multiply(sums[i], first, x.x, x.y);
+            multiply(sums[i], second, x.z, x.w);
         }
     }
 }
@@ -180,23 +148,23 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
     for (int i = 0; i < stages - 1; i++) {
         if (first + i < end)
             load_rows<TILES>(args, first + i, ring + i * pieces);
-        close_group(); /* the first one's also holds all of the weights above */
+        copies_commit(); /* the first one's also holds all of the weights above */
     }
     for (int index = first; index < end; index++) {
         if (index == max(first, end - LAST_STAGES))
             launch_next();
-        wait_groups<stages - 2>(); /* this thread's part of stage `index` is there */
-        __syncthreads();           /* everybody's is, and nobody reads the one before any more */
+        copies_wait_but<stages - 2>(); /* this thread's part of stage `index` is there */
+        __syncthreads(); /* everybody's is, and nobody reads the one before any more */
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
             load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
         }
-        close_group();
+        copies_commit();
         multiply_stage<TILES>(ring + slot * pieces, sums);
         ahead = slot;
         slot = slot + 1 < stages ? slot + 1 : 0;
     }
-    wait_groups<0>();
+    copies_wait_but<0>();
     __syncthreads();
 }
 

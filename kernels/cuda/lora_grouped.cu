@@ -29,14 +29,6 @@
 
 /* --- pieces --- */
 
-static __device__ __forceinline__ void copies_commit(void)
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N> static __device__ __forceinline__ void copies_wait_but(void)
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
 /* Until at most `pieces` - 1 of the newest groups are under way. */
 static __device__ __forceinline__ void wait_oldest(int pieces)
 {
