@@ -82,10 +82,8 @@ struct cuda_lora {
     void *dx;
     float *sums; /* few: float32 [CUDA_LORA_PARTS][m][ld], what S is the sum of */
 };
-/* S = x A^T, on `stream`. ahead: other work is running meanwhile, so B is fetched into the cache
- * too. */
-int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                     cudaStream_t stream, bool ahead);
+/* S = x A^T */
+int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 /* y += S (sB)^T */
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora);
 /* dS = dY (sB) */
@@ -100,8 +98,7 @@ bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora
 
 /* Whole pieces of 16 bytes everywhere: tensor cores can take it. */
 bool cuda_lora_is_even(const struct cuda_context *context, const struct cuda_lora *lora);
-int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                         cudaStream_t stream, bool ahead);
+int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora);
 
 enum cuda_lora_form {
@@ -114,7 +111,7 @@ enum cuda_lora_form {
 };
 #define CUDA_LORA_FORMS 3 /* of one launch: they must not depend on each other */
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
-                      const enum cuda_lora_form *forms, int count, cudaStream_t stream);
+                      const enum cuda_lora_form *forms, int count);
 
 #ifdef __cplusplus
 }

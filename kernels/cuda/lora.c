@@ -288,18 +288,17 @@ static bool is_absent(const struct cuda_lora *lora)
            lora->rows->tile_rows == CUDA_LORA_TILE_ROWS;
 }
 
-int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                     cudaStream_t stream, bool ahead)
+int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora)
 {
     const enum cuda_lora_form form = CUDA_LORA_S;
 
     if (is_absent(lora))
         return 0;
     if (cuda_lora_is_few(context, lora))
-        return cuda_lora_few_shrink(context, lora, stream, ahead);
+        return cuda_lora_few_shrink(context, lora);
     if (is_by_gemm(lora))
         return gemm_shrink(context, lora);
-    return cuda_lora_grouped(context, lora, &form, 1, stream);
+    return cuda_lora_grouped(context, lora, &form, 1);
 }
 
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
@@ -312,7 +311,7 @@ int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
         return cuda_lora_few_expand(context, lora);
     if (is_by_gemm(lora))
         return gemm_expand(context, lora);
-    return cuda_lora_grouped(context, lora, &form, 1, context->stream);
+    return cuda_lora_grouped(context, lora, &form, 1);
 }
 
 int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
@@ -322,7 +321,7 @@ int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
     if (is_absent(lora))
         return 0;
     return is_by_gemm(lora) ? gemm_outer(context, lora)
-                            : cuda_lora_grouped(context, lora, &form, 1, context->stream);
+                            : cuda_lora_grouped(context, lora, &form, 1);
 }
 
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
@@ -344,5 +343,5 @@ int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, 
     }
     if (input)
         forms[count++] = CUDA_LORA_DX;
-    return count > 0 ? cuda_lora_grouped(context, lora, forms, count, context->stream) : 0;
+    return count > 0 ? cuda_lora_grouped(context, lora, forms, count) : 0;
 }

@@ -95,9 +95,7 @@ int cuda_yield(const struct cuda_pass *pass);
  * takes milliseconds, and a first step meets dozens in its first layer. */
 int cuda_turn(const struct cuda_pass *pass);
 
-/* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. While
- * the stream is being captured, S of few rows is made beside the frozen product, on a stream of its
- * own. */
+/* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. */
 int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
                 enum cuda_weight_kind kind, const void *x, void *s, const void *residual,
                 void *out);
@@ -151,17 +149,9 @@ struct cuda_forward_space {
     struct claas_sample *device_samples, *staging;
     int logits_rows;
 };
-/* A second stream, for what can run beside a product in a captured graph. */
-struct cuda_aside {
-    cudaStream_t stream;
-    cudaEvent_t fork, joined;
-};
-int cuda_aside_open(struct cuda_context *context, struct cuda_aside *aside);
-void cuda_aside_close(struct cuda_aside *aside);
 
 struct claas_backend {
     struct cuda_context context;
-    struct cuda_aside aside;
     struct cuda_model model;
     int kv_blocks, max_tokens, max_sequences;
     struct cuda_region kv; /* [L][kv_blocks + 1][2][G][16][d] */

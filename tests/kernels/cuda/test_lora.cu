@@ -419,7 +419,7 @@ static void fetch_s(struct rig *r)
 
 static void run_forward(struct rig *r)
 {
-    check_rc(cuda_lora_shrink(r->context, &r->lora, r->context->stream, true), "cuda_lora_shrink");
+    check_rc(cuda_lora_shrink(r->context, &r->lora), "cuda_lora_shrink");
     check_rc(cuda_lora_expand(r->context, &r->lora), "cuda_lora_expand");
     fetch_s(r);
     check_get(&r->y);
@@ -752,7 +752,7 @@ static void time_decode(struct cuda_context *context, const char *what, int adap
         for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
             const struct cuda_lora lora = timed_lora(&t, l, kind);
 
-            check_rc(cuda_lora_shrink(context, &lora, context->stream, false), "shrink");
+            check_rc(cuda_lora_shrink(context, &lora), "shrink");
             check_rc(cuda_lora_expand(context, &lora), "expand");
         }
     check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
@@ -787,16 +787,15 @@ static void time_training(struct cuda_context *context, const struct dims *dims,
                      adapters, rows, t.rows.by_gemm ? " (cuBLASLt)" : "", kind_names[kind],
                      calls[call]);
             check_report(name,
-                         check_median_ms(
-                             context,
-                             [&] {
-                                 check_rc(call == 0   ? cuda_lora_shrink(context, &lora,
-                                                                         context->stream, false)
-                                          : call == 1 ? cuda_lora_expand(context, &lora)
-                                          : call == 2 ? cuda_lora_outer(context, &lora)
-                                                      : cuda_lora_inner(context, &lora, true, true),
-                                          "LoRA");
-                             }),
+                         check_median_ms(context,
+                                         [&] {
+                                             check_rc(call == 0   ? cuda_lora_shrink(context, &lora)
+                                                      : call == 1 ? cuda_lora_expand(context, &lora)
+                                                      : call == 2 ? cuda_lora_outer(context, &lora)
+                                                                  : cuda_lora_inner(context, &lora,
+                                                                                    true, true),
+                                                      "LoRA");
+                                         }),
                          bytes, 0);
         }
     close_timed(&t);
