@@ -55,12 +55,13 @@ int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_ro
     return listed;
 }
 
-/* CLAAS_CUDA_LORA=grouped: not even one large adapter is cuBLASLt's; to measure and to compare. */
-static bool may_use_gemm(void)
+/* CLAAS_CUDA_LORA, to measure and to compare: grouped (not even one large adapter is cuBLASLt's) or
+ * apart (nothing is done beside the frozen products). */
+static bool is_wished(const char *way)
 {
-    const char *way = getenv("CLAAS_CUDA_LORA");
+    const char *wish = getenv("CLAAS_CUDA_LORA");
 
-    return !way || strcmp(way, "grouped") != 0;
+    return wish && strcmp(wish, way) == 0;
 }
 
 struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
@@ -78,7 +79,7 @@ struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int c
     if (count == 1)
         rows.only = groups[0];
     rows.by_gemm = count == 1 && tile_rows == CUDA_LORA_TILE_ROWS && groups[0].count >= GEMM_ROWS &&
-                   may_use_gemm();
+                   !is_wished("grouped");
     return rows;
 }
 
@@ -279,6 +280,11 @@ static int gemm_input(struct cuda_context *context, const struct cuda_lora *lora
 bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora *lora)
 {
     return lora->rows->tile_rows == CUDA_LORA_FEW_ROWS && cuda_lora_is_even(context, lora);
+}
+
+bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lora *lora)
+{
+    return cuda_lora_is_few(context, lora) && lora->turns && !is_wished("apart");
 }
 
 /* Nothing to do for the only adapter: it has none of the weight's modules. */

@@ -1,29 +1,21 @@
-/* LoRA for the few rows of a decoding step: bound by reading A and B once, bf16 on tensor cores.
+/* LoRA for few rows in launches of its own, bound by reading A and B once: what cannot be done
+ * beside the frozen product (gemm_few.cu), which is more than 64 rows, and weights whose parts do
+ * not begin at whole blocks. lora_few.cuh has tiles and arithmetic; both ways give the same bits.
  *
- * A tile is at most 16 rows of one adapter: the 16 rows of an mma.sync.m16n8k16. Rows of A (and of
- * B) are its columns and come straight from memory into registers, 16 bytes a lane: lane l takes
- * terms 8 (l % 4) … +7 of row l / 4, and the tile's row l / 4 likewise. Two products then sum the
- * 32 terms, the first elements 0-3 of every lane, the second 4-7: in another order than they lie
- * in, but the same one on both sides.
- *
- * shrink_kernel: S = x A^T. K is cut into at most CUDA_LORA_PARTS chunks, a chunk among the four
- *   warps of a block, which takes 16 rows of A at a time. The warps' sums are joined in order
- *   through shared memory and written as float32: sums [chunk][m][ld].
- * expand_kernel: y += S (sB)^T. A block takes 128 rows of B; it begins to load them, then adds up
- *   the chunks of S in order, rounds S to bf16, and multiplies.
+ * shrink_kernel: a chunk of K among the four warps of a block, which takes 16 rows of A at a time
+ *   and joins the warps' sums through shared memory: float32 sums [chunk][m][ld].
+ * expand_kernel: a block takes 128 rows of B; it begins to load them, then adds up the chunks of S
+ *   in order, rounds S to bf16, and multiplies.
  *
  * Both begin while the kernel before them on the stream still ends (launch.cuh) and fetch what they
  * can of A or B meanwhile: adapters, groups and tiles were written before a copy to the device that
- * the pass began with. Chunks follow from K alone, a row of a product from that row of the tile
- * alone: the bits of a row depend on neither the tile nor the pack. Grids follow from the number of
- * tiles alone, which is the pack's number of rows (the rest of the list is empty): launches can be
- * replayed.
+ * the pass began with. A row of a product follows from that row of the tile alone: the bits of a
+ * row depend on neither the tile nor the pack. Grids follow from the number of tiles alone, which
+ * is the pack's number of rows (the rest of the list is empty): launches can be replayed.
  *
  *   Qwen3-8B, rank 32, one adapter: q|k|v 786 + 393 KB, 48 + 48 blocks; 64 adapters: 3072 blocks.
  */
-#include "cuda/launch.cuh"
-#include "cuda/lora_problem.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/lora_few.cuh"
 
 #define WARPS   4
 #define THREADS (32 * WARPS)
@@ -31,35 +23,6 @@
 #define AHEAD   4   /* times 32 terms in flight in a warp */
 #define COLUMNS 128 /* rows of B of a block */
 #define S_LD    (CLAAS_RANK_MAX + 8)
-
-/* Terms of a chunk: each warp's quarter is a multiple of 32. */
-static __host__ __device__ __forceinline__ int chunk_of(int k)
-{
-    const int step = 32 * WARPS, chunk = (k + CUDA_LORA_PARTS - 1) / CUDA_LORA_PARTS;
-
-    return (chunk + step - 1) / step * step;
-}
-static __host__ __device__ __forceinline__ int chunks_of(int k)
-{
-    return (k + chunk_of(k) - 1) / chunk_of(k);
-}
-
-/* From the L2: the kernel before this one may have written it while this one was there already. */
-static __device__ __forceinline__ uint4 load_16(const bf16 *from, bool valid)
-{
-    return valid ? __ldcg((const uint4 *)from) : make_uint4(0, 0, 0, 0);
-}
-
-/* sum (16 x 8) += 32 terms of the tile's rows l / 4 (low) and l / 4 + 8 (high), and of 8 rows. */
-static __device__ __forceinline__ void multiply_32(float (&sum)[4], const uint4 &low,
-                                                   const uint4 &high, const uint4 &right)
-{
-    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-
-    multiply(sum, first, right.x, right.y);
-    multiply(sum, second, right.z, right.w);
-}
 
 /* --- S = x A^T --- */
 
@@ -106,7 +69,7 @@ static __global__ void __launch_bounds__(THREADS)
 {
     __shared__ float joined[WARPS][16][SLAB];
     const struct cuda_lora_tile tile = args.tiles[blockIdx.y];
-    const int chunks = chunks_of(args.k), part = chunk_of(args.k) / WARPS;
+    const int chunks = lora_chunks_of(args.k), part = lora_chunk_of(args.k) / WARPS;
     const int chunk = (int)blockIdx.x % chunks, warp = (int)threadIdx.x / 32;
     const int lane = (int)threadIdx.x % 32, k = (chunk * WARPS + warp) * part;
 
@@ -151,7 +114,7 @@ static __global__ void __launch_bounds__(THREADS)
 static __device__ void gather_s(bf16 (*s)[S_LD], const struct lora_args &args, const float *sums,
                                 const struct cuda_lora_tile &tile, int place, int rank, int terms)
 {
-    const int chunks = chunks_of(args.k);
+    const int chunks = lora_chunks_of(args.k);
     const size_t chunk = (size_t)args.m * (size_t)args.ld;
 
     for (int e = (int)threadIdx.x; e < 16 * terms; e += THREADS) {
@@ -282,9 +245,10 @@ int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *l
     const struct lora_args args = lora_args_of(lora);
     const int slabs = 2 * args.part_count;
 
-    return launch(context, "LoRA", shrink_kernel,
-                  dim3((unsigned)(chunks_of(args.k) * slabs), (unsigned)lora->rows->tile_count),
-                  dim3(THREADS), 0, args, lora->sums, slabs);
+    return launch(
+        context, "LoRA", shrink_kernel,
+        dim3((unsigned)(lora_chunks_of(args.k) * slabs), (unsigned)lora->rows->tile_count),
+        dim3(THREADS), 0, args, lora->sums, slabs);
 }
 
 int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora)

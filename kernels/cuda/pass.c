@@ -95,29 +95,36 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
         .s = s,
         .y = out,
         .sums = pass->lora_sums,
+        .turns = pass->lora_turns,
     };
-    bool any = rows->group_count > 0;
-    int code = any ? cuda_lora_shrink(context, &lora) : 0;
+    struct cuda_gemm gemm = {
+        .form = CUDA_GEMM_NT,
+        .m = rows->m,
+        .n = weight->n,
+        .k = weight->k,
+        .a = x,
+        .lda = weight->k,
+        .b = weight->w,
+        .ldb = weight->k,
+        .out = out,
+        .ldo = weight->n,
+        .out_type = context->act,
+        .alpha = 1,
+        .beta = residual ? 1 : 0,
+        .add = residual,
+        .frozen = true,
+        .lora = rows->group_count > 0 ? &lora : NULL,
+    };
+    bool apart = gemm.lora && !cuda_gemm_adds_lora(context, &gemm);
+    int code = 0;
 
+    if (apart) {
+        gemm.lora = NULL;
+        code = cuda_lora_shrink(context, &lora);
+    }
     if (code >= 0)
-        code = cuda_gemm(context, &(struct cuda_gemm){
-                                      .form = CUDA_GEMM_NT,
-                                      .m = rows->m,
-                                      .n = weight->n,
-                                      .k = weight->k,
-                                      .a = x,
-                                      .lda = weight->k,
-                                      .b = weight->w,
-                                      .ldb = weight->k,
-                                      .out = out,
-                                      .ldo = weight->n,
-                                      .out_type = context->act,
-                                      .alpha = 1,
-                                      .beta = residual ? 1 : 0,
-                                      .add = residual,
-                                      .frozen = true,
-                                  });
-    if (code >= 0 && any)
+        code = cuda_gemm(context, &gemm);
+    if (code >= 0 && apart)
         code = cuda_lora_expand(context, &lora);
     return code >= 0 ? cuda_turn(pass) : code;
 }

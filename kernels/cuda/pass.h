@@ -80,6 +80,7 @@ struct cuda_pass {
     int lds[CUDA_WEIGHTS]; /* row length of acts->s: parts * R of the widest adapter */
     void *xn, *h;          /* act [m][D], [m][F] */
     float *lora_sums;      /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
+    uint32_t *lora_turns;  /* [2], see cuda_lora: serving only */
     void *splits;          /* scratch of attention: serving only */
     size_t split_bytes;
     uint8_t *kv; /* serving: block 0 of layer 0 */
