@@ -17,6 +17,9 @@
  * parts are kept in shared memory, and each block adds up, in the order of k, and stores its share
  * of the tile. Without clusters (below sm_90) there is no split.
  *
+ * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile, and S (sB)^T is added to
+ * the rounded product before it is stored: lora_few.cuh. The kernel without is another one.
+ *
  * The order of an element's sum: slots within a mma (the hardware's), mmas along k, parts. It
  * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
  * see its neighbours, so m and the row's place never show. */
@@ -397,10 +400,11 @@ static __device__ __forceinline__ void store_share(const struct few_args *args, 
                                                    int rank, float *part, const float *sums,
                                                    const struct lora_lines *lines)
 {
-    const int quads = B_ROWS / 4 / args->splits;
+    /* of a row, and its logarithm: splits are powers of two, and divisions would be felt here */
+    const int shift = __ffs(B_ROWS / 4) - __ffs(args->splits), quads = 1 << shift;
 
     for (int i = (int)threadIdx.x; i < args->m * quads; i += THREADS) {
-        int row = i / quads, within = 4 * (i % quads), column = 4 * rank * quads + within;
+        int row = i >> shift, within = 4 * (i & (quads - 1)), column = 4 * rank * quads + within;
         int left = args->n - first_row - column;
         size_t at = (size_t)row * (size_t)args->ldo + (size_t)first_row + (size_t)column;
         float4 out, add = make_float4(0, 0, 0, 0);

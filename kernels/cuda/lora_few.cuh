@@ -1,5 +1,5 @@
 /* LoRA for the few rows of a decoding step, on tensor cores: the arithmetic of lora_few.cu's
- * kernels, and the same beside a frozen product, in the launch of its own (gemm_few.cu).
+ * kernels, and the same beside a frozen product, in the product's own launch (gemm_few.cu).
  *
  * A tile is at most 16 rows of one adapter: the 16 rows of an mma.sync.m16n8k16. Rows of A (and of
  * B) are its columns, 16 bytes a lane: lane l takes terms 8 (l % 4) … +7 of row l / 4, and the
@@ -488,13 +488,13 @@ lora_expand(const struct lora_lines *lines, const struct lora_share &share, stru
         do {
             const uint4 none = make_uint4(0, 0, 0, 0), *b = slots + slot * stride + lane;
             const int piece = now.k / 8 + lane % 4;
-            const uint4 left = low ? s[lora_s_at(first, piece)] : none;
-            const uint4 right = high ? s[lora_s_at(first + 8, piece)] : none;
+            const uint4 of_low = low ? s[lora_s_at(first, piece)] : none;
+            const uint4 of_high = high ? s[lora_s_at(first + 8, piece)] : none;
 
             copies_wait_but<DEPTH - 1>();
 #pragma unroll
             for (int n = 0; n < 4; n++)
-                multiply_32(sum[n], left, right, b[32 * n]);
+                multiply_32(sum[n], of_low, of_high, b[32 * n]);
             lora_ask_b(lines, share, &next, slots + slot * stride);
             copies_commit();
             slot = slot + 1 == DEPTH ? 0 : slot + 1;
