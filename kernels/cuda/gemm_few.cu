@@ -460,8 +460,8 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
     store_share<LORA>(&args, first_row, rank, part, (float *)ring, lora.lines);
     if (args.splits > 1) /* others read here until they are done */
         sync_parts(args.splits);
-    if (LORA && threadIdx.x == 0 && lora.turn == gridDim.x - (unsigned)args.lora.blocks - 1)
-        args.lora.turns[0] = args.lora.turns[1] = 0; /* every block has seen S */
+    if (LORA && threadIdx.x == 0 && lora.turn == lora_last(args.lora))
+        args.lora.turns[0] = 0; /* every block has seen S */
 }
 
 /* --- launching --- */

@@ -25,8 +25,8 @@
  * split k), so when one waits the others run or are done. Besides, there are no more of them than
  * find room beside the product's, as long as those of the product alone do. Kernels before this one
  * are all running when it begins (launch.cuh) and need nothing of it; later ones begin when all of
- * its blocks run. turns[1] counts the product's blocks that have seen S; the last of them makes
- * both zero for the next launch, which counts only when this one is done. A launch that is cut
+ * its blocks run. turns[1] counts the product's blocks that have seen S; with the last of them both
+ * become zero for the next launch, which counts only when this one is done. A launch that is cut
  * short leaves them wrong, but what cuts it short (a sticky error) ends the context too. */
 #ifndef CLAAS_CUDA_LORA_FEW_CUH
 #define CLAAS_CUDA_LORA_FEW_CUH
@@ -449,8 +449,15 @@ static __device__ __forceinline__ void lora_ask_s(const struct lora_args &args,
     }
 }
 
+/* The number of the product's last block among them. */
+static __device__ __forceinline__ unsigned lora_last(const struct lora_join &join)
+{
+    return gridDim.x - (unsigned)join.blocks - 1;
+}
+
 /* Waits until all of S is there, by one thread of a block of the product; a barrier lets the others
- * read it. Returns how many blocks have waited before this one. */
+ * read it. Returns how many blocks have waited before this one; with the last turns[1] begins anew.
+ * (Nothing waits for the result here; atomicAdd's would be waited for, being made a warp's.) */
 static __device__ __forceinline__ unsigned lora_await(const struct lora_join &join,
                                                       const struct lora_lines *lines)
 {
@@ -463,7 +470,7 @@ static __device__ __forceinline__ unsigned lora_await(const struct lora_join &jo
                      : "l"(__cvta_generic_to_global(join.turns))
                      : "memory");
     while (made < slabs);
-    return atomicAdd(&join.turns[1], 1u);
+    return atomicInc(&join.turns[1], lora_last(join));
 }
 
 /* sums[row of the pack][column of the share] = S (sB)^T, `pitch` floats apart, for the rows that
