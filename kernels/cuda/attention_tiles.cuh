@@ -15,8 +15,7 @@
 #define CLAAS_CUDA_ATTENTION_TILES_CUH
 
 #include "cuda/attention_internal.h"
-
-#include <cuda_bf16.h>
+#include "cuda/mma.cuh"
 
 #define ATTN_WARPS   4
 #define ATTN_THREADS (32 * ATTN_WARPS)
@@ -24,56 +23,13 @@
 
 #define ATTN_LOG2E   1.4426950408889634f
 
-typedef __nv_bfloat16 bf16;
-
 /* --- instructions --- */
 
-static __device__ __forceinline__ uint32_t shared_address(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-/* 16 bytes to shared memory in the background, zeros if not valid (nothing is read then). */
-static __device__ __forceinline__ void copy_16(bf16 *to, const bf16 *from, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-                 "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
-                 : "memory");
-}
 static __device__ __forceinline__ void copy_4(float *to, const float *from, bool valid)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
                  "l"(__cvta_generic_to_global(from)), "r"(valid ? 4 : 0)
                  : "memory");
-}
-/* This thread's copies have arrived; a barrier makes them everybody's. */
-static __device__ __forceinline__ void copies_wait(void)
-{
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-/* Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8. */
-static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const bf16 *row)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row)));
-}
-static __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const bf16 *row)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row)));
-}
-
-/* c (16 x 8) += a (16 x 16) b (16 x 8). */
-static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* 2^x, relative error 2^-22; 0 for -inf. */
@@ -83,14 +39,6 @@ static __device__ __forceinline__ float power_of_2(float x)
 
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-/* Two floats as bf16, a in the lower half. */
-static __device__ __forceinline__ uint32_t pack_pair(float a, float b)
-{
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-
-    return *(const uint32_t *)&pair;
 }
 
 /* --- tiles --- */

@@ -34,7 +34,6 @@ static void close_backend(claas_backend_t **backend)
     for (int i = 0; i < 2; i++)
         if (b->turns[i])
             (void)cudaEventDestroy(b->turns[i]);
-    cuda_aside_close(&b->aside);
     cuda_model_done(&b->context, &b->model);
     cuda_context_close(&b->context);
     free(b);
@@ -110,8 +109,6 @@ static int open_backend(const struct claas_backend_options *options, claas_model
         code = open_kv(backend, options->kv_more);
     if (code >= 0)
         code = open_turns(backend);
-    if (code >= 0)
-        code = cuda_aside_open(&backend->context, &backend->aside);
     if (code >= 0)
         code = cuda_forward_open(backend);
     if (code >= 0)

@@ -9,7 +9,8 @@
  * so many rows of one group); rows of the base model are in neither. Three ways to do an
  * operation:
  *
- *   few      packs of serving of at most CUDA_LORA_FEW rows: lora_few.cu, bound by reading A and B
+ *   few      packs of serving of at most CUDA_LORA_FEW rows, bound by reading A and B: up to 64
+ *            rows in the frozen product's own launch (gemm_few.cu), or by lora_few.cu
  *   grouped  everything else: lora_grouped.cu, products on tensor cores over the list of tiles
  *   gemm     one adapter with many rows of a large model: cuBLASLt, a launch per part (unless
  *            CLAAS_CUDA_LORA=grouped)
@@ -80,12 +81,11 @@ struct cuda_lora {
     const void *dy;
     void *ds;
     void *dx;
-    float *sums; /* few: float32 [CUDA_LORA_PARTS][m][ld], what S is the sum of */
+    float *sums;     /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
+    uint32_t *turns; /* few, beside the product: device [2], zero between launches */
 };
-/* S = x A^T, on `stream`. ahead: other work is running meanwhile, so B is fetched into the cache
- * too. */
-int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                     cudaStream_t stream, bool ahead);
+/* S = x A^T */
+int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 /* y += S (sB)^T */
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora);
 /* dS = dY (sB) */
@@ -93,15 +93,18 @@ int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora);
 /* Of dB += s dY^T S, dA += dS^T x (both: gradients) and dx += dS A those wanted, by one launch. */
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
                     bool input);
-/* The few way is the one for these rows: S is in `sums` and depends on neither m nor the groups. */
+/* The few way is the one for these rows: S depends on neither m nor the groups. In launches of its
+ * own it is in `sums`, the sum over its first dimension rounded. */
 bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora *lora);
+
+/* These rows' LoRA may be done beside the frozen product (gemm_few.cu). */
+bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lora *lora);
 
 /* --- for lora.c --- */
 
 /* Whole pieces of 16 bytes everywhere: tensor cores can take it. */
 bool cuda_lora_is_even(const struct cuda_context *context, const struct cuda_lora *lora);
-int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                         cudaStream_t stream, bool ahead);
+int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora);
 
 enum cuda_lora_form {
@@ -114,7 +117,7 @@ enum cuda_lora_form {
 };
 #define CUDA_LORA_FORMS 3 /* of one launch: they must not depend on each other */
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
-                      const enum cuda_lora_form *forms, int count, cudaStream_t stream);
+                      const enum cuda_lora_form *forms, int count);
 
 #ifdef __cplusplus
 }

@@ -606,6 +606,12 @@ static int run_library(struct cuda_context *context, const struct cuda_gemm *gem
     return check_status(context, gemm, status, "running it");
 }
 
+bool cuda_gemm_adds_lora(struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    return open_plans(context) == 0 && context->plans->few && cuda_gemm_few_suits(context, gemm) &&
+           cuda_gemm_few_adds(context, gemm);
+}
+
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
     int rc;
@@ -615,6 +621,9 @@ int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
     rc = check_gemm(gemm);
     if (rc == 0)
         rc = open_plans(context);
+    if (rc == 0 && gemm->lora && !cuda_gemm_adds_lora(context, gemm))
+        rc = claas_fail(CLAAS_ERR_INTERNAL, "a product of %d x %d x %d that cannot add LoRA",
+                        gemm->m, gemm->n, gemm->k);
     if (rc < 0)
         return rc;
     if (context->plans->few && cuda_gemm_few_suits(context, gemm))

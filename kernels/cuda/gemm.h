@@ -12,6 +12,8 @@
 extern "C" {
 #endif
 
+struct cuda_lora;
+
 enum cuda_gemm_form {
     CUDA_GEMM_NT, /* out[m][n] = a[m][k] b[n][k]^T   x W^T */
     CUDA_GEMM_NN, /* out[m][n] = a[m][k] b[k][n]     dy W */
@@ -31,8 +33,13 @@ struct cuda_gemm {
     float beta;      /* 0: `add` is not read */
     const void *add; /* [m][n] of out_type, row length ldo; NULL = out itself */
     bool frozen;     /* b never changes: it may be read before the work queued so far is done */
+    /* NULL, or its S = x A^T is made and S (sB)^T is added, x and y being a and out, and rounded as
+     * if by launches of their own: only if cuda_gemm_adds_lora */
+    const struct cuda_lora *lora;
 };
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);
+/* Whether cuda_gemm can do this product with this LoRA in one launch. */
+bool cuda_gemm_adds_lora(struct cuda_context *context, const struct cuda_gemm *gemm);
 void cuda_gemm_plans_free(struct cuda_context *context);
 
 #ifdef __cplusplus

@@ -17,31 +17,37 @@
  * parts are kept in shared memory, and each block adds up, in the order of k, and stores its share
  * of the tile. Without clusters (below sm_90) there is no split.
  *
+ * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile, and S (sB)^T is added to
+ * the rounded product before it is stored: lora_few.cuh. The kernel without is another one.
+ *
  * The order of an element's sum: slots within a mma (the hardware's), mmas along k, parts. It
  * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
- * see its neighbours, so m and the row's place never show. Fragments: PTX ISA, "Matrix fragments
- * for mma.m16n8k16". */
+ * see its neighbours, so m and the row's place never show. */
 #include "cuda/gemm_few.h"
-#include "cuda/launch.cuh"
+#include "cuda/lora_few.cuh"
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
 #include <string.h>
 
-#define WARPS        8
-#define THREADS      (32 * WARPS)
-#define B_ROWS       (16 * WARPS) /* of a block */
-#define DEPTH        64           /* elements of k in a stage */
-#define PIECES       (DEPTH / 8)  /* of 16 bytes, in a row of a stage */
-#define SPLITS_MAX   8            /* the largest cluster that every card of sm_90 grants */
-#define BLOCKS_GOAL  128          /* nearly one for each multiprocessor of an H100 */
-#define STAGES_LEAST 2            /* of a part of k */
-#define SIZE_LEAST   256
-#define LAST_STAGES  8 /* of a block, when the next kernel may begin: some microseconds before the end */
+#define WARPS             8
+#define THREADS           (32 * WARPS)
+#define B_ROWS            (16 * WARPS) /* of a block */
+#define DEPTH             64           /* elements of k in a stage */
+#define PIECES            (DEPTH / 8)  /* of 16 bytes, in a row of a stage */
+#define SPLITS_MAX        8            /* the largest cluster that every card of sm_90 grants */
+#define BLOCKS_GOAL       128          /* nearly one for each multiprocessor of an H100 */
+#define STAGES_LEAST      2            /* of a part of k */
+#define SIZE_LEAST        256
+#define LORA_BLOCKS_LEAST 32 /* that make S, where the product has no room to spare */
+#define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
+/* Blocks that a multiprocessor has shared memory for. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define BLOCKS_ROOM 1
+#else
+#define BLOCKS_ROOM 2
+#endif
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
-
-typedef __nv_bfloat16 bf16;
 
 struct few_args {
     const bf16 *a, *b;
@@ -51,9 +57,10 @@ struct few_args {
     int lda, ldb, ldo;
     int splits;
     float alpha, beta;
-    bool wide;  /* out and add are float32 */
-    bool quads; /* four columns of out and add are aligned and exist together */
+    bool wide;   /* out and add are float32 */
+    bool quads;  /* four columns of out and add are aligned and exist together */
     bool frozen; /* b may be fetched before the kernel before this one is done */
+    struct lora_join lora;
 };
 
 /* The ring fits twice into a multiprocessor of sm_90, and once into 99 KB (sm_86, sm_89). */
@@ -63,38 +70,23 @@ template <int TILES> struct few_shape {
     static const int bytes = stages * stage_pieces * 16;
 };
 
-/* --- instructions --- */
+/* With LoRA the last stage of k comes to lie in the ring's first slot, so that the others become
+ * free one after the other while the last stages are multiplied. Then, in bytes: LoRA's sums, S,
+ * and `depth` times an item of B for each warp; when the sums are made, the part behind them. */
+template <int TILES> struct join_shape {
+    static const int stages = few_shape<TILES>::stages;
+    static const int slot = few_shape<TILES>::stage_pieces * 16;
+    static const int sums = 8 * TILES * PART_PITCH * 4;
+    static const int s = sums > slot ? sums : slot;
+    static const int b = s + LORA_S_BYTES(8 * TILES);
+    static const int depth = TILES <= 2 ? 4 : 3;
+    static const int end = b + depth * LORA_WARPS * LORA_ITEM;
+    static const int lines = end > few_shape<TILES>::bytes ? end : few_shape<TILES>::bytes;
+    static const int bytes = lines + (int)sizeof(struct lora_lines);
 
-/* 16 bytes to shared memory in the background, zeros if not valid (nothing is read then). The other
- * half of the 256 bytes is wanted next. */
-static __device__ __forceinline__ void copy_16(uint4 *to, const bf16 *from, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void close_group(void)
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-/* All of this thread's groups but the last PENDING have arrived. */
-template <int PENDING> static __device__ __forceinline__ void wait_groups(void)
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-/* c (16 x 8) += a (16 x 16) b (16 x 8). */
-static __device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1,
-                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+    static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
+    static_assert(2 * sums <= lines && LORA_SHRINK_BYTES <= lines && lines % 16 == 0, "all has");
+};
 
 /* --- a part of k --- */
 
@@ -116,8 +108,9 @@ static __device__ __forceinline__ void load_weights(const struct few_args *args,
         int r = first_row + i + row;
         bool valid = inside && r < args->n;
 
-        copy_16(stage + place(i + row, piece),
-                args->b + (valid ? (size_t)r * (size_t)args->ldb + (size_t)column : 0), valid);
+        copy_16_of_many(stage + place(i + row, piece),
+                        args->b + (valid ? (size_t)r * (size_t)args->ldb + (size_t)column : 0),
+                        valid);
     }
 }
 
@@ -137,8 +130,9 @@ static __device__ __forceinline__ void load_rows(const struct few_args *args, in
         bool valid = inside && r < args->m;
 
         if (8 * TILES % (THREADS / PIECES) == 0 || r < 8 * TILES)
-            copy_16(stage + place(r, piece),
-                    args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0), valid);
+            copy_16_of_many(stage + place(r, piece),
+                            args->a + (valid ? (size_t)r * (size_t)args->lda + (size_t)column : 0),
+                            valid);
     }
 }
 
@@ -152,51 +146,100 @@ static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float 
 #pragma unroll
     for (int half = 0; half < PIECES; half += 4) {
         uint4 low = b[place(g, half + t)], high = b[place(g + 8, half + t)];
+        const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+        const uint32_t second[4] = {low.z, high.z, low.w, high.w};
 
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             uint4 x = a[place(8 * i + g, half + t)];
 
-            multiply(sums[i], low.x, high.x, low.y, high.y, x.x, x.y);
-            multiply(sums[i], low.z, high.z, low.w, high.w, x.z, x.w);
+            multiply(sums[i], first, x.x, x.y);
+            multiply(sums[i], second, x.z, x.w);
         }
     }
 }
 
-/* The stages `first` to `end` of k. Ends with the ring free for other uses. */
+/* What a block knows of the LoRA it adds. */
+struct few_lora {
+    struct lora_lines *lines;
+    struct lora_share share;
+    struct lora_place next; /* of B, that this warp asks for */
+    int items;              /* of B that it has asked for */
+    unsigned turn;          /* thread 0: how many blocks had seen all of S before */
+};
+
+template <int TILES> static __device__ __forceinline__ uint4 *items_of_b(uint4 *ring)
+{
+    return ring + (join_shape<TILES>::b + (int)threadIdx.x / 32 * LORA_ITEM) / 16;
+}
+
+/* What LoRA needs, into the slots of the ring that are free when `left` stages are to come behind
+ * the one that is there. S only if `made`. */
 template <int TILES>
+static __device__ __forceinline__ void
+ask_for_lora(const struct few_args *args, struct few_lora *lora, uint4 *ring, int left, bool made)
+{
+    using shape = join_shape<TILES>;
+    const int stride = LORA_WARPS * LORA_ITEM;
+
+    if (made)
+        lora_ask_s(args->lora.args, lora->lines, ring + shape::s / 16);
+    if (lora->items == 0)
+        lora_settle(lora->lines, lora->share, &lora->next);
+    for (; lora->items < shape::depth; lora->items++) {
+        if (left > 0 &&
+            shape::b + (lora->items + 1) * stride > (shape::stages - left) * shape::slot)
+            break;
+        lora_ask_b(lora->lines, lora->share, &lora->next,
+                   items_of_b<TILES>(ring) + lora->items * (stride / 16));
+    }
+}
+
+/* The stages `first` to `end` of k, two or more. Ends with the ring free for other uses, but for
+ * LoRA's B and S, which are there. */
+template <int TILES, bool LORA>
 static __device__ __forceinline__ void add_up(const struct few_args *args, int first_row, int first,
-                                              int end, uint4 *ring, float (&sums)[TILES][4])
+                                              int end, uint4 *ring, float (&sums)[TILES][4],
+                                              struct few_lora *lora)
 {
     const int stages = few_shape<TILES>::stages, pieces = few_shape<TILES>::stage_pieces;
-    int slot = 0, ahead = stages - 1; /* of the ring */
+    /* of the ring; LORA: so that the last stage is in slot 0 */
+    int slot = LORA ? (stages - (end - 1 - first) % stages) % stages : 0;
+    int ahead = (slot + stages - 1) % stages;
 
     if (!args->frozen)
         launch_wait();
     for (int i = 0; i < stages - 1 && first + i < end; i++)
-        load_weights(args, first_row, first + i, ring + i * pieces);
+        load_weights(args, first_row, first + i, ring + (slot + i) % stages * pieces);
+    if (LORA)
+        lora_list(lora->lines, args->lora.args, lora->share.module);
     if (args->frozen)
         launch_wait();
     for (int i = 0; i < stages - 1; i++) {
         if (first + i < end)
-            load_rows<TILES>(args, first + i, ring + i * pieces);
-        close_group(); /* the first one's also holds all of the weights above */
+            load_rows<TILES>(args, first + i, ring + (slot + i) % stages * pieces);
+        copies_commit(); /* the first one's also holds all of the weights above */
     }
     for (int index = first; index < end; index++) {
         if (index == max(first, end - LAST_STAGES))
             launch_next();
-        wait_groups<stages - 2>(); /* this thread's part of stage `index` is there */
-        __syncthreads();           /* everybody's is, and nobody reads the one before any more */
+        copies_wait_but<stages - 2>(); /* this thread's part of stage `index` is there */
+        __syncthreads(); /* everybody's is, and nobody reads the one before any more */
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
             load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
+        } else if (LORA) {
+            ask_for_lora<TILES>(args, lora, ring, end - 1 - index,
+                                index == max(first + 1, end - 2));
         }
-        close_group();
+        copies_commit();
         multiply_stage<TILES>(ring + slot * pieces, sums);
+        if (LORA && index == max(first, end - 3) && threadIdx.x == 0)
+            lora->turn = lora_await(args->lora, lora->lines);
         ahead = slot;
         slot = slot + 1 < stages ? slot + 1 : 0;
     }
-    wait_groups<0>();
+    copies_wait_but<0>();
     __syncthreads();
 }
 
@@ -338,69 +381,117 @@ static __device__ __forceinline__ float4 blend(const struct few_args *args, floa
     return sum;
 }
 
-/* This block's share of the tile, four columns a thread: the blocks of a cluster by turns. */
-static __device__ __forceinline__ void store_share(const struct few_args *args, int first_row,
-                                                   int rank, float *part)
+/* The product is rounded before LoRA's sum is added to it, as if it had been stored. */
+static __device__ __forceinline__ float4 add_lora(float4 product, const float *sums)
 {
-    const int quads = B_ROWS / 4;
+    const float4 add = *(const float4 *)sums;
 
-    for (int i = rank * THREADS + (int)threadIdx.x; i < args->m * quads;
-         i += args->splits * THREADS) {
-        int row = i / quads, column = 4 * (i % quads), left = args->n - first_row - column;
+    product.x = __bfloat162float(__float2bfloat16_rn(product.x)) + add.x;
+    product.y = __bfloat162float(__float2bfloat16_rn(product.y)) + add.y;
+    product.z = __bfloat162float(__float2bfloat16_rn(product.z)) + add.z;
+    product.w = __bfloat162float(__float2bfloat16_rn(product.w)) + add.w;
+    return product;
+}
+
+/* This block's share of the tile, four columns a thread: the blocks of a cluster have neighbouring
+ * columns. sums: LoRA's, of the share's columns and the rows that have it. */
+template <bool LORA>
+static __device__ __forceinline__ void store_share(const struct few_args *args, int first_row,
+                                                   int rank, float *part, const float *sums,
+                                                   const struct lora_lines *lines)
+{
+    /* of a row, and its logarithm: splits are powers of two, and divisions would be felt here */
+    const int shift = __ffs(B_ROWS / 4) - __ffs(args->splits), quads = 1 << shift;
+
+    for (int i = (int)threadIdx.x; i < args->m * quads; i += THREADS) {
+        int row = i >> shift, within = 4 * (i & (quads - 1)), column = 4 * rank * quads + within;
+        int left = args->n - first_row - column;
         size_t at = (size_t)row * (size_t)args->ldo + (size_t)first_row + (size_t)column;
-        float4 add = make_float4(0, 0, 0, 0);
+        float4 out, add = make_float4(0, 0, 0, 0);
 
         if (left <= 0)
             continue;
         if (args->beta != 0.0f)
             add = read_quad(args, at, left);
-        write_quad(args, at, left,
-                   blend(args, add_parts(args, part + row * PART_PITCH + column), add));
+        out = blend(args, add_parts(args, part + row * PART_PITCH + column), add);
+        if (LORA && lines->of[row] != LORA_NOBODY)
+            out = add_lora(out, sums + row * PART_PITCH + within);
+        write_quad(args, at, left, out);
     }
 }
 
-/* Grid: tiles of n times splits of k; a cluster is the splits of a tile. */
-template <int TILES>
-static __global__ void __launch_bounds__(THREADS, 2) few_kernel(const struct few_args args)
+/* Grid: LORA's blocks that make S, then tiles of n times splits of k; a cluster is the splits of a
+ * tile. */
+template <int TILES, bool LORA>
+static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
+    few_kernel(const struct few_args args)
 {
     extern __shared__ __align__(128) uint4 ring[];
-    int rank = (int)blockIdx.x % args.splits;
-    int first_row = (int)blockIdx.x / args.splits * B_ROWS;
+    using shape = join_shape<TILES>;
+    int block = (int)blockIdx.x - (LORA ? args.lora.blocks : 0);
+    int rank = block % args.splits, first_row = block / args.splits * B_ROWS;
     int stages = (args.k + DEPTH - 1) / DEPTH;
-    float *part = (float *)ring;
+    float *part = (float *)ring + (LORA ? shape::sums / 4 : 0);
     float sums[TILES][4] = {};
+    struct few_lora lora = {};
 
     static_assert(8 * TILES * PART_PITCH * 4 <= few_shape<TILES>::bytes, "a part fits the ring");
-    add_up<TILES>(&args, first_row, stages * rank / args.splits, stages * (rank + 1) / args.splits,
-                  ring, sums);
+    static_assert(THREADS == LORA_THREADS, "the same blocks");
+    if (LORA) {
+        lora.lines = (struct lora_lines *)(ring + shape::lines / 16);
+        if (block < 0) {
+            lora_shrink(args.lora, ring, lora.lines);
+            return;
+        }
+        lora.share = lora_share_of(args.lora.args, first_row + rank * (B_ROWS / args.splits),
+                                   B_ROWS / args.splits);
+        lora.next.unit = (int)threadIdx.x / 32;
+    }
+    add_up<TILES, LORA>(&args, first_row, stages * rank / args.splits,
+                        stages * (rank + 1) / args.splits, ring, sums, &lora);
+    if (LORA) {
+        lora_expand<shape::depth>(lora.lines, lora.share, lora.next, ring + shape::s / 16,
+                                  items_of_b<TILES>(ring), LORA_WARPS * LORA_ITEM / 16,
+                                  (float *)ring, PART_PITCH);
+        __syncthreads(); /* B and S are used up: the part comes to lie there */
+    }
     keep_part<TILES>(sums, part);
     sync_parts(args.splits);
-    store_share(&args, first_row, rank, part);
+    store_share<LORA>(&args, first_row, rank, part, (float *)ring, lora.lines);
     if (args.splits > 1) /* others read here until they are done */
         sync_parts(args.splits);
+    if (LORA && threadIdx.x == 0 && lora.turn == lora_last(args.lora))
+        args.lora.turns[0] = 0; /* every block has seen S */
 }
 
 /* --- launching --- */
 
 static const struct {
-    void (*kernel)(const struct few_args);
-    int tiles, bytes;
+    void (*kernel[2])(const struct few_args); /* [1]: with LoRA */
+    int tiles, bytes[2];
 } kernels[] = {
-    {few_kernel<1>, 1, few_shape<1>::bytes},
-    {few_kernel<2>, 2, few_shape<2>::bytes},
-    {few_kernel<4>, 4, few_shape<4>::bytes},
-    {few_kernel<8>, 8, few_shape<8>::bytes},
+#define KERNELS(tiles)                                                                             \
+    {                                                                                              \
+        {few_kernel<tiles, false>, few_kernel<tiles, true>}, tiles,                                \
+        {                                                                                          \
+            few_shape<tiles>::bytes, join_shape<tiles>::bytes                                      \
+        }                                                                                          \
+    }
+    KERNELS(1),
+    KERNELS(2),
+    KERNELS(4),
+    KERNELS(8),
 };
 
 int cuda_gemm_few_open(struct cuda_context *context)
 {
     int rc = 0;
 
-    for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]) && rc == 0; i++)
+    for (size_t i = 0; i < 2 * sizeof(kernels) / sizeof(kernels[0]) && rc == 0; i++)
         rc = cuda_check(context,
-                        cudaFuncSetAttribute((const void *)kernels[i].kernel,
+                        cudaFuncSetAttribute((const void *)kernels[i / 2].kernel[i % 2],
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             kernels[i].bytes),
+                                             kernels[i / 2].bytes[i % 2]),
                         "products of few rows");
     return rc;
 }
@@ -414,6 +505,19 @@ bool cuda_gemm_few_suits(const struct cuda_context *context, const struct cuda_g
            gemm->k % 8 == 0 && gemm->lda % 8 == 0 && gemm->ldb % 8 == 0 && starts % 16 == 0;
 }
 
+bool cuda_gemm_few_adds(const struct cuda_context *context, const struct cuda_gemm *gemm)
+{
+    const struct cuda_lora *lora = gemm->lora;
+    const struct cuda_weight *weight = lora->weight;
+
+    for (int i = 1; i < weight->part_count; i++)
+        if (weight->parts[i].row % B_ROWS != 0)
+            return false;
+    return cuda_lora_may_join(context, lora) && gemm->out_type == CUDA_TYPE_BF16 &&
+           lora->rows->m == gemm->m && lora->rows->tile_count == gemm->m && weight->n == gemm->n &&
+           weight->k == gemm->k && lora->x == gemm->a && gemm->lda == gemm->k && lora->s;
+}
+
 /* How many blocks share k: enough to fill the card, each with some stages. Not a matter of m. */
 static int cut_k(const struct cuda_context *context, int n, int k)
 {
@@ -423,6 +527,21 @@ static int cut_k(const struct cuda_context *context, int n, int k)
            stages >= STAGES_LEAST * 2 * splits)
         splits *= 2;
     return splits;
+}
+
+/* How many blocks make S. They are handed out first and should leave room for the product's, all of
+ * which run at once for most weights; beyond two for each slab of a rank of 32 they have nothing to
+ * do. A function of m, n and k, as a graph wants it: not of the adapters. */
+static int count_lora_blocks(const struct cuda_context *context, const struct cuda_gemm *gemm,
+                             int splits)
+{
+    int tiles = (gemm->n + B_ROWS - 1) / B_ROWS;
+    int room = context->multiprocessors * (context->arch >= 90 ? BLOCKS_ROOM : 1) - tiles * splits;
+    int most = 2 * gemm->lora->weight->part_count * gemm->m;
+
+    room = room > LORA_BLOCKS_LEAST ? room / splits * splits : LORA_BLOCKS_LEAST;
+    most = (most + splits - 1) / splits * splits;
+    return room < most ? room : most;
 }
 
 static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
@@ -448,6 +567,11 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
     args->frozen = gemm->frozen;
     args->quads = gemm->n % 4 == 0 && gemm->ldo % 4 == 0 &&
                   ((uintptr_t)gemm->out | (uintptr_t)add) % quad == 0;
+    if (gemm->lora) {
+        args->lora.args = lora_args_of(gemm->lora);
+        args->lora.turns = gemm->lora->turns;
+        args->lora.blocks = count_lora_blocks(context, gemm, args->splits);
+    }
 }
 
 int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
@@ -455,6 +579,7 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     struct few_args args = {};
+    const int with = gemm->lora != NULL;
     size_t which = 0;
 
     fill_args(context, gemm, &args);
@@ -463,13 +588,14 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim.x = (unsigned)args.splits;
     attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)((gemm->n + B_ROWS - 1) / B_ROWS) * (unsigned)args.splits);
+    config.gridDim = dim3((unsigned)((gemm->n + B_ROWS - 1) / B_ROWS * args.splits) +
+                          (unsigned)args.lora.blocks);
     config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = (size_t)kernels[which].bytes;
+    config.dynamicSmemBytes = (size_t)kernels[which].bytes[with];
     config.stream = context->stream;
     config.attrs = attributes;
     config.numAttrs = args.splits > 1 ? 1 : 0;
     launch_early(context, &config, attributes);
-    return cuda_check(context, cudaLaunchKernelEx(&config, kernels[which].kernel, args),
+    return cuda_check(context, cudaLaunchKernelEx(&config, kernels[which].kernel[with], args),
                       "a product of few rows");
 }

@@ -55,12 +55,13 @@ int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_ro
     return listed;
 }
 
-/* CLAAS_CUDA_LORA=grouped: not even one large adapter is cuBLASLt's; to measure and to compare. */
-static bool may_use_gemm(void)
+/* CLAAS_CUDA_LORA, to measure and to compare: grouped (not even one large adapter is cuBLASLt's) or
+ * apart (nothing is done beside the frozen products). */
+static bool is_wished(const char *way)
 {
-    const char *way = getenv("CLAAS_CUDA_LORA");
+    const char *wish = getenv("CLAAS_CUDA_LORA");
 
-    return !way || strcmp(way, "grouped") != 0;
+    return wish && strcmp(wish, way) == 0;
 }
 
 struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
@@ -78,7 +79,7 @@ struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int c
     if (count == 1)
         rows.only = groups[0];
     rows.by_gemm = count == 1 && tile_rows == CUDA_LORA_TILE_ROWS && groups[0].count >= GEMM_ROWS &&
-                   may_use_gemm();
+                   !is_wished("grouped");
     return rows;
 }
 
@@ -281,6 +282,11 @@ bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora
     return lora->rows->tile_rows == CUDA_LORA_FEW_ROWS && cuda_lora_is_even(context, lora);
 }
 
+bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lora *lora)
+{
+    return cuda_lora_is_few(context, lora) && lora->turns && !is_wished("apart");
+}
+
 /* Nothing to do for the only adapter: it has none of the weight's modules. */
 static bool is_absent(const struct cuda_lora *lora)
 {
@@ -288,18 +294,17 @@ static bool is_absent(const struct cuda_lora *lora)
            lora->rows->tile_rows == CUDA_LORA_TILE_ROWS;
 }
 
-int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                     cudaStream_t stream, bool ahead)
+int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora)
 {
     const enum cuda_lora_form form = CUDA_LORA_S;
 
     if (is_absent(lora))
         return 0;
     if (cuda_lora_is_few(context, lora))
-        return cuda_lora_few_shrink(context, lora, stream, ahead);
+        return cuda_lora_few_shrink(context, lora);
     if (is_by_gemm(lora))
         return gemm_shrink(context, lora);
-    return cuda_lora_grouped(context, lora, &form, 1, stream);
+    return cuda_lora_grouped(context, lora, &form, 1);
 }
 
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
@@ -312,7 +317,7 @@ int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
         return cuda_lora_few_expand(context, lora);
     if (is_by_gemm(lora))
         return gemm_expand(context, lora);
-    return cuda_lora_grouped(context, lora, &form, 1, context->stream);
+    return cuda_lora_grouped(context, lora, &form, 1);
 }
 
 int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
@@ -322,7 +327,7 @@ int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
     if (is_absent(lora))
         return 0;
     return is_by_gemm(lora) ? gemm_outer(context, lora)
-                            : cuda_lora_grouped(context, lora, &form, 1, context->stream);
+                            : cuda_lora_grouped(context, lora, &form, 1);
 }
 
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
@@ -344,5 +349,5 @@ int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, 
     }
     if (input)
         forms[count++] = CUDA_LORA_DX;
-    return count > 0 ? cuda_lora_grouped(context, lora, forms, count, context->stream) : 0;
+    return count > 0 ? cuda_lora_grouped(context, lora, forms, count) : 0;
 }

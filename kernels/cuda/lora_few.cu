@@ -1,67 +1,33 @@
-/* LoRA for the few rows of a decoding step: bound by reading A and B once, bf16 on tensor cores.
+/* LoRA for few rows in launches of its own, bound by reading A and B once: what cannot be done
+ * beside the frozen product (gemm_few.cu), which is more than 64 rows, and weights whose parts do
+ * not begin at whole blocks. lora_few.cuh has tiles and arithmetic; both ways give the same bits.
  *
- * A tile is at most 16 rows of one adapter: the 16 rows of an mma.sync.m16n8k16. Rows of A (and of
- * B) are its columns and come straight from memory into registers, 16 bytes a lane: lane l takes
- * terms 8 (l % 4) … +7 of row l / 4, and the tile's row l / 4 likewise. Two products then sum the
- * 32 terms, the first elements 0-3 of every lane, the second 4-7: in another order than they lie
- * in, but the same one on both sides.
+ * shrink_kernel: a chunk of K among the four warps of a block, which takes 16 rows of A at a time
+ *   and joins the warps' sums through shared memory: float32 sums [chunk][m][ld].
+ * expand_kernel: a block takes 128 rows of B; it begins to load them, then adds up the chunks of S
+ *   in order, rounds S to bf16, and multiplies.
  *
- * shrink_kernel: S = x A^T. K is cut into at most CUDA_LORA_PARTS chunks, a chunk among the four
- *   warps of a block, which takes 16 rows of A at a time. The warps' sums are joined in order
- *   through shared memory and written as float32: sums [chunk][m][ld].
- * expand_kernel: y += S (sB)^T. A block takes 128 rows of B; it begins to load them, then adds up
- *   the chunks of S in order, rounds S to bf16, and multiplies.
- *
- * Chunks follow from K alone, a row of a product from that row of the tile alone: the bits of a row
- * depend on neither the tile nor the pack. Grids follow from the number of tiles alone, which is
- * the pack's number of rows (the rest of the list is empty): launches can be replayed.
+ * Both begin while the kernel before them on the stream still ends (launch.cuh) and fetch what they
+ * can of A or B meanwhile: adapters, groups and tiles were written before a copy to the device that
+ * the pass began with. A row of a product follows from that row of the tile alone: the bits of a
+ * row depend on neither the tile nor the pack. Grids follow from the number of tiles alone, which
+ * is the pack's number of rows (the rest of the list is empty): launches can be replayed.
  *
  *   Qwen3-8B, rank 32, one adapter: q|k|v 786 + 393 KB, 48 + 48 blocks; 64 adapters: 3072 blocks.
  */
-#include "cuda/attention_tiles.cuh"
-#include "cuda/lora_problem.cuh"
+#include "cuda/lora_few.cuh"
 
-#define WARPS       4
-#define THREADS     (32 * WARPS)
-#define SLAB        16  /* rows of A at a time */
-#define AHEAD       4   /* times 32 terms in flight in a warp */
-#define COLUMNS     128 /* rows of B of a block */
-#define S_LD        (CLAAS_RANK_MAX + 8)
-#define CACHE_BYTES ((size_t)24 << 20) /* of all tiles' B, to be fetched ahead: half of an L2 */
-#define SECTOR      32
-
-/* Terms of a chunk: each warp's quarter is a multiple of 32. */
-static __host__ __device__ __forceinline__ int chunk_of(int k)
-{
-    const int step = 32 * WARPS, chunk = (k + CUDA_LORA_PARTS - 1) / CUDA_LORA_PARTS;
-
-    return (chunk + step - 1) / step * step;
-}
-static __host__ __device__ __forceinline__ int chunks_of(int k)
-{
-    return (k + chunk_of(k) - 1) / chunk_of(k);
-}
-
-static __device__ __forceinline__ uint4 load_16(const bf16 *from, bool valid)
-{
-    return valid ? __ldg((const uint4 *)from) : make_uint4(0, 0, 0, 0);
-}
-
-/* sum (16 x 8) += 32 terms of the tile's rows l / 4 (low) and l / 4 + 8 (high), and of 8 rows. */
-static __device__ __forceinline__ void multiply_32(float (&sum)[4], const uint4 &low,
-                                                   const uint4 &high, const uint4 &right)
-{
-    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-
-    multiply(sum, first, right.x, right.y);
-    multiply(sum, second, right.z, right.w);
-}
+#define WARPS   4
+#define THREADS (32 * WARPS)
+#define SLAB    16  /* rows of A at a time */
+#define AHEAD   4   /* times 32 terms in flight in a warp */
+#define COLUMNS 128 /* rows of B of a block */
+#define S_LD    (CLAAS_RANK_MAX + 8)
 
 /* --- S = x A^T --- */
 
 /* Terms k … end-1 of this warp, of rows `a` … +15 of A, `rows` of them there; x: the tile's first
- * row. */
+ * row, which is waited for behind the first terms of A. */
 static __device__ __forceinline__ void sum_slab(float (&sum)[2][4], const bf16 *x, int count,
                                                 const bf16 *a, int rows, size_t ld, int k, int end)
 {
@@ -79,6 +45,13 @@ static __device__ __forceinline__ void sum_slab(float (&sum)[2][4], const bf16 *
             for (int n = 0; n < 2; n++)
                 right[i][n] =
                     load_16(a + (size_t)(8 * n + r) * ld + at, within && 8 * n + r < rows);
+        }
+        launch_wait();
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const size_t at = (size_t)(k + 32 * i + term);
+            const bool within = k + 32 * i + term < end;
+
             low[i] = load_16(x + (size_t)r * ld + at, within && r < count);
             high[i] = load_16(x + (size_t)(r + 8) * ld + at, within && r + 8 < count);
         }
@@ -90,38 +63,21 @@ static __device__ __forceinline__ void sum_slab(float (&sum)[2][4], const bf16 *
     }
 }
 
-/* The B of a weight's modules, which lie together behind their A, on their way into the L2; every
- * block of a tile its share. */
-static __device__ void fetch_ahead(const struct lora_args &args,
-                                   const struct cuda_lora_group *group, const bf16 *view)
-{
-    const int width = group->parts[args.kind] * group->rank;
-    const uint8_t *from =
-        (const uint8_t *)(view + group->a[args.kind] + (size_t)width * (size_t)args.k);
-    const size_t step = (size_t)gridDim.x * THREADS * SECTOR;
-    size_t bytes = 0;
-
-    for (int i = 0; i < args.part_count; i++)
-        if (group->index[args.module[i]] >= 0)
-            bytes += (size_t)args.part_n[i] * (size_t)group->rank * sizeof(bf16);
-    if (bytes * gridDim.y > CACHE_BYTES)
-        return;
-    for (size_t at = ((size_t)blockIdx.x * THREADS + threadIdx.x) * SECTOR; at < bytes; at += step)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from + at)));
-}
-
 /* blockIdx.y: tile; blockIdx.x: chunk, and the first of the slabs taken, `slabs` apart. */
 static __global__ void __launch_bounds__(THREADS)
-    shrink_kernel(const struct lora_args args, float *sums, int slabs, bool ahead)
+    shrink_kernel(const struct lora_args args, float *sums, int slabs)
 {
     __shared__ float joined[WARPS][16][SLAB];
     const struct cuda_lora_tile tile = args.tiles[blockIdx.y];
-    const int chunks = chunks_of(args.k), part = chunk_of(args.k) / WARPS;
+    const int chunks = lora_chunks_of(args.k), part = lora_chunk_of(args.k) / WARPS;
     const int chunk = (int)blockIdx.x % chunks, warp = (int)threadIdx.x / 32;
     const int lane = (int)threadIdx.x % 32, k = (chunk * WARPS + warp) * part;
 
-    if (tile.count == 0)
+    launch_next();
+    if (tile.count == 0) {
+        launch_wait(); /* a grid that does not is done before the work queued before it */
         return;
+    }
     const struct cuda_lora_group *group = &args.groups[tile.group];
     const bf16 *view = (const bf16 *)group->view + (size_t)args.layer * group->layer;
     const bf16 *x = (const bf16 *)args.x + (size_t)tile.first * (size_t)args.k;
@@ -149,8 +105,7 @@ static __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
     }
-    if (ahead && tile.first == group->first)
-        fetch_ahead(args, group, view);
+    launch_wait();
 }
 
 /* --- y += S (sB)^T --- */
@@ -159,7 +114,7 @@ static __global__ void __launch_bounds__(THREADS)
 static __device__ void gather_s(bf16 (*s)[S_LD], const struct lora_args &args, const float *sums,
                                 const struct cuda_lora_tile &tile, int place, int rank, int terms)
 {
-    const int chunks = chunks_of(args.k);
+    const int chunks = lora_chunks_of(args.k);
     const size_t chunk = (size_t)args.m * (size_t)args.ld;
 
     for (int e = (int)threadIdx.x; e < 16 * terms; e += THREADS) {
@@ -231,21 +186,6 @@ static __device__ __forceinline__ void store_y(const expand_lane &lane, const ui
     }
 }
 
-/* The part that column block x belongs to; x becomes the block within it. */
-static __device__ __forceinline__ int part_of(const struct lora_args &args, int *x)
-{
-    int part = 0;
-
-    for (; part < args.part_count - 1; part++) {
-        const int blocks = (args.part_n[part] + COLUMNS - 1) / COLUMNS;
-
-        if (*x < blocks)
-            break;
-        *x -= blocks;
-    }
-    return part;
-}
-
 /* blockIdx.y: tile; blockIdx.x: COLUMNS rows of a part's B. */
 static __global__ void __launch_bounds__(THREADS)
     expand_kernel(const struct lora_args args, const float *sums)
@@ -253,16 +193,16 @@ static __global__ void __launch_bounds__(THREADS)
     __shared__ __align__(16) bf16 s[16][S_LD];
     const struct cuda_lora_tile tile = args.tiles[blockIdx.y];
     const int l = (int)threadIdx.x % 32, r = l / 4;
-    int block = (int)blockIdx.x, part = part_of(args, &block);
+    int block = (int)blockIdx.x, part = lora_part_of(args, COLUMNS, 1, &block);
     const int first = block * COLUMNS + (int)threadIdx.x / 32 * (COLUMNS / WARPS);
-
-    if (tile.count == 0)
-        return;
     const struct cuda_lora_group *group = &args.groups[tile.group];
-    const int place = group->index[args.module[part]];
+    const int place = tile.count > 0 ? group->index[args.module[part]] : -1;
 
-    if (place < 0)
+    launch_next();
+    if (place < 0) {
+        launch_wait();
         return;
+    }
     const int rank = group->rank, terms = (rank + 31) / 32 * 32;
     expand_lane lane;
     uint4 b[4];
@@ -280,6 +220,7 @@ static __global__ void __launch_bounds__(THREADS)
     lane.y = (bf16 *)args.y + (size_t)(tile.first + r) * (size_t)args.n +
              (size_t)(args.row[part] + first + 2 * (l % 4));
     load_rows_of_b(b, lane, 0);
+    launch_wait();
     load_y(y, lane);
     gather_s(s, args, sums, tile, place, rank, terms);
     for (int k = 0;;) {
@@ -299,15 +240,15 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* --- launches --- */
 
-int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora,
-                         cudaStream_t stream, bool ahead)
+int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora)
 {
     const struct lora_args args = lora_args_of(lora);
     const int slabs = 2 * args.part_count;
-    const dim3 grid((unsigned)(chunks_of(args.k) * slabs), (unsigned)lora->rows->tile_count);
 
-    shrink_kernel<<<grid, THREADS, 0, stream>>>(args, lora->sums, slabs, ahead);
-    return cuda_check_launch(context, "LoRA");
+    return launch(
+        context, "LoRA", shrink_kernel,
+        dim3((unsigned)(lora_chunks_of(args.k) * slabs), (unsigned)lora->rows->tile_count),
+        dim3(THREADS), 0, args, lora->sums, slabs);
 }
 
 int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora)
@@ -317,7 +258,6 @@ int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *l
 
     for (int i = 0; i < args.part_count; i++)
         blocks += (unsigned)(args.part_n[i] + COLUMNS - 1) / COLUMNS;
-    expand_kernel<<<dim3(blocks, (unsigned)lora->rows->tile_count), THREADS, 0, context->stream>>>(
-        args, lora->sums);
-    return cuda_check_launch(context, "LoRA");
+    return launch(context, "LoRA", expand_kernel, dim3(blocks, (unsigned)lora->rows->tile_count),
+                  dim3(THREADS), 0, args, (const float *)lora->sums);
 }

@@ -29,14 +29,6 @@
 
 /* --- pieces --- */
 
-static __device__ __forceinline__ void copies_commit(void)
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N> static __device__ __forceinline__ void copies_wait_but(void)
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
 /* Until at most `pieces` - 1 of the newest groups are under way. */
 static __device__ __forceinline__ void wait_oldest(int pieces)
 {
@@ -448,7 +440,7 @@ static int pieces_of(const struct lora_args *args)
 }
 
 static int launch_tensor(struct cuda_context *context, const struct lora_args *args,
-                         unsigned blocks, cudaStream_t stream)
+                         unsigned blocks)
 {
     const size_t most = (2 * PIECES_MAX + 1) * PIECE * sizeof(bf16);
     const int pieces = pieces_of(args), splits = args->sections[0].splits;
@@ -463,15 +455,16 @@ static int launch_tensor(struct cuda_context *context, const struct lora_args *a
         }
     if (code < 0)
         return code;
-    grouped_kernel<<<blocks, THREADS, bytes, stream>>>(*args, pieces);
+    grouped_kernel<<<blocks, THREADS, bytes, context->stream>>>(*args, pieces);
     if (splits > 1)
-        join_kernel<<<blocks / (unsigned)args->sections[0].columns, PLAIN_THREADS, 0, stream>>>(
+        join_kernel<<<blocks / (unsigned)args->sections[0].columns, PLAIN_THREADS, 0,
+                      context->stream>>>(
             *args, splits, (bf16 *)(args->sections[0].form == CUDA_LORA_S ? args->s : args->ds));
     return cuda_check_launch(context, "LoRA");
 }
 
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
-                      const enum cuda_lora_form *forms, int count, cudaStream_t stream)
+                      const enum cuda_lora_form *forms, int count)
 {
     struct lora_args args = lora_args_of(lora);
     const bool even = cuda_lora_is_even(context, lora);
@@ -487,7 +480,7 @@ int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora
         section->first = blocks;
         section->columns = columns_of(&args, forms[i]);
         section->splits = 1;
-        if (even && count == 1 && stream == context->stream)
+        if (even && count == 1)
             section->splits = splits_of(context, &args, forms[i], section->columns * lines);
         section->columns *= section->splits;
         blocks += (unsigned)section->columns * (unsigned)lines;
@@ -497,10 +490,10 @@ int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora
     if (blocks == 0)
         return 0;
     if (even)
-        return launch_tensor(context, &args, blocks, stream);
+        return launch_tensor(context, &args, blocks);
     if (context->act == CUDA_TYPE_F32)
-        plain_kernel<float><<<blocks, PLAIN_THREADS, 0, stream>>>(args);
+        plain_kernel<float><<<blocks, PLAIN_THREADS, 0, context->stream>>>(args);
     else
-        plain_kernel<bf16><<<blocks, PLAIN_THREADS, 0, stream>>>(args);
+        plain_kernel<bf16><<<blocks, PLAIN_THREADS, 0, context->stream>>>(args);
     return cuda_check_launch(context, "LoRA");
 }

@@ -87,14 +87,15 @@ template <typename T> struct lora_problem {
     float *partial; /* of (0, 0): float32, out_i apart; or NULL */
 };
 
-/* The part of the weight that column `x` belongs to, of `per` columns per LORA_TILE of its N rows;
- * x becomes the column within it. */
-static __device__ __forceinline__ int lora_part_of(const struct lora_args &args, int per, int *x)
+/* The part of the weight that column `x` belongs to, of `per` columns per `size` of its N rows; x
+ * becomes the column within it. */
+static __device__ __forceinline__ int lora_part_of(const struct lora_args &args, int size, int per,
+                                                   int *x)
 {
     int part = 0;
 
     for (; part < args.part_count - 1; part++) {
-        const int columns = lora_tiles_of(args.part_n[part]) * per;
+        const int columns = (args.part_n[part] + size - 1) / size * per;
 
         if (*x < columns)
             break;
@@ -171,7 +172,7 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
     const struct cuda_lora_group *group = &args.groups[tile.group];
 
     if (section.form == CUDA_LORA_Y) {
-        part = lora_part_of(args, 1, &x);
+        part = lora_part_of(args, LORA_TILE, 1, &x);
     } else if (section.form == CUDA_LORA_DS) {
         const int per = lora_tiles_of(args.rank) * section.splits;
 
@@ -222,7 +223,7 @@ static __device__ bool lora_group_problem(const struct lora_args &args,
     p->k_end = group->count;
     p->partial = NULL;
     if (section.form == CUDA_LORA_DB) {
-        const int per = lora_tiles_of(args.rank), part = lora_part_of(args, per, &x);
+        const int per = lora_tiles_of(args.rank), part = lora_part_of(args, LORA_TILE, per, &x);
         const int place = group->index[args.module[part]];
 
         if (place < 0)

@@ -79,56 +79,6 @@ int cuda_yield(const struct cuda_pass *pass)
     return code >= 0 ? cuda_turn(pass) : code;
 }
 
-int cuda_aside_open(struct cuda_context *context, struct cuda_aside *aside)
-{
-    int code = cuda_check(context, cudaStreamCreateWithFlags(&aside->stream, cudaStreamNonBlocking),
-                          "a second stream");
-
-    if (code >= 0)
-        code = cuda_check(context, cudaEventCreateWithFlags(&aside->fork, cudaEventDisableTiming),
-                          "an event");
-    if (code >= 0)
-        code = cuda_check(context, cudaEventCreateWithFlags(&aside->joined, cudaEventDisableTiming),
-                          "an event");
-    return code;
-}
-
-void cuda_aside_close(struct cuda_aside *aside)
-{
-    if (aside->fork)
-        (void)cudaEventDestroy(aside->fork);
-    if (aside->joined)
-        (void)cudaEventDestroy(aside->joined);
-    if (aside->stream)
-        (void)cudaStreamDestroy(aside->stream);
-    *aside = (struct cuda_aside){0};
-}
-
-/* `second` waits for what `first` has been given so far. */
-static int follow(struct cuda_context *context, cudaStream_t first, cudaEvent_t event,
-                  cudaStream_t second)
-{
-    int code = cuda_check(context, cudaEventRecord(event, first), "a second stream");
-
-    if (code >= 0)
-        code = cuda_check(context, cudaStreamWaitEvent(second, event, 0), "a second stream");
-    return code;
-}
-
-/* S = x A^T, in a captured graph beside what comes next on the stream. */
-static int shrink(claas_backend_t *backend, const struct cuda_lora *lora, bool aside)
-{
-    struct cuda_context *context = &backend->context;
-    int code;
-
-    if (!aside)
-        return cuda_lora_shrink(context, lora, context->stream, false);
-    code = follow(context, context->stream, backend->aside.fork, backend->aside.stream);
-    if (code >= 0)
-        code = cuda_lora_shrink(context, lora, backend->aside.stream, true);
-    return code;
-}
-
 int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
                 enum cuda_weight_kind kind, const void *x, void *s, const void *residual, void *out)
 {
@@ -145,32 +95,36 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
         .s = s,
         .y = out,
         .sums = pass->lora_sums,
+        .turns = pass->lora_turns,
     };
-    bool any = rows->group_count > 0;
-    bool aside = any && cuda_lora_is_few(context, &lora) && cuda_is_capturing(context);
-    int code = any ? shrink(backend, &lora, aside) : 0;
+    struct cuda_gemm gemm = {
+        .form = CUDA_GEMM_NT,
+        .m = rows->m,
+        .n = weight->n,
+        .k = weight->k,
+        .a = x,
+        .lda = weight->k,
+        .b = weight->w,
+        .ldb = weight->k,
+        .out = out,
+        .ldo = weight->n,
+        .out_type = context->act,
+        .alpha = 1,
+        .beta = residual ? 1 : 0,
+        .add = residual,
+        .frozen = true,
+        .lora = rows->group_count > 0 ? &lora : NULL,
+    };
+    bool apart = gemm.lora && !cuda_gemm_adds_lora(context, &gemm);
+    int code = 0;
 
+    if (apart) {
+        gemm.lora = NULL;
+        code = cuda_lora_shrink(context, &lora);
+    }
     if (code >= 0)
-        code = cuda_gemm(context, &(struct cuda_gemm){
-                                      .form = CUDA_GEMM_NT,
-                                      .m = rows->m,
-                                      .n = weight->n,
-                                      .k = weight->k,
-                                      .a = x,
-                                      .lda = weight->k,
-                                      .b = weight->w,
-                                      .ldb = weight->k,
-                                      .out = out,
-                                      .ldo = weight->n,
-                                      .out_type = context->act,
-                                      .alpha = 1,
-                                      .beta = residual ? 1 : 0,
-                                      .add = residual,
-                                      .frozen = true,
-                                  });
-    if (code >= 0 && aside)
-        code = follow(context, backend->aside.stream, backend->aside.joined, context->stream);
-    if (code >= 0 && any)
+        code = cuda_gemm(context, &gemm);
+    if (code >= 0 && apart)
         code = cuda_lora_expand(context, &lora);
     return code >= 0 ? cuda_turn(pass) : code;
 }

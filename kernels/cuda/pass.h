@@ -82,6 +82,7 @@ struct cuda_pass {
     int lds[CUDA_WEIGHTS]; /* row length of acts->s: parts * R of the widest adapter */
     void *xn, *h;          /* act [m][D], [m][F] */
     float *lora_sums;      /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
+    uint32_t *lora_turns;  /* [2], see cuda_lora: serving only */
     void *splits;          /* scratch of attention: serving only */
     size_t split_bytes;
     int32_t *split_counts; /* likewise: zero between passes */
@@ -98,9 +99,7 @@ int cuda_yield(const struct cuda_pass *pass);
  * takes milliseconds, and a first step meets dozens in its first layer. */
 int cuda_turn(const struct cuda_pass *pass);
 
-/* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. While
- * the stream is being captured, S of few rows is made beside the frozen product, on a stream of its
- * own. */
+/* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. */
 int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
                 enum cuda_weight_kind kind, const void *x, void *s, const void *residual,
                 void *out);
@@ -154,17 +153,9 @@ struct cuda_forward_space {
     struct claas_sample *device_samples, *staging;
     int logits_rows;
 };
-/* A second stream, for what can run beside a product in a captured graph. */
-struct cuda_aside {
-    cudaStream_t stream;
-    cudaEvent_t fork, joined;
-};
-int cuda_aside_open(struct cuda_context *context, struct cuda_aside *aside);
-void cuda_aside_close(struct cuda_aside *aside);
 
 struct claas_backend {
     struct cuda_context context;
-    struct cuda_aside aside;
     struct cuda_model model;
     int kv_blocks, max_tokens, max_sequences;
     struct cuda_region kv; /* [L][kv_blocks + 1][2][G][16][d] */

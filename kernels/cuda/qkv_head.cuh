@@ -9,7 +9,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/cuda_rows.h"
-#include "cuda/norm_row.cuh"
+#include "cuda/row_chunks.cuh"
 
 /* What a thread works on: elements [at, at+8) of a head's first half and the same of its second. */
 struct head_place {
@@ -123,7 +123,7 @@ __device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm
         for (int j = 0; j < CHUNK; j++)
             sum = __fadd_rn(sum, __fmaf_rn(low[j], low[j], __fmul_rn(high[j], high[j])));
     }
-    return norm_rstd(lanes_sum(sum, lanes), a.head_dim, a.eps);
+    return 1.0f / sqrtf(__fadd_rn(lanes_sum(sum, lanes) / (float)a.head_dim, a.eps));
 }
 
 __device__ static const float *head_norm(const struct cuda_qkv &a, const struct head_place &place)

@@ -293,6 +293,51 @@ static void expect_same(const char *what, int row, float got, float want)
         FAIL("%s, sequence %d: %.9g, want %.9g", what, row, (double)got, (double)want);
 }
 
+/* GROUP sequences; adapted: of each three one is without an adapter. */
+static void start_group(const struct rig *rig, struct seq *seqs, claas_backend_adapter_t **adapters,
+                        bool adapted)
+{
+    for (int i = 0; i < GROUP; i++) {
+        int32_t blocks[16];
+
+        for (int b = 0; b < 16; b++)
+            blocks[b] = b * GROUP + i;
+        adapters[i] = adapted && i % 3 ? adapter_new(rig, 8 * (i % 3), (uint64_t)i) : NULL;
+        seq_start(rig, &seqs[i], 50 + (uint64_t)i, 3 + 17 * i, blocks, adapters[i]);
+    }
+}
+
+/* LoRA in the launches of the products gives the bits that it has in launches of its own: launched,
+ * captured, replayed. */
+static void test_ways(const char *model)
+{
+    static const int all[GROUP] = {0, 1, 2, 3, 4, 5, 6, 7};
+    float apart[GROUP], other[GROUP];
+    char name[128];
+
+    for (int way = 0; way < 2; way++) {
+        struct seq *seqs = CLAAS_NEW_ARRAY(struct seq, GROUP);
+        claas_backend_adapter_t *adapters[GROUP] = {0};
+        struct rig rig;
+
+        (void)setenv("CLAAS_CUDA_LORA", way == 0 ? "apart" : "", 1);
+        rig = rig_open(model, "bf16", GROUP * 16);
+        start_group(&rig, seqs, adapters, true);
+        for (int round = 0; round < 3; round++) {
+            score(&rig, seqs, all, GROUP, adapters, way == 0 ? apart : other);
+            for (int i = 0; i < GROUP && way == 1; i++)
+                expect_same("beside the products", i, other[i], apart[i]);
+        }
+        for (int i = 0; i < GROUP; i++)
+            rig.ops->adapter_free(rig.backend, &adapters[i]);
+        free(seqs);
+        rig_close(&rig);
+    }
+    (void)unsetenv("CLAAS_CUDA_LORA");
+    (void)snprintf(name, sizeof(name), "LoRA beside the products and apart, %s", model);
+    finish(name);
+}
+
 /* `alone`: also that one row gives the same bits as several, which products must be made for. */
 static void test_neighbours(const char *precision, bool adapted, bool alone)
 {
@@ -303,14 +348,7 @@ static void test_neighbours(const char *precision, bool adapted, bool alone)
     float eight[GROUP], other[GROUP];
     char name[128];
 
-    for (int i = 0; i < GROUP; i++) {
-        int32_t blocks[16];
-
-        for (int b = 0; b < 16; b++)
-            blocks[b] = b * GROUP + i;
-        adapters[i] = adapted && i % 3 ? adapter_new(&rig, 8 * (i % 3), (uint64_t)i) : NULL;
-        seq_start(&rig, &seqs[i], 50 + (uint64_t)i, 3 + 17 * i, blocks, adapters[i]);
-    }
+    start_group(&rig, seqs, adapters, adapted);
     score(&rig, seqs, all, GROUP, adapters, eight);
     for (int round = 0; round < 3; round++) { /* launched, captured, replayed */
         score(&rig, seqs, all, 5, adapters, other);
@@ -665,6 +703,7 @@ int main(void)
     test_graphs("random:tiny-llama", "f32");
     test_graphs("random:tiny-qwen3", "bf16");
     test_neighbours("bf16", true, false);
+    test_ways("random:smollm2-135m");
     test_pieces("random:smollm2-135m", true, 0);
     if (!getenv("CLAAS_TEST_SMALL")) { /* else only what no other test's kernels do */
         test_graphs("random:smollm2-135m", "bf16");
@@ -676,6 +715,7 @@ int main(void)
         test_pieces("random:smollm2-135m", false, 4061);
         test_pieces("random:qwen3-0.6b", false, 0);
         test_fused("random:qwen3-0.6b");
+        test_ways("random:qwen3-0.6b");
     }
     test_fused("random:smollm2-135m");
     test_pool_size();
