@@ -82,10 +82,11 @@ template <int TILES> struct join_shape {
     static const int depth = TILES <= 2 ? 4 : 3;
     static const int end = b + depth * LORA_WARPS * LORA_ITEM;
     static const int lines = end > few_shape<TILES>::bytes ? end : few_shape<TILES>::bytes;
+    static const int steps = LORA_STEPS_IN(lines);
     static const int bytes = lines + (int)sizeof(struct lora_lines);
 
     static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
-    static_assert(2 * sums <= lines && LORA_SHRINK_BYTES <= lines && lines % 16 == 0, "all has");
+    static_assert(2 * sums <= lines && steps >= 8 && lines % 16 == 0, "all has");
 };
 
 /* --- a part of k --- */
@@ -440,7 +441,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
     if (LORA) {
         lora.lines = (struct lora_lines *)(ring + shape::lines / 16);
         if (block < 0) {
-            lora_shrink(args.lora, ring, lora.lines);
+            lora_shrink<join_shape<TILES>::steps>(args.lora, ring, lora.lines);
             return;
         }
         lora.share = lora_share_of(args.lora.args, first_row + rank * (B_ROWS / args.splits),

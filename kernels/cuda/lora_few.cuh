@@ -163,11 +163,11 @@ static __device__ __forceinline__ int lora_used(const struct lora_lines *lines)
 
 /* --- beside a product: S = x A^T --- */
 
-#define LORA_STEPS 8 /* of 32 terms of A in flight in a warp: 8 KB */
-
-/* Shared memory of a block that makes S: the chunks' sums, then each warp's ring. */
-#define LORA_SUMS_BYTES   (CUDA_LORA_PARTS * 16 * LORA_SLAB * 4)
-#define LORA_SHRINK_BYTES (LORA_SUMS_BYTES + LORA_WARPS * LORA_STEPS * 1024)
+/* Shared memory of a block that makes S: the chunks' sums, then each warp's ring of STEPS times 32
+ * terms of A, 1 KB each. With many adapters S waits for memory as the product does, and what a block
+ * has on its way is its share of it: STEPS are as many as fit. */
+#define LORA_SUMS_BYTES          (CUDA_LORA_PARTS * 16 * LORA_SLAB * 4)
+#define LORA_STEPS_IN(bytes)     (((bytes)-LORA_SUMS_BYTES) / (LORA_WARPS * 1024))
 
 /* A slab of a tile, and what a warp of it asks for next: the terms from k on of its chunk. */
 struct lora_feed {
@@ -229,6 +229,7 @@ static __device__ __forceinline__ void lora_ask(struct lora_feed *feed,
 }
 
 /* total = the warp's chunk of a slab; x: the tile's row l / 4, term 8 (l % 4). */
+template <int STEPS>
 static __device__ __forceinline__ void lora_sum_chunk(float (&total)[2][4],
                                                       const struct lora_lines *lines, const bf16 *x,
                                                       int count, int blocks, int begin, int end,
@@ -257,11 +258,11 @@ static __device__ __forceinline__ void lora_sum_chunk(float (&total)[2][4],
                 if (at + 32 * i < from + quarter) {
                     uint4 *piece = ring + *slot * 64;
 
-                    copies_wait_but<LORA_STEPS - 1>();
+                    copies_wait_but<STEPS - 1>();
                     multiply_32(sum[0], low[i], high[i], piece[lane]);
                     multiply_32(sum[1], low[i], high[i], piece[32 + lane]);
                     lora_ask(feed, lines, blocks, begin, end, k, piece);
-                    *slot = (*slot + 1) % LORA_STEPS;
+                    *slot = *slot + 1 < STEPS ? *slot + 1 : 0;
                 }
         }
         for (int n = 0; n < 2; n++)
@@ -297,6 +298,7 @@ static __device__ __forceinline__ void lora_store_slab(const struct lora_join &j
 }
 
 /* A block that makes S: slabs blockIdx.x, + join.blocks, … */
+template <int STEPS>
 static __device__ __forceinline__ void lora_shrink(const struct lora_join &join, void *shared,
                                                    struct lora_lines *lines)
 {
@@ -304,7 +306,7 @@ static __device__ __forceinline__ void lora_shrink(const struct lora_join &join,
     static_assert(16 * LORA_SLAB == LORA_THREADS, "a thread adds up an element");
     const int k = join.args.k, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int begin = warp * lora_chunk_of(k), end = begin + lora_chunk_of(k);
-    uint4 *ring = (uint4 *)((uint8_t *)shared + LORA_SUMS_BYTES) + warp * LORA_STEPS * 64;
+    uint4 *ring = (uint4 *)((uint8_t *)shared + LORA_SUMS_BYTES) + warp * STEPS * 64;
     struct lora_feed feed = {};
     int line = 0, slab = 0, slot = 0;
 
@@ -313,7 +315,7 @@ static __device__ __forceinline__ void lora_shrink(const struct lora_join &join,
     __syncthreads();
     lora_aim(&feed, lines, (int)blockIdx.x, begin, k);
     lora_seek(lines, (int)blockIdx.x, &line, &slab);
-    for (int i = 0; i < LORA_STEPS; i++)
+    for (int i = 0; i < STEPS; i++)
         lora_ask(&feed, lines, join.blocks, begin, end, k, ring + i * 64);
     launch_wait();
     while (line < lora_used(lines)) {
@@ -323,8 +325,8 @@ static __device__ __forceinline__ void lora_shrink(const struct lora_join &join,
         float total[2][4] = {};
 
         if (begin < k)
-            lora_sum_chunk(total, lines, x, now->count, join.blocks, begin, end, k, ring, &slot,
-                           &feed);
+            lora_sum_chunk<STEPS>(total, lines, x, now->count, join.blocks, begin, end, k, ring,
+                                  &slot, &feed);
         lora_store_slab(join, *now, slab, total, (float(*)[16][LORA_SLAB])shared);
         lora_seek(lines, join.blocks, &line, &slab);
     }
