@@ -201,31 +201,6 @@ template <int D> struct query_block {
     } tiles[2];
 };
 
-/* What a warp knows of its rows l / 4 and l / 4 + 8. */
-struct query_rows {
-    int position[2];
-    float lse2[2], delta[2]; /* lse log2 e */
-};
-
-static __device__ __forceinline__ struct query_rows
-query_rows_of(const struct grad_args &args, int first, int first_pos, int row, int used, int head)
-{
-    struct query_rows rows;
-
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int r = row + 8 * half + (int)threadIdx.x % 32 / 4;
-        const bool valid = r < used;
-        const int i = valid ? r / args.group : 0, h = valid ? r - i * args.group : 0;
-        const size_t at = (size_t)(first + i) * args.a.heads + head + h;
-
-        rows.position[half] = first_pos + i;
-        rows.lse2[half] = valid ? args.a.lse[at] * ATTN_LOG2E : 0.0f;
-        rows.delta[half] = valid ? args.delta[at] : 0.0f;
-    }
-    return rows;
-}
-
 /* Adds what one tile of keys, the first at position `key`, gives to the warp's 16 rows. */
 template <int D>
 static __device__ __forceinline__ void
@@ -367,7 +342,7 @@ extern "C" int cuda_attention_bwd(struct cuda_context *context,
     args.group = a->heads / a->kv_heads;
     args.queries = ROWS / args.group;
     args.scale2 = a->scale * ATTN_LOG2E;
-    if (attn_sm90(context))
+    if (context->warpgroups)
         return cuda_attention_bwd_sm90(context, args);
     return a->head_dim == 64 ? launch<64>(context, args) : launch<128>(context, args);
 }

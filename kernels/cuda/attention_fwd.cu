@@ -96,32 +96,13 @@ static __device__ __forceinline__ void attend_begin(struct attend_state<D, MT> &
     }
 }
 
-/* Scores of one row half become exp2(scale2 (s - max)); what was summed before is rescaled. A row
- * that has seen no key keeps -inf, 0, 0. */
+/* The same with what was summed before. */
 template <int D, int NT>
 static __device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&out)[D / 8][4],
                                                     float &max, float &sum, int half, float scale2)
 {
-    float top = max, seen = 0, base = 0, shrink = 0, added = 0;
+    const float shrink = soften(s, max, sum, half, scale2);
 
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-        top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    seen = top == -INFINITY ? 0.0f : top;
-    base = seen * scale2;
-    /* Exactly 1 where the maximum stays: a tile that a row does not see changes nothing. (By fmaf
-     * as below it would be 2 to the rounding error of base.) */
-    shrink = power_of_2((max - seen) * scale2);
-    max = top;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        s[n][2 * half] = power_of_2(fmaf(s[n][2 * half], scale2, -base));
-        s[n][2 * half + 1] = power_of_2(fmaf(s[n][2 * half + 1], scale2, -base));
-        added += s[n][2 * half] + s[n][2 * half + 1];
-    }
-    sum = fmaf(sum, shrink, added);
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
         out[n][2 * half] *= shrink;
@@ -156,13 +137,6 @@ static __device__ __forceinline__ void attend_tile(struct attend_state<D, MT> &s
         as_operand<NT>(p[mt], s[mt]);
     }
     product_nn<D, MT, NT / 2>(state.out, p, v, k_row);
-}
-
-/* The sum over the four lanes of a row. */
-static __device__ __forceinline__ float row_sum(float x)
-{
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 /* --- windows of queries --- */
@@ -618,7 +592,7 @@ template <int D> static int pick(struct cuda_context *context, const struct atte
                             : launch_parts<D, false>(context, args);
     if (err < 0 || (args.a.kv && args.a.longest * args.group <= PART_ROWS))
         return err;
-    if (attn_sm90(context))
+    if (context->warpgroups)
         return cuda_attention_sm90(context, &args.a);
     if (blocks >= 2 * context->multiprocessors)
         return launch_windows<D, 2>(context, args);

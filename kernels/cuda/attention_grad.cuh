@@ -1,5 +1,5 @@
-/* What attention's gradient for any card and the one for sm_90a share: their arguments, and the order
- * in which the queries that see a block of keys are visited. */
+/* What attention's gradient for any card and the one for sm_90a share: their arguments, the order
+ * in which the queries that see a block of keys are visited, what a lane knows of its queries. */
 #ifndef CLAAS_CUDA_ATTENTION_GRAD_CUH
 #define CLAAS_CUDA_ATTENTION_GRAD_CUH
 
@@ -69,6 +69,31 @@ static __device__ __forceinline__ bool walk_masked(const struct grad_args &args,
     if (walk.limit)
         return last >= walk.limit;
     return last > walk.run.pos + walk.tile * args.queries;
+}
+
+/* What a lane knows of its rows l / 4 and l / 4 + 8. */
+struct query_rows {
+    int position[2];
+    float lse2[2], delta[2]; /* lse log2 e */
+};
+
+static __device__ __forceinline__ struct query_rows
+query_rows_of(const struct grad_args &args, int first, int first_pos, int row, int used, int head)
+{
+    struct query_rows rows;
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = row + 8 * half + (int)threadIdx.x % 32 / 4;
+        const bool valid = r < used;
+        const int i = valid ? r / args.group : 0, h = valid ? r - i * args.group : 0;
+        const size_t at = (size_t)(first + i) * args.a.heads + head + h;
+
+        rows.position[half] = first_pos + i;
+        rows.lse2[half] = valid ? args.a.lse[at] * ATTN_LOG2E : 0.0f;
+        rows.delta[half] = valid ? args.delta[at] : 0.0f;
+    }
+    return rows;
 }
 
 #endif

@@ -68,11 +68,8 @@ attn_in_parts(const struct cuda_attention &a, int group, const struct cuda_attn_
     return a.kv && run.count * group <= ATTN_PART_ROWS;
 }
 
-/* Products of warpgroups, in place of mma.sync: not for the parts of decoding. The tiled calls. */
-static inline bool attn_sm90(const struct cuda_context *context)
-{
-    return context->arch == 90;
-}
+/* By products of warpgroups, in place of mma.sync: what attn_tiled takes, where
+ * context->warpgroups, and not the parts of decoding. */
 int cuda_attention_sm90(struct cuda_context *context, const struct cuda_attention *args);
 
 /* The arguments that both paths refuse. */

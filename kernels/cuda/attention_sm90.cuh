@@ -39,12 +39,6 @@ static __device__ __forceinline__ int wide_window(const struct wide_order &order
     return round * order.period + order.period - 1 - at;
 }
 
-/* Ends a group of copies. */
-static __device__ __forceinline__ void wide_close(void)
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
 /* All copies but those of the last PENDING groups (0: and those of no group yet) are there for the
  * products of all threads. */
 template <int PENDING> static __device__ __forceinline__ void wide_arrived(void)
@@ -164,13 +158,6 @@ static __device__ __forceinline__ void wide_store(bf16 *base, size_t ld, int fir
             *(uint4 *)(base + (size_t)(first + i) * ld + (size_t)(h * D + chunk * 8)) =
                 *(const uint4 *)(tile + wgmma_place<ROWS>(r, chunk));
     }
-}
-
-/* The sum over the four lanes of a row. */
-static __device__ __forceinline__ float lanes4_sum(float x)
-{
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 #endif

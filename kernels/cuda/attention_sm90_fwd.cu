@@ -3,17 +3,17 @@
  *   S = scale Q K^T, P = softmax of each row of S, O = P V, lse = log sum exp of S's row
  *
  * A block takes 64 or 128 rows (one or two warpgroups of 64) of one kv head: a window of 64 WG /
- * group queries of the pack, with all heads of the group side by side. Keys come in tiles of 128,
+ * group queries of the pack, with all heads of the group side by side. Keys come in tiles of 64,
  * keys and values in two stages each, by cp.async. The order of a tile's work:
  *
- *   S of the next tile is asked for, then O += P V of this one; while the second runs, the first is
- *   turned into probabilities (online softmax); then O is rescaled
+ *   S of the next tile is asked for; while it runs, this tile's S become probabilities (online
+ *   softmax) and O is rescaled; then O += P V
  *
  * so that a warpgroup's exponentials hide behind its own products. Shared memory for D = 128, WG =
- * 2: Q 32 KB, 2 x (K, V) 128 KB; registers: O 64, S 64, P 32.
+ * 2: Q 32 KB, 2 x (K, V) 64 KB; registers: O 64, S 2 x 32, P 16.
  *
  * A row's result depends on its run alone, as in attention_fwd.cu; the tiles begin at multiples of
- * 128 positions. Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2. */
+ * 64 positions. Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2. */
 #include "cuda/attention_sm90.cuh"
 #include "cuda/launch.cuh"
 
@@ -37,32 +37,6 @@ template <int D, int WG> struct wide_shared {
     bf16 q[64 * WG * D];
     bf16 k[2][KEYS * D], v[2][KEYS * D];
 };
-
-/* Scores of one row half become exp2(scale2 (s - max)). Returns what earlier sums are multiplied
- * by: exactly 1 where the maximum stays. */
-static __device__ __forceinline__ float soften(float (&s)[KEYS / 8][4], float &max, float &sum,
-                                               int half, float scale2)
-{
-    float top = max, seen, base, shrink, added = 0;
-
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
-        top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    seen = top == -INFINITY ? 0.0f : top;
-    base = seen * scale2;
-    shrink = power_of_2((max - seen) * scale2);
-    max = top;
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-        s[n][2 * half] = power_of_2(fmaf(s[n][2 * half], scale2, -base));
-        s[n][2 * half + 1] = power_of_2(fmaf(s[n][2 * half + 1], scale2, -base));
-        added += s[n][2 * half] + s[n][2 * half + 1];
-    }
-    sum = fmaf(sum, shrink, added);
-    return shrink;
-}
 
 /* Masks the scores of the tile whose first key is at position `key` and makes them probabilities. */
 template <int D>
@@ -197,7 +171,7 @@ store_result(const struct wide_args &args, struct wide_state<D> &state, bf16 *q,
 {
     const struct cuda_attention &a = args.a;
     const int lane = (int)threadIdx.x % 32, r = row + lane / 4;
-    const float low = lanes4_sum(state.sum[0]), high = lanes4_sum(state.sum[1]);
+    const float low = row_sum(state.sum[0]), high = row_sum(state.sum[1]);
 
     if (a.lse && lane % 4 == 0) {
         if (r < used)
@@ -239,11 +213,11 @@ attend_segment(const struct wide_args &args, const struct cuda_attn_run &run, in
     wide_rows<D, rows, threads>(shared->q, (const bf16 *)a.qkv + (size_t)head * D, (size_t)a.ldqkv,
                                 first, count, args.group, wide_inverse(args.group));
     wide_keys<D, KEYS, threads>(shared->k[0], keys, keys.k, 0, last);
-    wide_close();
+    copies_commit();
     if (last >= KEYS)
         wide_keys<D, KEYS, threads>(shared->k[1], keys, keys.k, KEYS, last);
     wide_keys<D, KEYS, threads>(shared->v[0], keys, keys.v, 0, last);
-    wide_close();
+    copies_commit();
     walk_keys<D, WG>(walk, state);
     store_result<D, WG>(args, state, shared->q, row, first, head, used);
     __syncthreads();

@@ -234,9 +234,16 @@ int cuda_find_device(void)
     return claas_fail(CLAAS_ERR_UNSUPPORTED, "no usable CUDA device: %s", cudaGetErrorString(code));
 }
 
+#define PROBE_MARK 1024
+
 /* The device must be new enough, and this binary must have code for it. */
 static __global__ void probe_kernel(void)
 {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    __shared__ volatile int mark[PROBE_MARK]; /* nobody launches it: its size says what code this is */
+
+    mark[threadIdx.x] = 0;
+#endif
 }
 
 static int check_device(struct cuda_context *context)
@@ -271,6 +278,7 @@ static int check_device(struct cuda_context *context)
      * clusters, no waiting for the kernel before. All files are compiled for the same kinds. */
     if (attributes.ptxVersion >= OLDEST_ARCH && attributes.ptxVersion < context->arch)
         context->arch = attributes.ptxVersion;
+    context->warpgroups = attributes.sharedSizeBytes >= PROBE_MARK * sizeof(int);
     context->early = context->arch >= 90 && !(early && strcmp(early, "0") == 0);
     context->fuse = !(fuse && strcmp(fuse, "0") == 0);
     return 0;

@@ -45,12 +45,13 @@ struct cuda_context {
     int ordinal;
     int arch; /* 80, 86, 90, …: of the card, or of the code that it runs where that is older */
     int multiprocessors;
-    bool early;    /* kernels may begin before the one before them ends (launch.cuh): sm_90, and
-                      CLAAS_CUDA_EARLY is not 0 */
-    bool fuse;     /* operations of few rows are done within those that read what they make, where
-                      that pays: CLAAS_CUDA_FUSE is not 0 */
-    size_t memory; /* bytes of the card, or the limit where that is lower */
-    char name[64]; /* "NVIDIA H100 80GB HBM3" */
+    bool early;      /* kernels may begin before the one before them ends (launch.cuh): sm_90, and
+                        CLAAS_CUDA_EARLY is not 0 */
+    bool warpgroups; /* the card runs code of sm_90a, which alone has products of warpgroups */
+    bool fuse;       /* attention of few decoded rows finishes their q, k and v itself:
+                        CLAAS_CUDA_FUSE is not 0 */
+    size_t memory;   /* bytes of the card, or the limit where that is lower */
+    char name[64];   /* "NVIDIA H100 80GB HBM3" */
     enum cuda_type act;
     size_t act_bytes;
     cudaStream_t stream;

@@ -84,6 +84,9 @@ struct cuda_lora {
     float *sums;     /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
     uint32_t *turns; /* few, beside the product: device [2], zero between launches */
 };
+/* The few ways read the lists of rows and the adapters before launch_wait: whoever wrote those must
+ * have been followed by a copy to the device on the stream, as at the beginning of every pass. */
+
 /* S = x A^T */
 int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 /* y += S (sB)^T */

@@ -19,8 +19,8 @@
 
 #define WARPS   4
 #define THREADS (32 * WARPS)
-#define SLAB    16  /* rows of A at a time */
-#define AHEAD   4   /* times 32 terms in flight in a warp */
+#define SLAB    LORA_SLAB
+#define AHEAD   LORA_AHEAD
 #define COLUMNS 128 /* rows of B of a block */
 #define S_LD    (CLAAS_RANK_MAX + 8)
 

@@ -127,9 +127,8 @@ lora_read_line(struct lora_line *line, const struct lora_args &args, int t, int 
 }
 
 /* By all threads, the last warps doing it, since the first ones ask for the product's rows; a
- * barrier makes the list everybody's. The pack's description and the adapters
- * were written before a copy to the device, which no early start overtakes: they may be read before
- * launch_wait. */
+ * barrier makes the list everybody's. The pack's description and the adapters were written before a
+ * copy to the device, which no early start overtakes: they may be read before launch_wait. */
 static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
                                                  const struct lora_args &args, int module)
 {
@@ -451,6 +450,8 @@ static __device__ __forceinline__ void lora_ask_s(const struct lora_args &args,
     }
 }
 
+#define LORA_POLLS_MAX (1u << 26) /* of one waiting thread: half a minute and more */
+
 /* The number of the product's last block among them. */
 static __device__ __forceinline__ unsigned lora_last(const struct lora_join &join)
 {
@@ -464,14 +465,16 @@ static __device__ __forceinline__ unsigned lora_await(const struct lora_join &jo
                                                       const struct lora_lines *lines)
 {
     const unsigned slabs = (unsigned)(lines->slabs[0] + lines->slabs[1]);
-    unsigned made;
+    unsigned made, polls = 0;
 
     do
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
                      : "=r"(made)
                      : "l"(__cvta_generic_to_global(join.turns))
                      : "memory");
-    while (made < slabs);
+    while (made < slabs && ++polls < LORA_POLLS_MAX);
+    if (made < slabs)
+        __trap(); /* ends the context: an error instead of a grid that never does */
     return atomicInc(&join.turns[1], lora_last(join));
 }
 

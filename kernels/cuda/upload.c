@@ -177,7 +177,7 @@ static void fill_runs(const struct claas_pack *pack, struct cuda_attn_run *runs,
     }
 }
 
-/* Query rows that see some key of the pack's rows first … end-1. */
+/* Query rows that may see some key of the pack's rows first … end-1. */
 static int64_t queries_of_keys(const struct claas_pack *pack, const struct cuda_attn_run *runs,
                                const int32_t *children, int first, int end)
 {

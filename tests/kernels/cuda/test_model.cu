@@ -593,8 +593,10 @@ static void test_context(void)
 
     check_open(CUDA_TYPE_BF16, &context);
     check_begin("context");
-    printf("device: %s, code for compute capability %d.%d, %d multiprocessors, %zu MiB\n", context.name,
-           context.arch / 10, context.arch % 10, context.multiprocessors, context.memory >> 20);
+    printf("device: %s, code for compute capability %d.%d%s, %d multiprocessors, %zu MiB\n",
+           context.name, context.arch / 10, context.arch % 10,
+           context.warpgroups ? " with products of warpgroups" : "", context.multiprocessors,
+           context.memory >> 20);
     before = context.bytes;
     check_rc(cuda_region_new(&context, &region, sizeof(bytes), "a test"), "cuda_region_new");
     check_cuda(cudaMemcpy(bytes, region.base, sizeof(bytes), cudaMemcpyDeviceToHost), "region");
