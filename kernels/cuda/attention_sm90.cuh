@@ -4,7 +4,6 @@
 #define CLAAS_CUDA_ATTENTION_SM90_CUH
 
 #include "cuda/attention_tiles.cuh"
-#include "cuda/wgmma.cuh"
 
 /* The order in which windows of queries are taken: the longest walks first, because a block that
  * begins one last is waited for by the whole card. Runs of a pack are often equally long, so windows at one
@@ -120,43 +119,6 @@ static __device__ __forceinline__ void wide_rows(bf16 *tile, const bf16 *base, s
         const int i = valid ? r * inverse >> 16 : 0, h = valid ? r - i * group : 0;
 
         copy_16(to + j * share::step * 64, base + (size_t)i * ld + (size_t)(h * D), valid);
-    }
-}
-
-/* Puts this warp's result (16 x D) into rows `row` … of a tile that no other warp uses any more,
- * elements 0, 1 times low, 2, 3 times high. */
-template <int D, int ROWS>
-static __device__ __forceinline__ void wide_stage(bf16 *tile, int row, const float (&c)[D / 8][4],
-                                                  float low, float high)
-{
-    const int lane = (int)threadIdx.x % 32, r = row + lane / 4, within = 2 * (lane % 4);
-
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-        *(uint32_t *)(tile + wgmma_place<ROWS>(r, n) + within) =
-            pack_pair(c[n][0] * low, c[n][1] * low);
-        *(uint32_t *)(tile + wgmma_place<ROWS>(r + 8, n) + within) =
-            pack_pair(c[n][2] * high, c[n][3] * high);
-    }
-}
-
-/* Writes the warp's rows row … row+15 of a tile, those below `rows`, to the places that wide_rows
- * reads. */
-template <int D, int ROWS>
-static __device__ __forceinline__ void wide_store(bf16 *base, size_t ld, int first, int group,
-                                                  const bf16 *tile, int row, int rows)
-{
-    constexpr int chunks = D / 8, step = 32 / chunks;
-    const int lane = (int)threadIdx.x % 32, chunk = lane % chunks;
-
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 16; j += step) {
-        const int r = row + j + lane / chunks, i = r / group, h = r - i * group;
-
-        if (r < rows)
-            *(uint4 *)(base + (size_t)(first + i) * ld + (size_t)(h * D + chunk * 8)) =
-                *(const uint4 *)(tile + wgmma_place<ROWS>(r, chunk));
     }
 }
 

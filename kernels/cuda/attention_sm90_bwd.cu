@@ -185,10 +185,10 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
     wgmma_settle(dk);
     wgmma_settle(dv);
     __syncthreads();
-    wide_stage<D, ROWS>(shared->k, row, dk, a.scale, a.scale);
-    wide_store<D, ROWS>(args.dqkv + k_at, ld, key_row, 1, shared->k, row, count);
-    wide_stage<D, ROWS>(shared->v, row, dv, 1, 1);
-    wide_store<D, ROWS>(args.dqkv + v_at, ld, key_row, 1, shared->v, row, count);
+    stage_rows<D, ROWS>(shared->k, row, dk, a.scale, a.scale);
+    store_rows<D, ROWS>(args.dqkv + k_at, ld, key_row, 1, shared->k, row, count);
+    stage_rows<D, ROWS>(shared->v, row, dv, 1, 1);
+    store_rows<D, ROWS>(args.dqkv + v_at, ld, key_row, 1, shared->v, row, count);
     __syncthreads();
 }
 
@@ -291,8 +291,8 @@ grad_queries_segment(const struct grad_args &args, const struct cuda_attn_run &r
     wgmma_wait<0>();
     wgmma_settle(dq);
     __syncthreads();
-    wide_stage<D, ROWS>(shared->q, row, dq, a.scale, a.scale);
-    wide_store<D, ROWS>(args.dqkv + (size_t)head * D, (size_t)a.ldqkv, first, args.group, shared->q,
+    stage_rows<D, ROWS>(shared->q, row, dq, a.scale, a.scale);
+    store_rows<D, ROWS>(args.dqkv + (size_t)head * D, (size_t)a.ldqkv, first, args.group, shared->q,
                         row, used);
     __syncthreads();
 }

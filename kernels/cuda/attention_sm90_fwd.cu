@@ -181,8 +181,8 @@ store_result(const struct wide_args &args, struct wide_state<D> &state, bf16 *q,
             a.lse[(size_t)(first + (r + 8) / args.group) * a.heads + head + (r + 8) % args.group] =
                 state.max[1] * a.scale + logf(high);
     }
-    wide_stage<D, 64 * WG>(q, row, state.out, 1.0f / low, 1.0f / high);
-    wide_store<D, 64 * WG>((bf16 *)a.out + (size_t)head * D, (size_t)(a.heads * D), first,
+    stage_rows<D, 64 * WG>(q, row, state.out, 1.0f / low, 1.0f / high);
+    store_rows<D, 64 * WG>((bf16 *)a.out + (size_t)head * D, (size_t)(a.heads * D), first,
                            args.group, q, row, used);
 }
 

@@ -16,6 +16,7 @@
 
 #include "cuda/attention_internal.h"
 #include "cuda/mma.cuh"
+#include "cuda/wgmma.cuh"
 
 #define ATTN_WARPS   4
 #define ATTN_THREADS (32 * ATTN_WARPS)
@@ -43,10 +44,11 @@ static __device__ __forceinline__ float power_of_2(float x)
 
 /* --- tiles --- */
 
-/* Element of chunk `chunk` (8 elements) of a row. */
-template <int D> static __device__ __forceinline__ int place(int row, int chunk)
+/* Element of chunk `chunk` (8 elements) of a row. PANEL: rows of a tile that lies in panels of 64
+ * columns (wgmma.cuh); 0: of one whose rows lie whole. */
+template <int D, int PANEL = 0> static __device__ __forceinline__ int place(int row, int chunk)
 {
-    return row * D + ((chunk ^ (row & 7)) << 3);
+    return PANEL > 0 ? wgmma_place<PANEL>(row, chunk) : row * D + ((chunk ^ (row & 7)) << 3);
 }
 
 /* Starts the copy of the keys and values at positions first … first+63; zeros beyond `last`, which
@@ -155,7 +157,7 @@ static __device__ __forceinline__ void as_operand(uint32_t (&a)[NT / 2][4], cons
 
 /* Puts this warp's result (16 x D) into rows `row` … of a tile that no other warp uses, element 0,
  * 1 times low, 2, 3 times high. */
-template <int D>
+template <int D, int PANEL = 0>
 static __device__ __forceinline__ void stage_rows(bf16 *tile, int row, const float (&c)[D / 8][4],
                                                   float low, float high)
 {
@@ -163,15 +165,16 @@ static __device__ __forceinline__ void stage_rows(bf16 *tile, int row, const flo
 
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
-        *(uint32_t *)(tile + place<D>(r, n) + within) = pack_pair(c[n][0] * low, c[n][1] * low);
-        *(uint32_t *)(tile + place<D>(r + 8, n) + within) =
+        *(uint32_t *)(tile + place<D, PANEL>(r, n) + within) =
+            pack_pair(c[n][0] * low, c[n][1] * low);
+        *(uint32_t *)(tile + place<D, PANEL>(r + 8, n) + within) =
             pack_pair(c[n][2] * high, c[n][3] * high);
     }
 }
 
 /* Writes the warp's rows row … row+15 of a tile, those below `rows`, to the places that
  * load_queries reads. */
-template <int D>
+template <int D, int PANEL = 0>
 static __device__ __forceinline__ void store_rows(bf16 *base, size_t ld, int first, int group,
                                                   const bf16 *tile, int row, int rows)
 {
@@ -185,7 +188,7 @@ static __device__ __forceinline__ void store_rows(bf16 *base, size_t ld, int fir
 
         if (r < rows)
             *(uint4 *)(base + (size_t)(first + i) * ld + (size_t)(h * D + chunk * 8)) =
-                *(const uint4 *)(tile + place<D>(r, chunk));
+                *(const uint4 *)(tile + place<D, PANEL>(r, chunk));
     }
 }
 
