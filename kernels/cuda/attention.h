@@ -1,7 +1,7 @@
 /* Causal attention with grouped queries, over packed rows (training) or over paged keys and values
  * (serving). All pointers are device pointers, but for the counts. head_dim 64 or 128 in bfloat16
  * on tensor cores; any multiple of 16 up to 256, and float32, by a plain kernel. Softmax in
- * float32, P rounded to act for the product with V. Deterministic: no atomics but on counts. */
+ * float32, P rounded to act for the product with V. Deterministic: no atomics. */
 #ifndef CLAAS_CUDA_ATTENTION_H
 #define CLAAS_CUDA_ATTENTION_H
 
@@ -48,9 +48,6 @@ struct cuda_attention {
      * 0 */
     void *scratch;
     size_t scratch_bytes;
-    /* likewise: how many parts are there, [run][kv head]; zero before the call and after it. A
-     * kernel that does not get there has faulted, and the context is lost with it. */
-    int32_t *counts;
     /* decoding, or NULL: cuda_qkv_finish has not been called for this pass's rows and is done here,
      * but for q|k|v itself, which keeps what the product left. Each run is one row, and reads no
      * block that another row of the pass writes. */

@@ -17,13 +17,12 @@
  *   every tile with all 16 rows, and the warps' results are joined at the end. 68 KB, three blocks
  *   on an SM. The grid is as large as the chip holds and walks over (part, run, kv head).
  *
- *   Whichever block stores the last part of a (run, kv head) joins them, in the parts' order: the
- *   counts that tell it are integers, and it is the one that makes them zero again.
- *
  *   In decoding of few rows (cuda_attention.finish) it also does what qkv_finish would: each block
  *   normalises and rotates its queries, and the one whose part holds the row's own position makes
  *   that key and value, for its tile and for the cache. All other keys are of earlier passes, so
  *   that the first tile is fetched before the q|k|v product is done.
+ *
+ * join_parts: one warp per row and head joins the parts in order.
  *
  * Which kernel takes a run, and its parts, follow from that run alone, and rows of a tile do not
  * mix: a row's result never depends on what else is in the pass.
@@ -36,7 +35,6 @@
 #define PART_ROWS ATTN_PART_ROWS
 #define PART_KEYS 128 /* at least */
 #define PARTS_MAX 32
-#define JOIN_AHEAD 8 /* parts of a row on their way while they are joined */
 /* Rows up to which attend_part finishes q, k and v itself. The launch saved, and keys that need not
  * wait for it, are some 3 us a layer; every part of a row pays its queries again, about 0.3 us more
  * than fetching them, and items are five deep on the card at 8 rows of 4,096 positions. Prediction. */
@@ -389,86 +387,7 @@ attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run,
     }
     __syncthreads();
     join_warps<D>(args, run, run_index, g, part, parts == 1, out, stats);
-    __syncthreads(); /* `shared` is free, and the part is stored (is_last) */
-}
-
-/* Whether this block has stored the last of the parts that are joined; a barrier lies between that
- * and here. `count`: of the parts that are there, 0 between launches. A fence counts for what the
- * barriers before and behind it order, so one thread's will do. */
-static __device__ __forceinline__ bool is_last(int32_t *count, int parts)
-{
-    bool last = false;
-
-    if (threadIdx.x == 0) {
-        __threadfence(); /* the block's part is seen by whoever sees the count */
-        last = atomicAdd(count, 1) == parts - 1;
-        if (last) {
-            *count = 0;
-            __threadfence(); /* and the others' parts by this block */
-        }
-    }
-    return __syncthreads_or(last);
-}
-
-/* The parts of a row that are read at a time; past the first-level cache, since other blocks have
- * written them. */
-template <int D>
-static __device__ __forceinline__ void read_parts(float (&out)[JOIN_AHEAD][D / 32],
-                                                  const struct attend_args &args, size_t slot,
-                                                  int parts)
-{
-#pragma unroll
-    for (int i = 0; i < JOIN_AHEAD; i++)
-#pragma unroll
-        for (int j = 0; j < D / 32; j++)
-            out[i][j] = i < parts ? __ldcg(args.part_out +
-                                           (slot + (size_t)i * (size_t)args.part_rows) * D +
-                                           threadIdx.x % 32 + 32 * j)
-                                  : 0.0f;
-}
-
-/* A run's rows of one kv head from their parts in order, a warp a row. */
-template <int D>
-static __device__ __forceinline__ void join_parts(const struct attend_args &args,
-                                                  const struct cuda_attn_run &run, int run_index,
-                                                  int g, int parts)
-{
-    const int lane = (int)threadIdx.x % 32;
-
-    for (int r = (int)threadIdx.x / 32; r < run.count * args.group; r += ATTN_WARPS) {
-        float2 own = make_float2(-INFINITY, 0);
-        float out[JOIN_AHEAD][D / 32], value[D / 32] = {}, max = 0, weight = 0, sum = 0;
-        const size_t at = row_head(args, run, g, r);
-
-        if (lane < parts)
-            own = __ldcg(&args.part_stats[part_slot(args, run_index, g, lane, r)]);
-        read_parts<D>(out, args, part_slot(args, run_index, g, 0, r), parts);
-        max = own.x;
-        for (int step = 16; step > 0; step /= 2)
-            max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
-        weight = power_of_2((own.x - max) * args.scale2);
-        for (int part = 0; part < parts; part += JOIN_AHEAD) {
-            if (part > 0)
-                read_parts<D>(out, args, part_slot(args, run_index, g, part, r), parts - part);
-#pragma unroll
-            for (int i = 0; i < JOIN_AHEAD; i++) {
-                const float w = __shfl_sync(0xffffffffu, weight, part + i);
-
-                if (part + i >= parts) /* for the whole warp */
-                    break;
-                sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part + i), sum);
-#pragma unroll
-                for (int j = 0; j < D / 32; j++)
-                    value[j] = fmaf(w, out[i][j], value[j]);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < D / 32; j++)
-            ((bf16 *)args.a.out)[at * D + lane + 32 * j] =
-                __float2bfloat16_rn(value[j] * (1.0f / sum));
-        if (args.a.lse && lane == 0)
-            args.a.lse[at] = max * args.a.scale + logf(sum);
-    }
+    __syncthreads();
 }
 
 /* FINISH: what describes the pass (runs, block numbers) and earlier keys are there before its first
@@ -488,12 +407,51 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
         const struct cuda_attn_run run = args.a.runs[run_index];
         const int parts = parts_of(args, run);
 
-        if (part >= parts)
-            continue;
-        attend_one_part<D, FINISH>(args, run, run_index, g, part, parts, shared);
-        if (parts > 1 && is_last(args.a.counts + run_index * args.a.kv_heads + g, parts))
-            join_parts<D>(args, run, run_index, g, parts);
+        if (part < parts)
+            attend_one_part<D, FINISH>(args, run, run_index, g, part, parts, shared);
     }
+}
+
+template <int D>
+static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct attend_args args)
+{
+    const int lane = (int)threadIdx.x % 32;
+    const int item = (int)(blockIdx.x * ATTN_WARPS + threadIdx.x / 32);
+    const int r = item % args.part_rows, rest = item / args.part_rows;
+    const int g = rest % args.a.kv_heads, run_index = rest / args.a.kv_heads;
+    float2 own = make_float2(-INFINITY, 0);
+    float max = 0, weight = 0, sum = 0, value[D / 32] = {};
+    struct cuda_attn_run run;
+    int parts = 0;
+
+    launch_next();
+    if (run_index >= args.a.run_count)
+        return;
+    launch_wait();
+    run = args.a.runs[run_index];
+    parts = parts_of(args, run);
+    if (parts <= 1 || r >= run.count * args.group)
+        return;
+    if (lane < parts)
+        own = args.part_stats[part_slot(args, run_index, g, lane, r)];
+    max = own.x;
+    for (int step = 16; step > 0; step /= 2)
+        max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+    weight = power_of_2((own.x - max) * args.scale2);
+    for (int part = 0; part < parts; part++) {
+        const float w = __shfl_sync(0xffffffffu, weight, part);
+        const float *out = args.part_out + part_slot(args, run_index, g, part, r) * D;
+
+        sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part), sum);
+#pragma unroll
+        for (int j = 0; j < D / 32; j++)
+            value[j] = fmaf(w, out[lane + 32 * j], value[j]);
+    }
+    for (int j = 0; j < D / 32; j++)
+        ((bf16 *)args.a.out)[row_head(args, run, g, r) * D + lane + 32 * j] =
+            __float2bfloat16_rn(value[j] * (1.0f / sum));
+    if (args.a.lse && lane == 0)
+        args.a.lse[row_head(args, run, g, r)] = max * args.a.scale + logf(sum);
 }
 
 /* --- host --- */
@@ -571,12 +529,18 @@ static int launch_parts(struct cuda_context *context, const struct attend_args &
     const size_t bytes = (size_t)(PART_ROWS + 4 * ATTN_KEYS + (FINISH ? 2 : 0)) * D * sizeof(bf16);
     const int resident = 3 * context->multiprocessors;
     const int grid = args.items < resident ? args.items : resident;
-    const int err = allow_shared(context, attend_part<D, FINISH>, bytes, &ready);
+    const int rows = args.a.run_count * args.a.kv_heads * args.part_rows;
+    int err = allow_shared(context, attend_part<D, FINISH>, bytes, &ready);
 
     if (err < 0)
         return err;
-    return launch(context, "attention in parts", attend_part<D, FINISH>, dim3((unsigned)grid),
-                  dim3(ATTN_THREADS), bytes, args);
+    err = launch(context, "attention in parts", attend_part<D, FINISH>, dim3((unsigned)grid),
+                 dim3(ATTN_THREADS), bytes, args);
+    if (err < 0 || args.parts_max == 1)
+        return err;
+    return launch(context, "attention in parts", join_parts<D>,
+                  dim3((unsigned)((rows + ATTN_WARPS - 1) / ATTN_WARPS)), dim3(ATTN_THREADS), 0,
+                  args);
 }
 
 /* Tiles of 128 rows halve the traffic of keys through shared memory; 64 where those would leave
@@ -614,8 +578,6 @@ static int place_parts(struct attend_args *args)
     if (need > (a->scratch ? a->scratch_bytes : 0))
         return claas_fail(CLAAS_ERR_INTERNAL, "attention: %zu bytes of scratch, %zu are needed",
                           a->scratch ? a->scratch_bytes : (size_t)0, need);
-    if (args->parts_max > 1 && !a->counts)
-        return claas_fail(CLAAS_ERR_INTERNAL, "attention: parts without their counts");
     args->part_stats = (float2 *)a->scratch;
     args->part_out = (float *)(args->part_stats + (size_t)args->items * (size_t)args->part_rows);
     return 0;

@@ -77,8 +77,6 @@ static void place(claas_backend_t *backend, struct cuda_arena *arena)
     space->pass.split_bytes = cuda_attention_scratch_bytes(c->heads, c->kv_heads, c->head_dim,
                                                            most_runs(backend), (int)m, c->context);
     space->pass.splits = cuda_take(arena, space->pass.split_bytes);
-    space->pass.split_counts =
-        cuda_take(arena, (size_t)most_runs(backend) * (size_t)c->kv_heads * sizeof(int32_t));
     cuda_place_infer(backend, arena, (int)m, (int)m, &space->pass, &space->infer);
     space->hidden = cuda_take(arena, m * (size_t)c->hidden * backend->context.act_bytes);
     space->logits = cuda_take(arena, (size_t)space->logits_rows * vocab * sizeof(float));

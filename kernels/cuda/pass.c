@@ -187,7 +187,6 @@ struct cuda_attention cuda_attention_args(const struct cuda_pass *pass, int laye
         .tables = pack->tables,
         .scratch = pass->splits,
         .scratch_bytes = pass->split_bytes,
-        .counts = pass->split_counts,
     };
 }
 

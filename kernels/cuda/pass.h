@@ -85,8 +85,7 @@ struct cuda_pass {
     uint32_t *lora_turns;  /* [2], see cuda_lora: serving only */
     void *splits;          /* scratch of attention: serving only */
     size_t split_bytes;
-    int32_t *split_counts; /* likewise: zero between passes */
-    uint8_t *kv;           /* serving: block 0 of layer 0 */
+    uint8_t *kv; /* serving: block 0 of layer 0 */
     size_t kv_layer_bytes;
     claas_yield_fn *yield;
     void *yield_arg;

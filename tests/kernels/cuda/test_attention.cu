@@ -286,23 +286,6 @@ static check_buffer backwards_order(int m)
     return buffer_of(order);
 }
 
-/* Of parts, for a call: zeros. */
-static check_buffer counts_new(const runs *r)
-{
-    return buffer_of(std::vector<int32_t>(r->list.size() * (size_t)r->kv_heads));
-}
-
-static void check_counts(const runs *r, const check_buffer *counts)
-{
-    std::vector<int32_t> now(r->list.size() * (size_t)r->kv_heads);
-
-    check_download(counts, now.data());
-    for (size_t i = 0; i < now.size(); i++)
-        if (now[i] != 0)
-            check_fail("run %zu, kv head %zu: %d parts are counted after the call",
-                       i / (size_t)r->kv_heads, i % (size_t)r->kv_heads, now[i]);
-}
-
 static results run_device(cuda_context *context, runs *r, const data *x, float scale)
 {
     check_array qkv = check_copy_of(x->type, x->qkv.data(), x->qkv.size());
@@ -313,7 +296,7 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
     check_array dqkv = check_blank(x->type, x->qkv.size());
     check_buffer row_run = buffer_of(r->row_run), children = buffer_of(r->children), list,
                  tables = {};
-    check_buffer scratch = {}, counts = {};
+    check_buffer scratch = {};
     check_array kv = {};
     struct cuda_attention args = {};
     results got;
@@ -330,8 +313,6 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
             r->heads, r->kv_heads, r->d, (int)r->list.size(), r->longest, r->furthest);
         scratch = check_buffer_new(args.scratch_bytes);
         args.scratch = scratch.data;
-        counts = counts_new(r);
-        args.counts = (int32_t *)counts.data;
     }
     list = buffer_of(r->list);
     args.heads = r->heads;
@@ -368,8 +349,6 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
         check_free(&kv, "kv");
         check_buffer_free(&tables, "tables");
         check_buffer_free(&scratch, "scratch");
-        check_counts(r, &counts);
-        check_buffer_free(&counts, "counts");
     }
     check_free(&qkv, "qkv");
     check_free(&dout, "dout");
@@ -632,11 +611,8 @@ static void test_refusals(cuda_context *context)
     args.kv = args.scratch = (void *)4096; /* never read */
     args.scratch_bytes = (size_t)1 << 30;
     args.ldqkv = 384;
-    if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL)
-        check_fail("parts without their counts");
     finish.kv = (void *)4096;
     args.finish = &finish;
-    args.counts = (int32_t *)4096;
     args.m = args.run_count = 8;
     if (!cuda_attention_finishes(context, &args))
         check_fail("8 rows are not finished");
@@ -705,8 +681,6 @@ static timed timed_new(runs *r)
         a->scratch_bytes = cuda_attention_scratch_bytes(r->heads, r->kv_heads, r->d, a->run_count,
                                                         r->longest, r->furthest);
         a->scratch = timed_array(&t, a->scratch_bytes);
-        t.buffers.push_back(counts_new(r));
-        a->counts = (int32_t *)t.buffers.back().data;
     } else {
         a->lse = (float *)timed_array(&t, m * (size_t)r->heads * sizeof(float));
         t.bwd.children = timed_copy(&t, r->children);
@@ -751,7 +725,7 @@ static finished run_finished(cuda_context *context, const unfinished *u, bool it
     check_array kv = check_copy_of(CUDA_TYPE_BF16, u->blocks.data(), u->blocks.size());
     check_array out = check_blank(CUDA_TYPE_BF16, u->x->dout.size());
     check_buffer list = buffer_of(r->list), row_run = buffer_of(r->row_run);
-    check_buffer tables = buffer_of(u->numbers), counts = counts_new(r), scratch = {};
+    check_buffer tables = buffer_of(u->numbers), scratch = {};
     struct cuda_qkv finish = u->args;
     struct cuda_attention args = {};
     finished got;
@@ -777,7 +751,6 @@ static finished run_finished(cuda_context *context, const unfinished *u, bool it
                                                       r->longest, r->furthest);
     scratch = check_buffer_new(args.scratch_bytes);
     args.scratch = scratch.data;
-    args.counts = (int32_t *)counts.data;
     args.finish = itself ? &finish : NULL;
     if (itself && !cuda_attention_finishes(context, &args))
         check_fail("%d rows are not finished by attention", r->m);
@@ -787,14 +760,12 @@ static finished run_finished(cuda_context *context, const unfinished *u, bool it
     got.out = taken(&out);
     got.qkv = taken(&qkv);
     got.kv = taken(&kv);
-    check_counts(r, &counts);
     check_free(&qkv, "qkv");
     check_free(&kv, "kv");
     check_free(&out, "out");
     check_buffer_free(&list, "runs");
     check_buffer_free(&row_run, "row_run");
     check_buffer_free(&tables, "tables");
-    check_buffer_free(&counts, "counts");
     check_buffer_free(&scratch, "scratch");
     return got;
 }
@@ -886,8 +857,7 @@ static void test_finished(cuda_context *context, shape s)
 
 /* --- parts --- */
 
-/* The last block of a run joins its parts: again and again with the same scratch and counts,
- * launched, then replayed in a graph beside a call of fewer parts; always the first call's bits. */
+/* Parts are joined again and again with the same scratch: launched, then replayed in a graph beside a call of fewer parts; always the first call's bits. */
 static void test_joined(cuda_context *context, shape s)
 {
     const int rounds = 20;
@@ -908,7 +878,6 @@ static void test_joined(cuda_context *context, shape s)
 
     other.args.scratch = t.args.scratch;
     other.args.scratch_bytes = t.args.scratch_bytes;
-    other.args.counts = t.args.counts;
     check_rc(cuda_attention(context, &t.args), "cuda_attention");
     check_cuda(cudaStreamSynchronize(context->stream), "attention");
     check_cuda(cudaMemcpy(first.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
