@@ -18,13 +18,13 @@
  * of the tile. Without clusters (below sm_90) there is no split.
  *
  * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile, and S (sB)^T is added to
- * the rounded product before it is stored: lora_few.cuh. The kernel without is another one.
+ * the rounded product before it is stored: lora_join.cuh. The kernel without is another one.
  *
  * The order of an element's sum: slots within a mma (the hardware's), mmas along k, parts. It
  * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
  * see its neighbours, so m and the row's place never show. */
 #include "cuda/gemm_few.h"
-#include "cuda/lora_few.cuh"
+#include "cuda/lora_join.cuh"
 
 #include <cooperative_groups.h>
 #include <string.h>

@@ -15,6 +15,7 @@
  *
  *   Qwen3-8B, rank 32, one adapter: q|k|v 786 + 393 KB, 48 + 48 blocks; 64 adapters: 3072 blocks.
  */
+#include "cuda/launch.cuh"
 #include "cuda/lora_few.cuh"
 
 #define WARPS   4
