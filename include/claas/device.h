@@ -128,6 +128,10 @@ int claas_device_adapter_init(claas_device_client_t *client, const struct claas_
 /* A KEEP copy of a TRAIN adapter as it stands after the client's requests before this one. */
 int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
                               uint64_t *ret_id);
+/* The same for a copy that may never be wanted: it is made on the device, beside what is there, or
+ * not at all (FAILED with NO_MEMORY, or UNSUPPORTED where claas_device_copies says no). */
+int claas_device_adapter_copy_if_room(claas_device_client_t *client, claas_adapter_t *adapter,
+                                      uint64_t *ret_id);
 /* Whether a copy is made on the device: in a millisecond, and without the host's memory. */
 bool claas_device_copies(const claas_device_t *device);
 /* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN or KEEP adapter. */

@@ -143,6 +143,7 @@ struct claas_adapter_job {
     enum claas_adapter_use use;
     struct claas_lora_config lora;
     uint64_t seed;
+    bool if_room;                     /* copy: only where it costs nothing */
     struct claas_adapter_image image; /* save of TRAIN: the snapshot */
 };
 

@@ -385,13 +385,17 @@ static void run_training(claas_device_t *device, struct claas_training *training
     claas_request_finish(&training->request);
 }
 
-/* On the device where it has room: a millisecond, and the I/O thread reads it back beside what
- * comes next. Else now, into the host's memory. */
-static int make_copy(claas_device_t *device, const claas_adapter_t *source, claas_adapter_t **ret)
+/* On the device where it has room: a millisecond, and the thread that saves reads it back beside
+ * what comes next. Else now, into the host's memory: a copy that nobody waits for is worth neither
+ * that nor what would have to go for it. */
+static int make_copy(claas_device_t *device, const claas_adapter_t *source, bool if_room,
+                     claas_adapter_t **ret)
 {
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
     int rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
 
+    if (if_room)
+        return rc;
     if (rc == CLAAS_ERR_NO_MEMORY) {
         make_room(device);
         rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
@@ -404,7 +408,7 @@ static int make_copy(claas_device_t *device, const claas_adapter_t *source, claa
 
 static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
 {
-    int rc = make_copy(device, job->adapter, &job->request.last->adapter);
+    int rc = make_copy(device, job->adapter, job->if_room, &job->request.last->adapter);
 
     if (rc < 0) {
         claas_request_fail(&job->request, rc);

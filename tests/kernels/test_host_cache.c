@@ -436,6 +436,50 @@ static void test_full_device(void **state)
     rig_close(&rig);
 }
 
+/* A copy that nobody waits for takes no other's place, and is not read back where it finds none. */
+static void test_copy_if_room(void **state)
+{
+    struct rig rig = rig_open_on(&fake_backend_with_memory,
+                                 (struct claas_device_options){.host_cache = 1 << 20});
+    claas_adapter_t *adapter = adapter_new(&rig, 1), *kept;
+    struct place place = make_place();
+    struct claas_adapter_info infos[4];
+    uint64_t id;
+
+    save_copy(&rig, adapter, place.paths[0]);
+    fake.adapter_room = 2; /* the one in training and its saved copy */
+    fake.download_operations = 1;
+    fake.operations_done = 0;
+    assert_int_equal(claas_device_adapter_copy_if_room(rig.client, adapter, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.operations_done, 0);
+    assert_int_equal(claas_device_adapters(rig.device, infos, 4), 2);
+    fake.adapter_room = 3;
+    assert_int_equal(claas_device_adapter_copy_if_room(rig.client, adapter, &id), 0);
+    kept = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    assert_int_equal(claas_device_adapters(rig.device, infos, 4), 3);
+    assert_true(infos[0].use == CLAAS_ADAPTER_KEEP && !infos[0].in_host);
+    assert_int_equal(fake.operations_done, 0);
+    claas_adapter_unref(&kept);
+    claas_adapter_unref(&adapter);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    rig_close(&rig);
+}
+
+/* Where no copy is made on the device there is none. */
+static void test_copy_if_room_in_host(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0});
+    claas_adapter_t *adapter = adapter_new(&rig, 1);
+    uint64_t id;
+
+    assert_false(claas_device_copies(rig.device));
+    assert_int_equal(claas_device_adapter_copy_if_room(rig.client, adapter, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_UNSUPPORTED);
+    claas_adapter_unref(&adapter);
+    rig_close(&rig);
+}
+
 /* A step that finds no room gets that of the saved copies. */
 static void test_step_takes_room(void **state)
 {
@@ -529,6 +573,8 @@ int main(void)
         cmocka_unit_test(test_replaced_is_read),
         cmocka_unit_test(test_untrained),
         cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_copy_if_room),
+        cmocka_unit_test(test_copy_if_room_in_host),
         cmocka_unit_test(test_step_takes_room),
         cmocka_unit_test(test_cancelled_save),
         cmocka_unit_test(test_unwanted_directory),
