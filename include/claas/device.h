@@ -34,7 +34,8 @@ struct claas_device_options {
     int max_batch;         /* most sequences decoded together; 0 = 64 */
     int slice_ms;          /* longest slice of training while chat waits; 0 = 50 */
     int64_t host_cache;    /* bytes for images of adapters in the host's memory; 0 = none, -1 = on a
-                              GPU an eighth of the machine's, at most 16 GiB, else none */
+                              GPU an eighth of what this process may have (the machine's, or what
+                              its control group is limited to), at most 16 GiB, else none */
 };
 
 /* `model` must outlive the device; its weights are copied into the device's layout. */

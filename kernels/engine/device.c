@@ -7,17 +7,17 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "claas/clock.h"
 #include "claas/log.h"
+#include "engine/host_memory.h"
 
 #define DEFAULT_KV_TOKENS     8192 /* at least; a back-end may take more */
 #define DEFAULT_PREFILL_CHUNK 256
 #define DEFAULT_MAX_BATCH     64
 #define DEFAULT_SLICE_MS      50
-#define HOST_CACHE_SHARE      8                    /* of the machine's memory, this part */
-#define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* a container may be given less than it sees */
+#define HOST_CACHE_SHARE      8                    /* of the memory there is, this part */
+#define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* pinned pages are lost to all else */
 
 void claas_device_poke(claas_device_t *device)
 {
@@ -177,7 +177,7 @@ static uint64_t host_cache_budget(const claas_device_t *device)
         return (uint64_t)bytes;
     if (device->ops->host_new == NULL)
         return 0;
-    share = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / HOST_CACHE_SHARE;
+    share = claas_host_memory() / HOST_CACHE_SHARE;
     return share < HOST_CACHE_MAX ? share : HOST_CACHE_MAX;
 }
 

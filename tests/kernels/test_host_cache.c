@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "claas/file.h"
+#include "engine/host_memory.h"
 
 #define COUNT 1000 /* floats of an image's array */
 #define BYTES (COUNT * sizeof(float))
@@ -204,7 +205,7 @@ static void test_none_and_unpinned(void **state)
     claas_host_cache_free(&cache);
 }
 
-/* --- in the engine --- */
+/* --- the host's memory --- */
 
 struct place {
     char directory[32], paths[3][64];
@@ -219,6 +220,62 @@ static struct place make_place(void)
         snprintf(place.paths[i], sizeof(place.paths[i]), "%s/%d", place.directory, i);
     return place;
 }
+
+static void write_at(const struct place *place, const char *name, const char *text)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", place->directory, name);
+    char *slash = strrchr(path, '/');
+
+    *slash = '\0';
+    assert_int_equal(claas_mkdir_all(path), 0);
+    *slash = '/';
+    assert_int_equal(claas_file_write(path, text, strlen(text)), 0);
+}
+
+/* With these lines as /proc/self/cgroup. */
+static uint64_t limit_of(const struct place *place, const char *membership)
+{
+    write_at(place, "0", membership);
+    return claas_cgroup_limit(place->directory, place->paths[0]);
+}
+
+static void test_cgroup_limit(void **state)
+{
+    struct place place = make_place();
+
+    /* none: no group, no file, "max", a line that is none */
+    assert_true(limit_of(&place, "") == UINT64_MAX);
+    assert_true(limit_of(&place, "0::/a/b\n4:memory:/c\n") == UINT64_MAX);
+    write_at(&place, "a/b/memory.max", "max\n");
+    assert_true(limit_of(&place, "0::/a/b\n") == UINT64_MAX);
+    assert_true(limit_of(&place, "memory\n0:\n0::a\n") == UINT64_MAX);
+    /* version 2: the group's own, a group's around it, whichever is less */
+    write_at(&place, "a/b/memory.max", "3000\n");
+    assert_int_equal(limit_of(&place, "0::/a/b\n"), 3000);
+    write_at(&place, "a/memory.max", "4000\n");
+    assert_int_equal(limit_of(&place, "0::/a/b\n"), 3000);
+    assert_int_equal(limit_of(&place, "0::/a\n"), 4000);
+    write_at(&place, "a/memory.max", "2000\n");
+    assert_int_equal(limit_of(&place, "0::/a/b\n"), 2000);
+    assert_true(limit_of(&place, "0::/\n") == UINT64_MAX);
+    /* a container's own is the top, whatever it is called outside */
+    write_at(&place, "memory.max", "1000\n");
+    assert_int_equal(limit_of(&place, "0::/\n"), 1000);
+    assert_int_equal(limit_of(&place, "0::/elsewhere/x\n"), 1000);
+    /* version 1: the controller of that very name, among others too */
+    write_at(&place, "memory/c/memory.limit_in_bytes", "700\n");
+    write_at(&place, "memory/memory.limit_in_bytes", "9223372036854771712\n");
+    assert_int_equal(limit_of(&place, "5:cpu,memory:/c/d\n3:cpuset:/\n"), 700);
+    assert_int_equal(limit_of(&place, "4:memory:/\n"), INT64_C(9223372036854771712));
+    assert_true(limit_of(&place, "4:name=memory:/c\n5:memory2:/c\n") == UINT64_MAX);
+    assert_int_equal(limit_of(&place, "4:memory:/c\n0::/\n"), 700);
+    assert_int_equal(limit_of(&place, "0::/\n4:memory:/\n"), 1000);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    assert_true(claas_cgroup_limit("/none", "/none/self") == UINT64_MAX);
+    assert_true(claas_host_memory() > 0 && claas_host_memory() < UINT64_MAX);
+}
+
+/* --- in the engine --- */
 
 static void train(struct rig *rig, claas_adapter_t *adapter)
 {
@@ -568,6 +625,7 @@ int main(void)
         cmocka_unit_test(test_more_in_use_than_budget),
         cmocka_unit_test(test_marks),
         cmocka_unit_test(test_none_and_unpinned),
+        cmocka_unit_test(test_cgroup_limit),
         cmocka_unit_test(test_trained_is_served),
         cmocka_unit_test(test_forgotten_is_read),
         cmocka_unit_test(test_replaced_is_read),
