@@ -103,7 +103,8 @@ void claas_device_client_free(claas_device_client_t **client);
 int claas_device_client_fd(const claas_device_client_t *client);
 /* The client keeps SERVE adapters that it could do without. When the device has no memory for a
  * training step, or for an adapter to train, it gets a MEMORY event; it lets go of what it can, and
- * says so by claas_device_client_gave. What failed waits for that and is tried once more. */
+ * says so by claas_device_client_gave. What failed waits for that, for some seconds at most, and is
+ * tried once more. */
 void claas_device_client_keeps_idle(claas_device_client_t *client);
 void claas_device_client_gave(claas_device_client_t *client);
 

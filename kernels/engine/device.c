@@ -110,7 +110,8 @@ static bool wait_for_work(claas_device_t *device, bool worked)
 
     pthread_mutex_lock(&device->lock);
     while (!worked && !device->poked && !device->stop)
-        pthread_cond_wait(&device->wake, &device->lock);
+        if (!claas_memory_sleep(device, &device->wake))
+            break; /* nobody answered: what waited for memory has its second try */
     device->poked = false;
     stop = device->stop;
     pthread_mutex_unlock(&device->lock);
@@ -262,6 +263,17 @@ static int start(claas_device_t *device)
     return rc;
 }
 
+/* For times of claas_clock_ms. */
+static void init_cond(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
 int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(void),
                            const struct claas_device_options *options, claas_model_t *model,
                            claas_device_t **ret)
@@ -273,12 +285,13 @@ int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(v
     if (device == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     pthread_mutex_init(&device->lock, NULL);
-    pthread_cond_init(&device->wake, NULL);
+    init_cond(&device->wake);
+    init_cond(&device->swept);
     pthread_cond_init(&device->loads.wake, NULL);
     pthread_cond_init(&device->saves.wake, NULL);
     device->loads.device = device->saves.device = device;
-    pthread_cond_init(&device->swept, NULL);
     device->ops = ops;
+    device->await_ms = CLAAS_MEMORY_AWAIT_MS;
     device->now = now != NULL ? now : claas_clock_ns;
     device->model = model;
     device->config = *claas_model_config(model);

@@ -187,6 +187,8 @@ struct claas_device {
     claas_adapter_t *dead, *adapters;
     claas_device_client_t *keepers;     /* of adapters that may go */
     int asked_count;                    /* of these, asked for memory and silent so far */
+    int64_t asked_ms;                   /* when the last one was (claas_clock_ms) */
+    int await_ms;                       /* how long they have to answer */
     uint64_t sweeps_begun, sweeps_done; /* of those that found something */
     struct claas_device_stats stats;
 
@@ -331,11 +333,19 @@ void claas_train_close(claas_device_t *device);
  * -------------------------------------------------------------------------------------------------------------
  */
 
-/* Asks those who keep idle adapters to let go of them; false if there is nobody. */
+#define CLAAS_MEMORY_AWAIT_MS 5000 /* device->await_ms, but for tests */
+
+/* Asks those who keep idle adapters to let go of them; false if there is nobody whose answer is
+ * worth waiting for. */
 bool claas_memory_ask(claas_device_t *device);
-/* Whether one of them has not answered yet. The compute thread is woken when all have. */
+/* Whether one of them has not answered yet and still has time to. The compute thread is woken when
+ * all have. */
 bool claas_memory_is_asked(claas_device_t *device);
-/* Waits until all have and what they let go is freed. I/O thread. */
+/* Sleeps until `changed` is signalled, while somebody is asked no longer than he has time to
+ * answer: false when that is over. Caller holds device->lock. */
+bool claas_memory_sleep(claas_device_t *device, pthread_cond_t *changed);
+/* Waits until all have answered, or had the time to, and what they let go is freed. The thread that
+ * loads. */
 void claas_memory_await(claas_device_t *device);
 /* The client goes away. */
 void claas_memory_forget(claas_device_client_t *client);

@@ -216,7 +216,8 @@ static bool rollouts_precede(const struct claas_queue *queue, const struct claas
     return false;
 }
 
-/* Whether it is a second try, and idle adapters are still being let go. */
+/* Whether it is a second try, and idle adapters are still being let go: not for long, so that
+ * whoever does not answer costs a step its second try and no more. */
 static bool waits_for_memory(const struct claas_request *request, bool is_asked)
 {
     return is_asked && request->kind == CLAAS_REQUEST_TRAIN &&
