@@ -163,6 +163,35 @@ static void test_more_in_use_than_budget(void **state)
     claas_host_cache_free(&cache);
 }
 
+/* What is dropped while somebody reads it is found by nobody from then on, wherever in the list it
+ * is, and goes with its last reader. */
+static void test_dropped_in_use(void **state)
+{
+    claas_host_cache_t *cache = open_cache(10 * BYTES);
+    struct claas_adapter_mark mark = mark_of(1);
+    const struct claas_adapter_image *held[2];
+
+    for (int is_first = 0; is_first < 2; is_first++) {
+        put(cache, 1, false, false);
+        held[0] = claas_host_cache_get(cache, &mark, false);
+        put(cache, 1, true, true); /* leaves the weights alone that are in use */
+        assert_int_equal(stats_of(cache).images, 2);
+        held[1] = is_first ? claas_host_cache_get(cache, &mark, true) : NULL;
+        claas_host_cache_drop(cache, &mark);
+        assert_true(look(cache, 1, false) == -1 && look(cache, 1, true) == -1);
+        assert_int_equal(stats_of(cache).images, 1 + is_first);
+        assert_true(held[0]->parameters[COUNT - 1] == 1);
+        put(cache, 1, true, true); /* read anew */
+        assert_true(look(cache, 1, false) == 1 && look(cache, 1, true) == 1);
+        for (int i = 0; i <= is_first; i++)
+            claas_host_cache_done(cache, held[i]);
+        assert_int_equal(stats_of(cache).images, 1);
+        claas_host_cache_drop(cache, &mark);
+        assert_int_equal(stats_of(cache).images, 0);
+    }
+    claas_host_cache_free(&cache);
+}
+
 /* Weights alone serve; to train, all of the directory is needed, just as it is on disk. */
 static void test_marks(void **state)
 {
@@ -623,6 +652,7 @@ int main(void)
         cmocka_unit_test(test_blocks_are_reused),
         cmocka_unit_test(test_prepared),
         cmocka_unit_test(test_more_in_use_than_budget),
+        cmocka_unit_test(test_dropped_in_use),
         cmocka_unit_test(test_marks),
         cmocka_unit_test(test_none_and_unpinned),
         cmocka_unit_test(test_cgroup_limit),
