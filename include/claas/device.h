@@ -111,8 +111,9 @@ void claas_device_client_gave(claas_device_client_t *client);
 /* --- adapters
  * -----------------------------------------------------------------------------------------------------
  */
-/* Reading and writing directories takes tens of milliseconds, so it runs on the device's own I/O
- * thread and ends in an ADAPTER or SAVED event with the request's id. */
+/* Reading and writing directories takes tens of milliseconds, so it runs on two threads of the
+ * device's own, one that loads and one that saves, and ends in an ADAPTER or SAVED event with the
+ * request's id. */
 
 enum claas_adapter_use {
     CLAAS_ADAPTER_SERVE, /* forward only */

@@ -1,7 +1,7 @@
-/* The device object: its options, its two threads and the compute thread's loop. One turn of the
- * loop takes what clients sent, runs one request of the training lane if there is one (generation
- * goes on inside it, train.c) and one pass of generation; with nothing to do it sleeps on a
- * condition variable. */
+/* The device object: its options, its three threads (one computes, one loads, one saves) and the
+ * compute thread's loop. One turn of the loop takes what clients sent, runs one request of the
+ * training lane if there is one (generation goes on inside it, train.c) and one pass of generation;
+ * with nothing to do it sleeps on a condition variable. */
 #include "engine/engine.h"
 
 #include <signal.h>

@@ -419,8 +419,8 @@ static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
     claas_request_finish(&job->request);
 }
 
-/* Of an adapter in training: the snapshot is taken here, between two steps; the disk is the I/O
- * thread's. */
+/* Of an adapter in training: the snapshot is taken here, between two steps; the disk is the
+ * business of the thread that saves. */
 static void run_save(claas_device_t *device, struct claas_adapter_job *job)
 {
     int rc = download(device, job->adapter, &job->image);
