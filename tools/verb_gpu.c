@@ -85,6 +85,19 @@ static void print_cards(const struct claas_cards *cards)
            cards->runtime % 1000 / 10, cards->driver / 1000, cards->driver % 1000 / 10);
 }
 
+/* Nothing where the device keeps none. What was not found there came from a file, or failed. */
+static void print_host_cache(const cJSON *device)
+{
+    int64_t bytes = bytes_at(device, "host_cache_bytes");
+    int64_t found = bytes_at(device, "host_cache_found");
+    int64_t missed = bytes_at(device, "host_cache_missed");
+
+    if (bytes > 0 || found + missed > 0)
+        printf("  %-16s %" PRId64 " adapters, found %" PRId64 " times, not found %" PRId64
+               " times\n",
+               "", bytes_at(device, "host_cache_adapters"), found, missed);
+}
+
 static int print_device(const cJSON *device)
 {
     static const struct {
@@ -101,10 +114,7 @@ static int print_device(const cJSON *device)
     printf("server     on %s\n", name);
     for (size_t i = 0; i < CLAAS_COUNT(uses); i++)
         printf("  %-16s %8.1f MB\n", uses[i].title, (double)bytes_at(device, uses[i].key) / 1e6);
-    printf("  %-16s %" PRId64 " adapters, found %" PRId64 " times, read from disk %" PRId64
-           " times\n",
-           "", bytes_at(device, "host_cache_adapters"), bytes_at(device, "host_cache_found"),
-           bytes_at(device, "host_cache_missed"));
+    print_host_cache(device);
     return table_print("adapters", columns, CLAAS_COUNT(columns),
                        claas_json_get(device, "adapters"), false);
 }

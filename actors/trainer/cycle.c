@@ -351,7 +351,7 @@ void cycle_last_start(struct cycle *cycle)
     if (!claas_device_copies(trainer->device))
         return;
     cycle->last.step = cycle->step->number;
-    if (claas_device_adapter_copy(trainer->client, cycle->adapter, &id) == 0)
+    if (claas_device_adapter_copy_if_room(trainer->client, cycle->adapter, &id) == 0)
         (void)device_call_add(trainer, id, last_copied, cycle);
 }
 

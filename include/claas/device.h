@@ -34,7 +34,8 @@ struct claas_device_options {
     int max_batch;         /* most sequences decoded together; 0 = 64 */
     int slice_ms;          /* longest slice of training while chat waits; 0 = 50 */
     int64_t host_cache;    /* bytes for images of adapters in the host's memory; 0 = none, -1 = on a
-                              GPU an eighth of the machine's, at most 16 GiB, else none */
+                              GPU an eighth of what this process may have (the machine's, or what
+                              its control group is limited to), at most 16 GiB, else none */
 };
 
 /* `model` must outlive the device; its weights are copied into the device's layout. */
@@ -102,15 +103,17 @@ void claas_device_client_free(claas_device_client_t **client);
 int claas_device_client_fd(const claas_device_client_t *client);
 /* The client keeps SERVE adapters that it could do without. When the device has no memory for a
  * training step, or for an adapter to train, it gets a MEMORY event; it lets go of what it can, and
- * says so by claas_device_client_gave. What failed waits for that and is tried once more. */
+ * says so by claas_device_client_gave. What failed waits for that, for some seconds at most, and is
+ * tried once more. */
 void claas_device_client_keeps_idle(claas_device_client_t *client);
 void claas_device_client_gave(claas_device_client_t *client);
 
 /* --- adapters
  * -----------------------------------------------------------------------------------------------------
  */
-/* Reading and writing directories takes tens of milliseconds, so it runs on the device's own I/O
- * thread and ends in an ADAPTER or SAVED event with the request's id. */
+/* Reading and writing directories takes tens of milliseconds, so it runs on two threads of the
+ * device's own, one that loads and one that saves, and ends in an ADAPTER or SAVED event with the
+ * request's id. */
 
 enum claas_adapter_use {
     CLAAS_ADAPTER_SERVE, /* forward only */
@@ -128,6 +131,10 @@ int claas_device_adapter_init(claas_device_client_t *client, const struct claas_
 /* A KEEP copy of a TRAIN adapter as it stands after the client's requests before this one. */
 int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
                               uint64_t *ret_id);
+/* The same for a copy that may never be wanted: it is made on the device, beside what is there, or
+ * not at all (FAILED with NO_MEMORY, or UNSUPPORTED where claas_device_copies says no). */
+int claas_device_adapter_copy_if_room(claas_device_client_t *client, claas_adapter_t *adapter,
+                                      uint64_t *ret_id);
 /* Whether a copy is made on the device: in a millisecond, and without the host's memory. */
 bool claas_device_copies(const claas_device_t *device);
 /* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN or KEEP adapter. */

@@ -62,6 +62,9 @@ typedef int claas_yield_fn(void *arg);
 
 /* The same between the parts of what cannot be given up. */
 typedef void claas_turn_fn(void *arg);
+/* Lets go of what the device holds and can have again; it frees adapters meanwhile, and runs no
+ * forward(). */
+typedef void claas_room_fn(void *arg);
 
 struct claas_backend_train {
     const struct claas_backend_row *rows;
@@ -70,9 +73,8 @@ struct claas_backend_train {
     struct claas_adamw_config adamw;
     bool update;
     claas_yield_fn *yield; /* may be NULL */
-    /* May be NULL. Called when the device has no room for the step: lets go of what can be had
-     * again, and the step asks once more. */
-    claas_turn_fn *make_room;
+    /* May be NULL. Called when the device has no room for the step, which then asks once more. */
+    claas_room_fn *make_room;
     void *yield_arg; /* of both */
 };
 

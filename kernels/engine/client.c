@@ -366,8 +366,8 @@ static int check_source(const claas_device_client_t *client, const claas_adapter
     return 0;
 }
 
-int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
-                              uint64_t *ret_id)
+static int copy_adapter(claas_device_client_t *client, claas_adapter_t *adapter, bool if_room,
+                        uint64_t *ret_id)
 {
     struct claas_adapter_job *job = NULL;
     int rc = check_source(client, adapter);
@@ -376,7 +376,22 @@ int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *ad
         rc = claas_fail(CLAAS_ERR_INVALID, "the adapter is kept already");
     if (rc == 0)
         rc = new_job(client, CLAAS_REQUEST_COPY, &job);
-    return rc < 0 ? rc : submit_job(job, NULL, adapter, ret_id);
+    if (rc < 0)
+        return rc;
+    job->if_room = if_room;
+    return submit_job(job, NULL, adapter, ret_id);
+}
+
+int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
+                              uint64_t *ret_id)
+{
+    return copy_adapter(client, adapter, false, ret_id);
+}
+
+int claas_device_adapter_copy_if_room(claas_device_client_t *client, claas_adapter_t *adapter,
+                                      uint64_t *ret_id)
+{
+    return copy_adapter(client, adapter, true, ret_id);
 }
 
 int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,

@@ -1,23 +1,23 @@
-/* The device object: its options, its two threads and the compute thread's loop. One turn of the
- * loop takes what clients sent, runs one request of the training lane if there is one (generation
- * goes on inside it, train.c) and one pass of generation; with nothing to do it sleeps on a
- * condition variable. */
+/* The device object: its options, its three threads (one computes, one loads, one saves) and the
+ * compute thread's loop. One turn of the loop takes what clients sent, runs one request of the
+ * training lane if there is one (generation goes on inside it, train.c) and one pass of generation;
+ * with nothing to do it sleeps on a condition variable. */
 #include "engine/engine.h"
 
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "claas/clock.h"
 #include "claas/log.h"
+#include "engine/host_memory.h"
 
 #define DEFAULT_KV_TOKENS     8192 /* at least; a back-end may take more */
 #define DEFAULT_PREFILL_CHUNK 256
 #define DEFAULT_MAX_BATCH     64
 #define DEFAULT_SLICE_MS      50
-#define HOST_CACHE_SHARE      8                    /* of the machine's memory, this part */
-#define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* a container may be given less than it sees */
+#define HOST_CACHE_SHARE      8                    /* of the memory there is, this part */
+#define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* pinned pages are lost to all else */
 
 void claas_device_poke(claas_device_t *device)
 {
@@ -110,7 +110,8 @@ static bool wait_for_work(claas_device_t *device, bool worked)
 
     pthread_mutex_lock(&device->lock);
     while (!worked && !device->poked && !device->stop)
-        pthread_cond_wait(&device->wake, &device->lock);
+        if (!claas_memory_sleep(device, &device->wake))
+            break; /* nobody answered: what waited for memory has its second try */
     device->poked = false;
     stop = device->stop;
     pthread_mutex_unlock(&device->lock);
@@ -177,7 +178,7 @@ static uint64_t host_cache_budget(const claas_device_t *device)
         return (uint64_t)bytes;
     if (device->ops->host_new == NULL)
         return 0;
-    share = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / HOST_CACHE_SHARE;
+    share = claas_host_memory() / HOST_CACHE_SHARE;
     return share < HOST_CACHE_MAX ? share : HOST_CACHE_MAX;
 }
 
@@ -262,6 +263,17 @@ static int start(claas_device_t *device)
     return rc;
 }
 
+/* For times of claas_clock_ms. */
+static void init_cond(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
 int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(void),
                            const struct claas_device_options *options, claas_model_t *model,
                            claas_device_t **ret)
@@ -273,12 +285,13 @@ int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(v
     if (device == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     pthread_mutex_init(&device->lock, NULL);
-    pthread_cond_init(&device->wake, NULL);
+    init_cond(&device->wake);
+    init_cond(&device->swept);
     pthread_cond_init(&device->loads.wake, NULL);
     pthread_cond_init(&device->saves.wake, NULL);
     device->loads.device = device->saves.device = device;
-    pthread_cond_init(&device->swept, NULL);
     device->ops = ops;
+    device->await_ms = CLAAS_MEMORY_AWAIT_MS;
     device->now = now != NULL ? now : claas_clock_ns;
     device->model = model;
     device->config = *claas_model_config(model);

@@ -1,11 +1,12 @@
 /* What the files of the engine share. Who owns what:
  *
- *   device->lock   the inbox, the I/O queue, the list of live requests, adapters without
- * references, `poked`, `stats` client->lock   the client's event queue compute thread everything
- * under "the compute thread's own" below, and all calls of the back-end but those that backend.h
- * allows the I/O thread
+ * - device->lock: the inbox, the queues of the two I/O threads (one loads, one saves), the list of
+ *   live requests, adapters without references, `poked`, `stats`
+ * - client->lock: the client's event queue
+ * - the compute thread: everything under "the compute thread's own" below, and all calls of the
+ *   back-end but those that backend.h allows the I/O threads
  *
- * A request lives in exactly one place at a time (inbox, lane, waiting, running, I/O queue) and
+ * A request lives in exactly one place at a time (inbox, lane, waiting, running, an I/O queue) and
  * ends by claas_request_finish, which sends its last event and gives back its references. Locks are
  * never nested but for device->lock over client->lock. */
 #ifndef CLAAS_ENGINE_ENGINE_H
@@ -143,6 +144,7 @@ struct claas_adapter_job {
     enum claas_adapter_use use;
     struct claas_lora_config lora;
     uint64_t seed;
+    bool if_room;                     /* copy: only where it costs nothing */
     struct claas_adapter_image image; /* save of TRAIN: the snapshot */
 };
 
@@ -186,6 +188,8 @@ struct claas_device {
     claas_adapter_t *dead, *adapters;
     claas_device_client_t *keepers;     /* of adapters that may go */
     int asked_count;                    /* of these, asked for memory and silent so far */
+    int64_t asked_ms;                   /* when the last one was (claas_clock_ms) */
+    int await_ms;                       /* how long they have to answer */
     uint64_t sweeps_begun, sweeps_done; /* of those that found something */
     struct claas_device_stats stats;
 
@@ -234,10 +238,10 @@ struct claas_request *claas_queue_pop(struct claas_queue *queue);
 /* A zeroed request of `size` bytes with its reference on the client and its last event's memory. */
 struct claas_request *claas_request_new(claas_device_client_t *client, enum claas_request_kind kind,
                                         size_t size);
-/* Numbers it, puts it into the inbox (or the I/O queue) and wakes whoever works there. OVERLOADED
+/* Numbers it, puts it into the inbox (or an I/O queue) and wakes whoever works there. OVERLOADED
  * when too many of its kind wait; the request then still belongs to the caller. */
 int claas_request_submit(struct claas_request *request, uint64_t *ret_id);
-/* Hands a save from the compute thread to the I/O thread. */
+/* Hands a save from the compute thread to the thread that saves. */
 void claas_request_to_io(struct claas_request *request);
 /* It has begun: no longer counted as waiting. May be called again. */
 void claas_request_begin(struct claas_request *request);
@@ -283,7 +287,7 @@ void claas_adapters_drop_hot(claas_device_t *device);
 /* Frees the adapters without references. Compute thread. */
 void claas_adapters_sweep(claas_device_t *device);
 /* Waits until what had no references at the call is freed; at once when there was nothing, or when
- * the device closes. I/O thread. */
+ * the device closes. The thread that loads. */
 void claas_adapters_await_sweep(claas_device_t *device);
 /* Frees every adapter; handles still held elsewhere stay valid but empty. Only while the device
  * closes. */
@@ -330,11 +334,19 @@ void claas_train_close(claas_device_t *device);
  * -------------------------------------------------------------------------------------------------------------
  */
 
-/* Asks those who keep idle adapters to let go of them; false if there is nobody. */
+#define CLAAS_MEMORY_AWAIT_MS 5000 /* device->await_ms, but for tests */
+
+/* Asks those who keep idle adapters to let go of them; false if there is nobody whose answer is
+ * worth waiting for. */
 bool claas_memory_ask(claas_device_t *device);
-/* Whether one of them has not answered yet. The compute thread is woken when all have. */
+/* Whether one of them has not answered yet and still has time to. The compute thread is woken when
+ * all have. */
 bool claas_memory_is_asked(claas_device_t *device);
-/* Waits until all have and what they let go is freed. I/O thread. */
+/* Sleeps until `changed` is signalled, while somebody is asked no longer than he has time to
+ * answer: false when that is over. Caller holds device->lock. */
+bool claas_memory_sleep(claas_device_t *device, pthread_cond_t *changed);
+/* Waits until all have answered, or had the time to, and what they let go is freed. The thread that
+ * loads. */
 void claas_memory_await(claas_device_t *device);
 /* The client goes away. */
 void claas_memory_forget(claas_device_client_t *client);

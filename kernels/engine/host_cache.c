@@ -23,6 +23,7 @@ struct cached {
     struct claas_adapter_mark mark;
     struct claas_adapter_image image;
     bool whole;
+    bool dropped; /* found by nobody any more; goes with its last user */
     int users;
 };
 
@@ -297,14 +298,21 @@ void claas_host_cache_free(claas_host_cache_t **ref)
 
 /* --- images --- */
 
-/* The lock is held. Moments may be asked of one that holds all there is. */
+/* Moments may be asked of one that holds all there is. */
+static bool is_wanted(const struct cached *cached, const struct claas_adapter_mark *mark,
+                      bool with_moments)
+{
+    return !cached->dropped && claas_adapter_mark_is(&cached->mark, mark, with_moments) &&
+           (cached->whole || !with_moments);
+}
+
+/* The lock is held. */
 static struct cached *find(claas_host_cache_t *cache, const struct claas_adapter_mark *mark,
                            bool with_moments)
 {
     struct cached **link = &cache->images, *found;
 
-    while (*link != NULL && (!claas_adapter_mark_is(&(*link)->mark, mark, with_moments) ||
-                             (with_moments && !(*link)->whole)))
+    while (*link != NULL && !is_wanted(*link, mark, with_moments))
         link = &(*link)->next;
     found = *link;
     if (found == NULL)
@@ -370,10 +378,14 @@ const struct claas_adapter_image *claas_host_cache_get(claas_host_cache_t *cache
 
 void claas_host_cache_done(claas_host_cache_t *cache, const struct claas_adapter_image *image)
 {
+    struct cached *used;
+
     pthread_mutex_lock(&cache->lock);
-    for (struct cached *cached = cache->images; cached != NULL; cached = cached->next)
-        if (&cached->image == image)
-            cached->users--;
+    used = cache->images;
+    while (&used->image != image)
+        used = used->next;
+    if (--used->users == 0 && used->dropped)
+        drop_image(cache, used);
     trim(cache);
     pthread_mutex_unlock(&cache->lock);
 }
@@ -383,8 +395,11 @@ void claas_host_cache_drop(claas_host_cache_t *cache, const struct claas_adapter
     struct cached *found;
 
     pthread_mutex_lock(&cache->lock);
-    while ((found = find(cache, mark, false)) != NULL && found->users == 0)
-        drop_image(cache, found);
+    while ((found = find(cache, mark, false)) != NULL) {
+        found->dropped = true;
+        if (found->users == 0)
+            drop_image(cache, found);
+    }
     pthread_mutex_unlock(&cache->lock);
 }
 

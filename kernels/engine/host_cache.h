@@ -49,7 +49,8 @@ void claas_host_cache_done(claas_host_cache_t *cache, const struct claas_adapter
  * new ones: pinning a gigabyte takes tenths of a second. */
 void claas_host_cache_prepare(claas_host_cache_t *cache, size_t bytes, int count);
 
-/* Drops the images of that directory. */
+/* Drops the images of that directory: none is found any more, one in use goes with its last user.
+ */
 void claas_host_cache_drop(claas_host_cache_t *cache, const struct claas_adapter_mark *mark);
 
 struct claas_host_cache_stats {

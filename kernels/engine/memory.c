@@ -1,13 +1,14 @@
 /* A full device: what trains has precedence over adapters that no chat uses. Clients that keep such
  * adapters (the sampler) get a MEMORY event, let go of them and say so; then what failed is tried
- * once more. Nobody waits meanwhile but the work itself: chats go on. */
+ * once more. Nobody waits meanwhile but the work itself: chats go on. Who does not answer is waited
+ * for once, and not for long: neither loads nor training shall hang with him. */
 #include "engine/engine.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <time.h>
 
-#define AWAIT_S 5 /* of the I/O thread: a client that does not answer shall not stop all loads */
+#include "claas/clock.h"
 
 void claas_device_client_keeps_idle(claas_device_client_t *client)
 {
@@ -51,6 +52,18 @@ void claas_memory_forget(claas_device_client_t *client)
     pthread_mutex_unlock(&device->lock);
 }
 
+/* The lock is held. When those who were asked shall have answered (claas_clock_ms). */
+static int64_t find_end(const claas_device_t *device)
+{
+    return device->asked_ms + device->await_ms;
+}
+
+/* The lock is held. */
+static bool is_awaited(const claas_device_t *device)
+{
+    return device->asked_count > 0 && claas_clock_ms() < find_end(device);
+}
+
 bool claas_memory_ask(claas_device_t *device)
 {
     bool is_asked;
@@ -64,9 +77,10 @@ bool claas_memory_ask(claas_device_t *device)
         node->kind = CLAAS_EVENT_MEMORY;
         c->is_asked = true;
         device->asked_count++;
+        device->asked_ms = claas_clock_ms();
         claas_client_push(c, node);
     }
-    is_asked = device->asked_count > 0;
+    is_asked = is_awaited(device);
     pthread_mutex_unlock(&device->lock);
     return is_asked;
 }
@@ -76,21 +90,27 @@ bool claas_memory_is_asked(claas_device_t *device)
     bool is_asked;
 
     pthread_mutex_lock(&device->lock);
-    is_asked = device->asked_count > 0;
+    is_asked = is_awaited(device);
     pthread_mutex_unlock(&device->lock);
     return is_asked;
 }
 
+bool claas_memory_sleep(claas_device_t *device, pthread_cond_t *changed)
+{
+    int64_t end = find_end(device);
+    struct timespec until = {.tv_sec = end / 1000, .tv_nsec = end % 1000 * 1000000};
+
+    if (is_awaited(device))
+        return pthread_cond_timedwait(changed, &device->lock, &until) != ETIMEDOUT;
+    pthread_cond_wait(changed, &device->lock);
+    return true;
+}
+
 void claas_memory_await(claas_device_t *device)
 {
-    struct timespec until;
-    int rc = 0;
-
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += AWAIT_S;
     pthread_mutex_lock(&device->lock);
-    while (device->asked_count > 0 && !device->stop && rc != ETIMEDOUT)
-        rc = pthread_cond_timedwait(&device->swept, &device->lock, &until);
+    while (is_awaited(device) && !device->stop)
+        (void)claas_memory_sleep(device, &device->swept);
     pthread_mutex_unlock(&device->lock);
     claas_adapters_await_sweep(device);
 }

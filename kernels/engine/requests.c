@@ -1,6 +1,6 @@
 /* The life of a request: made and checked on the client's thread, numbered and queued under the
- * device's lock, worked on by the compute or the I/O thread, ended by its last event. Its last
- * event's memory is taken at the start, so that a request never ends silently. */
+ * device's lock, worked on by the compute thread or one of the two I/O threads, ended by its last
+ * event. That event's memory is taken at the start, so that a request never ends silently. */
 #include "engine/engine.h"
 
 #include <stdio.h>

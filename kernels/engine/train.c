@@ -216,7 +216,8 @@ static bool rollouts_precede(const struct claas_queue *queue, const struct claas
     return false;
 }
 
-/* Whether it is a second try, and idle adapters are still being let go. */
+/* Whether it is a second try, and idle adapters are still being let go: not for long, so that
+ * whoever does not answer costs a step its second try and no more. */
 static bool waits_for_memory(const struct claas_request *request, bool is_asked)
 {
     return is_asked && request->kind == CLAAS_REQUEST_TRAIN &&
@@ -385,13 +386,17 @@ static void run_training(claas_device_t *device, struct claas_training *training
     claas_request_finish(&training->request);
 }
 
-/* On the device where it has room: a millisecond, and the I/O thread reads it back beside what
- * comes next. Else now, into the host's memory. */
-static int make_copy(claas_device_t *device, const claas_adapter_t *source, claas_adapter_t **ret)
+/* On the device where it has room: a millisecond, and the thread that saves reads it back beside
+ * what comes next. Else now, into the host's memory: a copy that nobody waits for is worth neither
+ * that nor what would have to go for it. */
+static int make_copy(claas_device_t *device, const claas_adapter_t *source, bool if_room,
+                     claas_adapter_t **ret)
 {
     CLAAS_AUTO(claas_adapter_image_done) struct claas_adapter_image image = {0};
     int rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
 
+    if (if_room)
+        return rc;
     if (rc == CLAAS_ERR_NO_MEMORY) {
         make_room(device);
         rc = claas_adapter_new_clone(device, source, CLAAS_ADAPTER_KEEP, ret);
@@ -404,7 +409,7 @@ static int make_copy(claas_device_t *device, const claas_adapter_t *source, claa
 
 static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
 {
-    int rc = make_copy(device, job->adapter, &job->request.last->adapter);
+    int rc = make_copy(device, job->adapter, job->if_room, &job->request.last->adapter);
 
     if (rc < 0) {
         claas_request_fail(&job->request, rc);
@@ -414,8 +419,8 @@ static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
     claas_request_finish(&job->request);
 }
 
-/* Of an adapter in training: the snapshot is taken here, between two steps; the disk is the I/O
- * thread's. */
+/* Of an adapter in training: the snapshot is taken here, between two steps; the disk is the
+ * business of the thread that saves. */
 static void run_save(claas_device_t *device, struct claas_adapter_job *job)
 {
     int rc = download(device, job->adapter, &job->image);

@@ -176,6 +176,51 @@ static void test_no_room_is_made(void **state)
     rig_close(&rig);
 }
 
+/* How long a keeper has to answer. */
+static void give_time(const struct rig *rig, int ms)
+{
+    pthread_mutex_lock(&rig->device->lock);
+    rig->device->await_ms = ms;
+    pthread_mutex_unlock(&rig->device->lock);
+}
+
+/* Who does not answer costs a step, and the client's other work behind it, a bounded wait; the next
+ * step does not wait for him again, and he is asked again once he answered. */
+static void test_silent_keeper(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0}), keeper;
+    claas_adapter_t *trained = adapter_new(&rig, 1), *used, *next;
+    struct claas_lora_config lora = {2, 4, CLAAS_MODULE_ALL};
+    uint64_t id;
+
+    keeper_open(&rig, &keeper);
+    used = adapter_new(&keeper, 2);
+    give_time(&rig, 50);
+    fake.train_room = 1;
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    expect_asked(&keeper);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.trains_refused, 2);
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.trains_refused, 3);
+    fake.adapter_room = 2;
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_TRAIN, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.adapters_refused, 2); /* at once, and when the dead were gone */
+    claas_device_client_gave(keeper.client);
+    give_time(&rig, WAIT_MS);
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_TRAIN, &id), 0);
+    expect_asked(&keeper);
+    claas_adapter_unref(&used);
+    claas_device_client_gave(keeper.client);
+    next = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    claas_adapter_unref(&next);
+    claas_adapter_unref(&trained);
+    claas_device_client_free(&keeper.client);
+    rig_close(&rig);
+}
+
 /* An adapter to train has precedence over idle ones too; one to chat with has not. */
 static void test_room_to_begin(void **state)
 {
@@ -626,6 +671,7 @@ int main(void)
         cmocka_unit_test(test_full_device),
         cmocka_unit_test(test_idle_adapters_make_room),
         cmocka_unit_test(test_no_room_is_made),
+        cmocka_unit_test(test_silent_keeper),
         cmocka_unit_test(test_room_to_begin),
         cmocka_unit_test(test_cancel_without_memory),
     };

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "claas/file.h"
+#include "engine/host_memory.h"
 
 #define COUNT 1000 /* floats of an image's array */
 #define BYTES (COUNT * sizeof(float))
@@ -162,6 +163,35 @@ static void test_more_in_use_than_budget(void **state)
     claas_host_cache_free(&cache);
 }
 
+/* What is dropped while somebody reads it is found by nobody from then on, wherever in the list it
+ * is, and goes with its last reader. */
+static void test_dropped_in_use(void **state)
+{
+    claas_host_cache_t *cache = open_cache(10 * BYTES);
+    struct claas_adapter_mark mark = mark_of(1);
+    const struct claas_adapter_image *held[2];
+
+    for (int is_first = 0; is_first < 2; is_first++) {
+        put(cache, 1, false, false);
+        held[0] = claas_host_cache_get(cache, &mark, false);
+        put(cache, 1, true, true); /* leaves the weights alone that are in use */
+        assert_int_equal(stats_of(cache).images, 2);
+        held[1] = is_first ? claas_host_cache_get(cache, &mark, true) : NULL;
+        claas_host_cache_drop(cache, &mark);
+        assert_true(look(cache, 1, false) == -1 && look(cache, 1, true) == -1);
+        assert_int_equal(stats_of(cache).images, 1 + is_first);
+        assert_true(held[0]->parameters[COUNT - 1] == 1);
+        put(cache, 1, true, true); /* read anew */
+        assert_true(look(cache, 1, false) == 1 && look(cache, 1, true) == 1);
+        for (int i = 0; i <= is_first; i++)
+            claas_host_cache_done(cache, held[i]);
+        assert_int_equal(stats_of(cache).images, 1);
+        claas_host_cache_drop(cache, &mark);
+        assert_int_equal(stats_of(cache).images, 0);
+    }
+    claas_host_cache_free(&cache);
+}
+
 /* Weights alone serve; to train, all of the directory is needed, just as it is on disk. */
 static void test_marks(void **state)
 {
@@ -204,7 +234,7 @@ static void test_none_and_unpinned(void **state)
     claas_host_cache_free(&cache);
 }
 
-/* --- in the engine --- */
+/* --- the host's memory --- */
 
 struct place {
     char directory[32], paths[3][64];
@@ -219,6 +249,62 @@ static struct place make_place(void)
         snprintf(place.paths[i], sizeof(place.paths[i]), "%s/%d", place.directory, i);
     return place;
 }
+
+static void write_at(const struct place *place, const char *name, const char *text)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", place->directory, name);
+    char *slash = strrchr(path, '/');
+
+    *slash = '\0';
+    assert_int_equal(claas_mkdir_all(path), 0);
+    *slash = '/';
+    assert_int_equal(claas_file_write(path, text, strlen(text)), 0);
+}
+
+/* With these lines as /proc/self/cgroup. */
+static uint64_t limit_of(const struct place *place, const char *membership)
+{
+    write_at(place, "0", membership);
+    return claas_cgroup_limit(place->directory, place->paths[0]);
+}
+
+static void test_cgroup_limit(void **state)
+{
+    struct place place = make_place();
+
+    /* none: no group, no file, "max", a line that is none */
+    assert_true(limit_of(&place, "") == UINT64_MAX);
+    assert_true(limit_of(&place, "0::/a/b\n4:memory:/c\n") == UINT64_MAX);
+    write_at(&place, "a/b/memory.max", "max\n");
+    assert_true(limit_of(&place, "0::/a/b\n") == UINT64_MAX);
+    assert_true(limit_of(&place, "memory\n0:\n0::a\n") == UINT64_MAX);
+    /* version 2: the group's own, a group's around it, whichever is less */
+    write_at(&place, "a/b/memory.max", "3000\n");
+    assert_int_equal(limit_of(&place, "0::/a/b\n"), 3000);
+    write_at(&place, "a/memory.max", "4000\n");
+    assert_int_equal(limit_of(&place, "0::/a/b\n"), 3000);
+    assert_int_equal(limit_of(&place, "0::/a\n"), 4000);
+    write_at(&place, "a/memory.max", "2000\n");
+    assert_int_equal(limit_of(&place, "0::/a/b\n"), 2000);
+    assert_true(limit_of(&place, "0::/\n") == UINT64_MAX);
+    /* a container's own is the top, whatever it is called outside */
+    write_at(&place, "memory.max", "1000\n");
+    assert_int_equal(limit_of(&place, "0::/\n"), 1000);
+    assert_int_equal(limit_of(&place, "0::/elsewhere/x\n"), 1000);
+    /* version 1: the controller of that very name, among others too */
+    write_at(&place, "memory/c/memory.limit_in_bytes", "700\n");
+    write_at(&place, "memory/memory.limit_in_bytes", "9223372036854771712\n");
+    assert_int_equal(limit_of(&place, "5:cpu,memory:/c/d\n3:cpuset:/\n"), 700);
+    assert_int_equal(limit_of(&place, "4:memory:/\n"), INT64_C(9223372036854771712));
+    assert_true(limit_of(&place, "4:name=memory:/c\n5:memory2:/c\n") == UINT64_MAX);
+    assert_int_equal(limit_of(&place, "4:memory:/c\n0::/\n"), 700);
+    assert_int_equal(limit_of(&place, "0::/\n4:memory:/\n"), 1000);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    assert_true(claas_cgroup_limit("/none", "/none/self") == UINT64_MAX);
+    assert_true(claas_host_memory() > 0 && claas_host_memory() < UINT64_MAX);
+}
+
+/* --- in the engine --- */
 
 static void train(struct rig *rig, claas_adapter_t *adapter)
 {
@@ -436,6 +522,50 @@ static void test_full_device(void **state)
     rig_close(&rig);
 }
 
+/* A copy that nobody waits for takes no other's place, and is not read back where it finds none. */
+static void test_copy_if_room(void **state)
+{
+    struct rig rig = rig_open_on(&fake_backend_with_memory,
+                                 (struct claas_device_options){.host_cache = 1 << 20});
+    claas_adapter_t *adapter = adapter_new(&rig, 1), *kept;
+    struct place place = make_place();
+    struct claas_adapter_info infos[4];
+    uint64_t id;
+
+    save_copy(&rig, adapter, place.paths[0]);
+    fake.adapter_room = 2; /* the one in training and its saved copy */
+    fake.download_operations = 1;
+    fake.operations_done = 0;
+    assert_int_equal(claas_device_adapter_copy_if_room(rig.client, adapter, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.operations_done, 0);
+    assert_int_equal(claas_device_adapters(rig.device, infos, 4), 2);
+    fake.adapter_room = 3;
+    assert_int_equal(claas_device_adapter_copy_if_room(rig.client, adapter, &id), 0);
+    kept = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    assert_int_equal(claas_device_adapters(rig.device, infos, 4), 3);
+    assert_true(infos[0].use == CLAAS_ADAPTER_KEEP && !infos[0].in_host);
+    assert_int_equal(fake.operations_done, 0);
+    claas_adapter_unref(&kept);
+    claas_adapter_unref(&adapter);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    rig_close(&rig);
+}
+
+/* Where no copy is made on the device there is none. */
+static void test_copy_if_room_in_host(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0});
+    claas_adapter_t *adapter = adapter_new(&rig, 1);
+    uint64_t id;
+
+    assert_false(claas_device_copies(rig.device));
+    assert_int_equal(claas_device_adapter_copy_if_room(rig.client, adapter, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_UNSUPPORTED);
+    claas_adapter_unref(&adapter);
+    rig_close(&rig);
+}
+
 /* A step that finds no room gets that of the saved copies. */
 static void test_step_takes_room(void **state)
 {
@@ -522,13 +652,17 @@ int main(void)
         cmocka_unit_test(test_blocks_are_reused),
         cmocka_unit_test(test_prepared),
         cmocka_unit_test(test_more_in_use_than_budget),
+        cmocka_unit_test(test_dropped_in_use),
         cmocka_unit_test(test_marks),
         cmocka_unit_test(test_none_and_unpinned),
+        cmocka_unit_test(test_cgroup_limit),
         cmocka_unit_test(test_trained_is_served),
         cmocka_unit_test(test_forgotten_is_read),
         cmocka_unit_test(test_replaced_is_read),
         cmocka_unit_test(test_untrained),
         cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_copy_if_room),
+        cmocka_unit_test(test_copy_if_room_in_host),
         cmocka_unit_test(test_step_takes_room),
         cmocka_unit_test(test_cancelled_save),
         cmocka_unit_test(test_unwanted_directory),
