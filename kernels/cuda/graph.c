@@ -1,5 +1,5 @@
 /* Capturing, keeping and launching graphs (graph.h). Only calls of the capturing thread are watched
- * (mode thread-local): the I/O thread allocates memory and copies adapters meanwhile. */
+ * (mode thread-local): an I/O thread allocates memory and copies adapters meanwhile. */
 #include "cuda/graph.h"
 
 #include "claas/log.h"

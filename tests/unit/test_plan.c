@@ -114,8 +114,8 @@ static void test_default_cycle(void **state)
         CLAAS_AUTO(claas_json_free) cJSON *rows = plan_rows(&plan, step);
         struct counts counts = count_rows(rows);
 
-        assert_int_equal(counts.feedback, 8);
-        assert_int_equal(counts.replay, 4);
+        assert_int_equal(counts.feedback, 7);
+        assert_int_equal(counts.replay, 5);
         assert_int_equal(counts.other, 0);
         assert_true(counts.forms[0] > 0 && counts.forms[1] > 0);
         brief += counts.forms[0];

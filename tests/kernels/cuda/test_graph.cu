@@ -19,7 +19,7 @@ static __global__ void add_one(int *count)
     *count += 1;
 }
 
-/* What the I/O thread does: memory of its own, and an event behind the stream's work. */
+/* What an I/O thread does: memory of its own, and an event behind the stream's work. */
 static void *meddle(void *arg)
 {
     struct work *work = (struct work *)arg;
