@@ -285,8 +285,9 @@ static void upload_moments(claas_backend_t *backend, claas_backend_adapter_t *ad
     }
 }
 
-/* Runs on the I/O threads too, so it must not use the pool: a team does one thing at a time. What is
- * for serving only has the masters of one layer at a time, for as long as its panels are made. */
+/* Runs on the I/O threads too, so it must not use the pool: a team does one thing at a time. What
+ * is for serving only has the masters of one layer at a time, for as long as its panels are made.
+ */
 int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                              const struct claas_adapter_image *image)
 {
