@@ -453,7 +453,7 @@ static void dump_lora(const char *name, int m, int k, int n, bool few)
 
     r = {};
     open_lora(&r, m, k, n, few);
-    check_rc(cuda_lora_shrink(&context, &r.lora, context.stream, false), name);
+    check_rc(cuda_lora_shrink(&context, &r.lora), name);
     check_rc(cuda_lora_expand(&context, &r.lora), name);
     if (!few) {
         check_rc(cuda_lora_outer(&context, &r.lora), name);
