@@ -519,10 +519,35 @@ static void test_what_dead_trainers_left(void **state)
     assert_int_equal(access(other, F_OK), 0);
 }
 
-static uint64_t images(const struct rig *rig)
+/* The compute thread has done what it was left before: it answers a question after it. */
+static void settle(struct rig *rig)
+{
+    static const int32_t prompt[] = {5, 6};
+    struct claas_generate_request request = {
+        .prompt = prompt, .prompt_count = 2, .max_tokens = 1, .top_p = 1};
+    CLAAS_AUTO(claas_device_client_free) claas_device_client_t *client = NULL;
+    struct claas_device_event event;
+    enum claas_device_event_kind kind = CLAAS_EVENT_TOKEN;
+    uint64_t id;
+
+    for (int i = 0; i < WAIT_MS && claas_device_adapters(rig->device, NULL, 0) > 0; i++)
+        (void)poll(NULL, 0, 1);
+    assert_int_equal(claas_device_client_new(rig->device, &client), 0);
+    assert_int_equal(claas_device_generate(client, &request, &id), 0);
+    while (kind == CLAAS_EVENT_TOKEN) {
+        assert_int_equal(claas_device_client_wait(client, WAIT_MS, &event), 1);
+        kind = event.kind;
+        claas_device_event_done(&event);
+    }
+    assert_int_equal(kind, CLAAS_EVENT_FINISHED);
+}
+
+/* Of adapters in the host's memory, when none is on the device any more. */
+static uint64_t images(struct rig *rig)
 {
     struct claas_device_stats stats;
 
+    settle(rig);
     claas_device_stats(rig->device, &stats);
     return stats.host_cache_images;
 }
