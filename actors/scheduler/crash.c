@@ -19,6 +19,7 @@
 /* A marker from later than now says nothing: the clock was set back. And what was on its way to
  * storage at the crash was recorded a moment after it. */
 #define SLACK_MS 1000
+#define TICK_MS  10 /* a file's time is that of the kernel's last tick */
 
 struct marker {
     int64_t unix_ms;
@@ -53,7 +54,7 @@ bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_t
 {
     struct marker marker;
 
-    if (!read_marker(scheduler, &marker) || marker.unix_ms < unix_ms)
+    if (!read_marker(scheduler, &marker) || marker.unix_ms + TICK_MS < unix_ms)
         return false;
     snprintf(ret_text, size, "%s", marker.text);
     return true;
@@ -104,11 +105,11 @@ static void counted(struct scheduler *scheduler, void *arg, int error, const cha
     (void)arg;
     (void)text;
     (void)reply;
-    if (error) {
+    if (error && !scheduler->loading) {
         jobs_load_later(scheduler);
         return;
     }
-    scheduler->crash_many = true;
+    scheduler->crash_many = scheduler->crash_many || !error;
     jobs_load(scheduler);
 }
 
@@ -134,6 +135,30 @@ static int record_crash(struct scheduler *scheduler, struct job *const *jobs, in
                                         .done = counted});
 }
 
+/* What a kill left, or a crash that is counted: it waits now, and shall not pay for the next one.
+ * Where it cannot be recorded, it goes on all the same. */
+static void requeue(struct scheduler *scheduler, const cJSON *list)
+{
+    struct job *job = NULL;
+    const cJSON *json;
+
+    cJSON_ArrayForEach(json, list)
+    {
+        const char *id = "";
+        cJSON *event;
+
+        if (!has_run(json, INT64_MAX - 1))
+            continue;
+        claas_json_get_string(json, "job_id", &id);
+        job = job_find(scheduler, id);
+        if (!job || job->run)
+            continue;
+        event = cJSON_CreateObject();
+        claas_json_set_string(event, "kind", "state");
+        (void)record_jobs(scheduler, &job, 1, &(struct record){.state = "queued", .event = event});
+    }
+}
+
 bool crash_count(struct scheduler *scheduler, const cJSON *list)
 {
     CLAAS_AUTO_FREE char *path = marker_path(scheduler);
@@ -147,6 +172,7 @@ bool crash_count(struct scheduler *scheduler, const cJSON *list)
     if (count == 0) {
         if (path && unlink(path) < 0 && errno != ENOENT)
             claas_warning("%s: %s", path, strerror(errno));
+        requeue(scheduler, list);
         return false;
     }
     claas_warning("%s: a strike for %d jobs", marker.text, count);

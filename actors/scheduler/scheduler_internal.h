@@ -157,7 +157,8 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
  */
 bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_text, size_t size);
 /* At the start, with storage's list: strikes for the jobs that ran when the trainer crashed and
- * this process with it. True while they are being recorded: the list is read anew then. */
+ * this process with it. True while they are being recorded: the list is read anew then. In the end
+ * none of the jobs is in a cycle on disk. */
 bool crash_count(struct scheduler *scheduler, const cJSON *list);
 
 /* cycle_run.c, cycle_end.c */

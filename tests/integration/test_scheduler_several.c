@@ -351,6 +351,7 @@ static void test_an_old_crash_at_the_start(void **state)
         rig_start(rig);
         check_end(id, "done");
         assert_int_equal(look_for(id)->strikes, 0);
+        assert_int_equal(count_state(look_for(id), "queued"), 2); /* before its cycle: at once */
         assert_int_equal(access(marker_path, F_OK), -1);
         claas_runtime_free(&rig->runtime);
     }
