@@ -168,17 +168,16 @@ static const struct argp serve_argp = {
 
 static char crash_marker[4096]; /* "" = none */
 
-/* Whose crash counts against the jobs that ran, and who will read the marker. A process that knows
- * of no job has none. */
+/* Whose crash counts against the jobs that ran, and who will read the marker: storage at its start,
+ * or the scheduler. A process without scheduler and trainer has none: what it does is no job's. */
 static void choose_marker(const struct process *process)
 {
     const char *data = claas_config_string(process->config, "data");
     const char *name = NULL;
 
-    if (process_has_role(process, "storage") || process_has_role(process, "scheduler"))
-        name = CLAAS_CRASH_MARKER;
-    else if (process_has_role(process, "trainer"))
-        name = CLAAS_CRASH_MARKER_TRAINER;
+    if (process_has_role(process, "scheduler") || process_has_role(process, "trainer"))
+        name =
+            process_has_role(process, "storage") ? CLAAS_CRASH_MARKER : CLAAS_CRASH_MARKER_TRAINER;
     if (name)
         snprintf(crash_marker, sizeof(crash_marker), "%s/%s", data, name);
 }

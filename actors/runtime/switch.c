@@ -360,10 +360,12 @@ static int open_inner(struct claas_switch *sw)
 
 int claas_switch_check_upstream(const char *endpoint)
 {
-    const char *path = endpoint + strlen("ipc://");
+    static const char scheme[] = "ipc://";
+    bool is_ipc = strncmp(endpoint, scheme, strlen(scheme)) == 0;
+    const char *path = is_ipc ? endpoint + strlen(scheme) : "";
     struct stat status;
 
-    if (strncmp(endpoint, "ipc://", 6) != 0 || !path[0])
+    if (!path[0])
         return claas_fail(CLAAS_ERR_INVALID,
                           "connect: '%s' is not an address: ipc:// and the path of the server's "
                           "socket, as in ipc:///var/lib/claas/claas.ipc",

@@ -4,11 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include "claas/clock.h"
 #include "claas/err.h"
-#include "claas/file.h"
 #include "claas/log.h"
 #include "claas/mem.h"
 #include "claas/metrics.h"
@@ -48,8 +46,25 @@ static void end_trainer(struct cycle_run *run)
     claas_actor_tell(run->scheduler->actor, run->trainer, CLAAS_MSG_CYCLE_END, body);
 }
 
+/* Else jobs that only wait would look as if they ran, and pay for whatever crashes next. One by
+ * one: a job that has ended otherwise meanwhile shall not keep the others from it. */
+static void record_waiting(struct cycle_run *run)
+{
+    for (int i = 0; i < run->job_count && !run->waits; i++) {
+        cJSON *event;
+
+        if (run->jobs[i]->cancel)
+            continue;
+        event = cJSON_CreateObject();
+        claas_json_set_string(event, "kind", "state");
+        (void)record_jobs(run->scheduler, &run->jobs[i], 1,
+                          &(struct record){.state = "queued", .event = event});
+    }
+}
+
 void cycle_run_abandon(struct cycle_run *run)
 {
+    record_waiting(run);
     end_trainer(run);
     cycle_run_free(run);
 }
@@ -161,7 +176,8 @@ static void park(struct cycle_run *run, int code, const char *text)
                  .state = "failed", .event = event, .result = result, .done = parked, .arg = run});
 }
 
-/* Memory comes back when chats end and adapters are dropped: it is given more time. */
+/* Memory comes back when chats end and adapters are dropped: it is given more time, 5 s after a
+ * full device in company, which is no strike, then 10 s, 20 s. */
 static int64_t retry_delay(int code, int64_t strikes)
 {
     int64_t first = code == CLAAS_ERR_NO_MEMORY ? RETRY_FULL_MS : RETRY_FIRST_MS;
@@ -185,6 +201,7 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
                strikes >= claas_config_int(scheduler->config, "cycle.retries")) {
         park(run, failed->code, failed->text);
     } else {
+        run->waits = true;
         for (int i = 0; i < run->job_count; i++)
             run->jobs[i]->sole = true;
         part(run, retry_delay(failed->code, strikes));
@@ -276,30 +293,12 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     }
 }
 
-/* A trainer in another process that crashes cannot answer, but leaves a marker (claas serve). It
- * counts against the cycles that were in it. kill -9 leaves none and counts for nothing. */
-static bool has_crashed(const struct cycle_run *run, char *ret_how, size_t size)
-{
-    const char *data = claas_config_string(run->scheduler->config, "data");
-    CLAAS_AUTO_FREE char *path = claas_format("%s/" CLAAS_CRASH_MARKER_TRAINER, data);
-    CLAAS_AUTO_FREE char *how = NULL;
-    struct stat status;
-
-    if (!path || stat(path, &status) < 0 ||
-        status.st_mtim.tv_sec * 1000 + status.st_mtim.tv_nsec / 1000000 < run->started_unix_ms ||
-        claas_file_read(path, CLAAS_CRASH_MARKER_MAX, &how, NULL) < 0)
-        return false;
-    how[strcspn(how, "\r\n")] = '\0';
-    snprintf(ret_how, size, "the trainer crashed while it worked (%s)",
-             claas_utf8_valid(how, strlen(how)) ? how : "unknown");
-    return true;
-}
-
 void cycle_run_fail_trainer(struct cycle_run *run, int code, const char *text)
 {
     char how[128];
 
-    if (code == CLAAS_ERR_UNAVAILABLE && has_crashed(run, how, sizeof(how)))
+    if (code == CLAAS_ERR_UNAVAILABLE &&
+        crash_since(run->scheduler, run->started_unix_ms, how, sizeof(how)))
         cycle_run_fail(run, CLAAS_ERR_INTERNAL, how);
     else
         cycle_run_fail(run, code, text);

@@ -86,10 +86,11 @@ void jobs_wake(struct scheduler *scheduler, int64_t delay_ms)
         claas_warning("jobs wait for the next feedback: %s", claas_error_text());
 }
 
-/* Whether two jobs may be learnt in one cycle. */
+/* Whether two jobs may be learnt in one cycle. One that is to run with no cycle beside its own
+ * would have that hold for the other too, or not hold at all. */
 static bool fits(const struct job *a, const struct job *b)
 {
-    if (a->alone || b->alone || b->cancel)
+    if (a->alone || b->alone || b->cancel || a->sole != b->sole)
         return false;
     if (strcmp(a->lora_id, b->lora_id) != 0 || strcmp(a->principal, b->principal) != 0)
         return false;
@@ -140,6 +141,12 @@ static void load_again(void *self, void *arg)
     (void)arg;
     scheduler->loading = false;
     jobs_load(scheduler);
+}
+
+void jobs_load_later(struct scheduler *scheduler)
+{
+    scheduler->loading = true; /* whoever wants it sooner waits too */
+    claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
 }
 
 /* Storage lists in order of arrival, as the list here is: most often the job is the next one. */
@@ -205,13 +212,16 @@ static void unfinished(void *self, void *arg, claas_message_t *reply)
 
     (void)arg;
     if (reply->error) {
-        claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
+        jobs_load_later(scheduler);
         return;
     }
     scheduler->loading = false;
     take_unfinished(scheduler, list);
     if (cJSON_GetArraySize(list) < UNFINISHED_MAX)
         drop_ended(scheduler);
+    if (!scheduler->crash_known && crash_count(scheduler, list))
+        return; /* the list is read anew when the strikes are on disk */
+    scheduler->crash_known = true;
     if (scheduler->load_again) {
         jobs_load(scheduler);
         return;
@@ -242,5 +252,5 @@ void jobs_load(struct scheduler *scheduler)
                          },
                          NULL);
     if (rc < 0)
-        claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
+        jobs_load_later(scheduler);
 }

@@ -18,6 +18,7 @@ static void recorded(void *self, void *arg, claas_message_t *reply)
     struct pending_record *pending = arg;
     const cJSON *event;
 
+    scheduler->records--;
     if (reply->error)
         claas_warning("a job's transition was not recorded: %s", reply->error_text);
     if (reply->error == CLAAS_ERR_CONFLICT && !pending->done)
@@ -64,5 +65,7 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
                          NULL);
     if (rc < 0)
         free(pending);
+    else
+        scheduler->records++;
     return rc;
 }

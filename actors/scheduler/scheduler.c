@@ -167,7 +167,8 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
     return 0;
 }
 
-/* The cycles under way are dropped: their jobs are on disk and begin anew at the next start. */
+/* The cycles under way are dropped: their jobs begin anew at the next start. That they wait has to
+ * be on disk before storage stops. */
 static bool drain(void *self)
 {
     struct scheduler *scheduler = self;
@@ -179,7 +180,7 @@ static bool drain(void *self)
         if (!run->publishing && !run->ending)
             cycle_run_abandon(run);
     }
-    if (scheduler->runs)
+    if (scheduler->runs || scheduler->records > 0)
         return false; /* seconds away from done */
     watch_free_all(scheduler, true);
     return true;

@@ -68,6 +68,7 @@ struct cycle_run {
     uint64_t ask;    /* the request under way, 0 = none */
     bool publishing; /* too late to cancel */
     bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
+    bool waits;      /* over, and on disk its jobs wait again already */
     bool company; /* another cycle ran at some time of its life: who spoilt what is not certain */
     int64_t started_ms, started_unix_ms;
 };
@@ -88,6 +89,9 @@ struct scheduler {
     bool loaded;                 /* the list of jobs is storage's: cycles may start */
     bool loading;                /* storage was asked for its list … */
     bool load_again;             /* … and has to be asked once more */
+    int records;                 /* JOB_RECORDs that storage has not answered */
+    bool crash_known;            /* what an earlier life's crash left is counted (crash.c) … */
+    bool crash_many;             /* … and struck someone: who comes later did not run by itself */
     bool draining;
     int timer; /* of the next dispatch, 0 = none; due at wake_ms */
     int64_t wake_ms;
@@ -106,6 +110,8 @@ void jobs_wake(struct scheduler *scheduler, int64_t delay_ms);
 /* Makes the list what storage says: at the start, and whenever something may have happened to a job
  * without an answer to tell of it. No cycle starts meanwhile. */
 void jobs_load(struct scheduler *scheduler);
+/* The same in a while: storage is away, or its disk is full. */
+void jobs_load_later(struct scheduler *scheduler);
 
 /* turns.c */
 /* The first job of the adapter whose turn it is; NULL if no cycle may start now. *ret_wait: until
@@ -146,9 +152,18 @@ struct record {
 int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
                 const struct record *record);
 
+/* crash.c */
+/* Whether a trainer in a process of its own crashed at that time or later: a sentence that says so.
+ */
+bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_text, size_t size);
+/* At the start, with storage's list: strikes for the jobs that ran when the trainer crashed and
+ * this process with it. True while they are being recorded: the list is read anew then. In the end
+ * none of the jobs is in a cycle on disk. */
+bool crash_count(struct scheduler *scheduler, const cJSON *list);
+
 /* cycle_run.c, cycle_end.c */
 void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int count);
-/* Drops the run, here and in the trainer; its jobs wait again. */
+/* Drops the run, here and in the trainer; its jobs wait again, and on disk too. */
 void cycle_run_abandon(struct cycle_run *run);
 void cycle_run_free(struct cycle_run *run);
 /* After the last step: publish the best, or reject. */

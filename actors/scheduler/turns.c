@@ -2,8 +2,9 @@
  *
  * Several adapters learn beside each other (trainer.jobs), one adapter never twice: its versions
  * come one after the other, in the order of its feedback. The next cycle is of the adapter that has
- * waited longest, but not of one of the last few while another waits; so with as many turns as
- * cycles, nobody learns twice before each who waits has learnt once.
+ * waited longest, but while another waits, of none that had one of the last turns: as many as
+ * cycles run at the same time. So whoever has just learnt waits for as many others as that, not for
+ * all who wait.
  *
  * A job with a strike learns with no cycle beside it: what takes the process or the device with it
  * strikes all who ran, and the next failure shall be the fault of one. It does not wait for a pause

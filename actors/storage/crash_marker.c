@@ -2,7 +2,8 @@
  * leaves a marker in the data directory; at the next start the jobs whose cycle was running get a
  * strike, and one that ran by itself and has too many is parked: else a job that crashes its worker
  * would do so at every start. Who of several it was is not known: each of them gets its next try by
- * itself. kill -9 and power cuts leave no marker and count for nothing. */
+ * itself. kill -9 and power cuts leave no marker and count for nothing. Either way nothing runs
+ * when storage starts, unless the scheduler is in another process: whatever ran waits again. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -33,7 +34,7 @@ static int find_jobs(struct store *store, cJSON *jobs)
     return rc;
 }
 
-/* Records the strike of one job. */
+/* Records the strike of one job, or without `text` only its state. */
 static int record(struct store *store, const char *job_id, const char *state, const char *text)
 {
     cJSON *ids = cJSON_CreateArray();
@@ -43,12 +44,13 @@ static int record(struct store *store, const char *job_id, const char *state, co
     cJSON *event = cJSON_CreateObject();
 
     cJSON_AddItemToArray(ids, cJSON_CreateString(job_id));
-    claas_json_set_string(event, "kind", "error");
-    claas_json_set_string(event, "error", text);
+    claas_json_set_string(event, "kind", text ? "error" : "state");
+    if (text)
+        claas_json_set_string(event, "error", text);
     claas_json_set(body, "job_ids", ids);
     claas_json_set_string(body, "state", state);
     claas_json_set(body, "event", event);
-    claas_json_set_bool(body, "failure", true);
+    claas_json_set_bool(body, "failure", text != NULL);
     return store->base.ops->call(&store->base, CLAAS_STORE_JOB_RECORD, &request, &answer);
 }
 
@@ -80,6 +82,25 @@ static int count(struct store *store, const char *what)
         store->base.ops->abort(&store->base);
     if (rc == 0)
         store_warn(store, "the last process crashed (%s): a strike for %d jobs", what, many);
+    return rc;
+}
+
+int store_requeue(struct store *store)
+{
+    CLAAS_AUTO(claas_json_free) cJSON *jobs = cJSON_CreateArray();
+    const cJSON *job;
+    int rc = jobs ? find_jobs(store, jobs) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+
+    if (rc < 0 || cJSON_GetArraySize(jobs) == 0)
+        return rc;
+    cJSON_ArrayForEach(job, jobs)
+    {
+        if (rc == 0)
+            rc = record(store, cJSON_GetArrayItem(job, 0)->valuestring, "queued", NULL);
+    }
+    if (rc == 0)
+        return store->base.ops->commit(&store->base);
+    store->base.ops->abort(&store->base);
     return rc;
 }
 

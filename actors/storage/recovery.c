@@ -267,5 +267,8 @@ int store_recover(struct store *store)
         rc = tell_unknown(store);
     if (rc == 0)
         rc = store_count_crash(store);
+    /* Nor is a full disk. */
+    if (rc == 0 && !store->options.scheduler_elsewhere && store_requeue(store) < 0)
+        store_warn(store, "jobs look as if they ran: %s", claas_error_text());
     return rc;
 }

@@ -303,6 +303,7 @@ static struct claas_store_options read_options(const claas_config_t *config)
         .replay_items = claas_config_int(config, "cycle.replay_items"),
         .replay_age = claas_config_int(config, "cycle.replay_age"),
         .retries = claas_config_int(config, "cycle.retries"),
+        .scheduler_elsewhere = !claas_config_list_has(config, "roles", "scheduler"),
         .keep_versions = claas_config_int(config, "storage.keep_versions"),
         .keep_moments = claas_config_int(config, "storage.keep_moments"),
         .keep_rollouts = claas_config_int(config, "storage.keep_rollouts"),

@@ -87,7 +87,8 @@ struct claas_store_options {
     const char *data; /* the directory; made if missing */
     int64_t queue_max;
     int64_t replay_items, replay_age;
-    int64_t retries; /* strikes after which a job is parked; 0 = never */
+    int64_t retries;          /* strikes after which a job is parked; 0 = never */
+    bool scheduler_elsewhere; /* in another process, where its cycles may go on */
     int64_t keep_versions, keep_moments;
     int64_t keep_rollouts, keep_rollouts_ms;
     /* What a person should look at after the start (a version's files are gone, …). May be NULL. */

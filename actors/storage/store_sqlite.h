@@ -56,6 +56,8 @@ int store_lock_directory(struct store *store);
 int store_recover(struct store *store);
 /* Strikes for the jobs that ran when the last process crashed (crash_marker.c). */
 int store_count_crash(struct store *store);
+/* Those that ran wait again. */
+int store_requeue(struct store *store);
 /* Removes what the table `trash` names; at most one path. > 0 if there was one. */
 int store_empty_trash(struct store *store);
 void store_warn(const struct store *store, const char *format, ...)

@@ -77,6 +77,7 @@ static void work_fail(struct adapter_work *work, int code, const char *text)
     hide_paths(work, code);
     told = claas_strdup(claas_error_text());
     remove_upload(work);
+    claas_device_adapter_forget(work->trainer->device, work->directory);
     staged_remove(work->directory);
     claas_actor_reply_error(work->trainer->actor, &work->reply_to, code, told);
     work_free(work);

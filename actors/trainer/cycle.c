@@ -67,6 +67,13 @@ void cycles_free(struct trainer *trainer)
         cycle_free(trainer->cycles);
 }
 
+void cycles_lose(struct trainer *trainer, const char *text)
+{
+    for (struct cycle *cycle = trainer->cycles; cycle; cycle = cycle->next)
+        if (cycle->busy)
+            cycle_fail(cycle, CLAAS_ERR_DEVICE_LOST, text);
+}
+
 void cycle_fail(struct cycle *cycle, int code, const char *text)
 {
     cycle->busy = false;
@@ -420,7 +427,7 @@ int handle_cycle_stage(void *self, claas_message_t *message)
     if (!cycle->kept)
         rc = claas_fail(CLAAS_ERR_CONFLICT, "cycle %s kept no step", cycle->id);
     drop_last(cycle); /* it was no better */
-    if (cycle->staging && staging_has_failed(cycle->staging))
+    if (cycle->staging && (staging_has_failed(cycle->staging) || staging_is_gone(cycle->staging)))
         staging_drop(&cycle->staging);
     if (rc == 0 && !cycle->staging)
         rc = staging_start(trainer, cycle->kept, &cycle->staging);

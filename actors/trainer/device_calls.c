@@ -1,4 +1,5 @@
-/* Who waits for which device request: a short list, searched linearly (tens of entries). */
+/* Who waits for which device request: hundreds when several cycles sample at the same time, and
+ * each token is an event. Ids are counted up, so the lists by their last byte are short. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,6 +10,11 @@
 #include "claas/mem.h"
 #include "trainer_internal.h"
 
+static struct device_call **list_of(struct trainer *trainer, uint64_t id)
+{
+    return &trainer->calls[id % DEVICE_CALL_LISTS];
+}
+
 int device_call_add(struct trainer *trainer, uint64_t id, device_call_fn *fn, void *arg)
 {
     struct device_call *call = CLAAS_NEW(struct device_call);
@@ -17,15 +23,13 @@ int device_call_add(struct trainer *trainer, uint64_t id, device_call_fn *fn, vo
         claas_device_cancel(trainer->client, id);
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     }
-    *call = (struct device_call){trainer->calls, id, fn, arg};
-    trainer->calls = call;
+    *call = (struct device_call){*list_of(trainer, id), id, fn, arg};
+    *list_of(trainer, id) = call;
     return 0;
 }
 
-void device_calls_drop(struct trainer *trainer, void *arg)
+static void drop_from(struct trainer *trainer, struct device_call **link, const void *arg)
 {
-    struct device_call **link = &trainer->calls;
-
     while (*link) {
         struct device_call *call = *link;
 
@@ -37,6 +41,12 @@ void device_calls_drop(struct trainer *trainer, void *arg)
             link = &call->next;
         }
     }
+}
+
+void device_calls_drop(struct trainer *trainer, void *arg)
+{
+    for (size_t i = 0; i < DEVICE_CALL_LISTS; i++)
+        drop_from(trainer, &trainer->calls[i], arg);
 }
 
 static bool is_last(const struct claas_device_event *event)
@@ -64,8 +74,12 @@ static void look_at_failure(struct trainer *trainer, struct claas_device_event *
 {
     if (event->error == CLAAS_ERR_NO_MEMORY)
         add_memory_map(trainer, event);
-    else if (event->error == CLAAS_ERR_DEVICE_LOST)
-        claas_actor_fail(trainer->actor, event->error, event->text);
+    if (event->error != CLAAS_ERR_DEVICE_LOST)
+        return;
+    if (!trainer->lost[0])
+        snprintf(trainer->lost, sizeof(trainer->lost), "%s",
+                 event->text[0] ? event->text : "the device is lost");
+    claas_actor_fail(trainer->actor, event->error, event->text);
 }
 
 void device_calls_pump(struct trainer *trainer)
@@ -73,7 +87,7 @@ void device_calls_pump(struct trainer *trainer)
     struct claas_device_event event;
 
     while (claas_device_client_next(trainer->client, &event) == 1) {
-        struct device_call **link = &trainer->calls;
+        struct device_call **link = list_of(trainer, event.id);
 
         if (event.kind == CLAAS_EVENT_FAILED)
             look_at_failure(trainer, &event);
@@ -99,12 +113,14 @@ void device_calls_end(struct trainer *trainer)
     struct claas_device_event event = {
         .kind = CLAAS_EVENT_FAILED, .error = CLAAS_ERR_UNAVAILABLE, .text = "the trainer stopped"};
 
-    while (trainer->calls) {
-        struct device_call call = *trainer->calls;
+    for (size_t i = 0; i < DEVICE_CALL_LISTS; i++) {
+        while (trainer->calls[i]) {
+            struct device_call call = *trainer->calls[i];
 
-        free(trainer->calls);
-        trainer->calls = call.next;
-        event.id = call.id;
-        call.fn(trainer, call.arg, &event);
+            free(trainer->calls[i]);
+            trainer->calls[i] = call.next;
+            event.id = call.id;
+            call.fn(trainer, call.arg, &event);
+        }
     }
 }

@@ -2,8 +2,12 @@
  * device has let go of it. */
 #include "staging.h"
 
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "claas/err.h"
 #include "claas/mem.h"
@@ -52,8 +56,8 @@ int staging_start(struct trainer *trainer, claas_adapter_t *kept, struct staging
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     staging->trainer = trainer;
     claas_random_hex(hex, 8);
-    snprintf(staging->directory, sizeof(staging->directory), "%s/staging/cycle-%s",
-             claas_config_string(trainer->config, "data"), hex);
+    snprintf(staging->directory, sizeof(staging->directory), "%s/staging/cycle-%ld-%s",
+             claas_config_string(trainer->config, "data"), (long)getpid(), hex);
     rc = claas_device_adapter_save(trainer->client, kept, staging->directory, &staging->id);
     if (rc == 0)
         rc = device_call_add(trainer, staging->id, saved, staging);
@@ -79,6 +83,11 @@ bool staging_has_failed(const struct staging *staging)
     return staging->ended && staging->error;
 }
 
+bool staging_is_gone(const struct staging *staging)
+{
+    return staging->ended && !staging->error && access(staging->directory, F_OK) < 0;
+}
+
 const char *staging_directory(const struct staging *staging)
 {
     return staging->directory;
@@ -100,4 +109,34 @@ void staging_drop(struct staging **ref)
         staged_remove(staging->directory);
     }
     staging_free(staging);
+}
+
+/* Whether the entry is a cycle's directory of a process that is no more, or was this one's: nothing
+ * of this one's is staged yet. */
+static bool is_left_over(const char *name)
+{
+    long pid = 0;
+
+    if (sscanf(name, "cycle-%ld-", &pid) != 1 || pid <= 0)
+        return false;
+    return pid == (long)getpid() || (kill((pid_t)pid, 0) < 0 && errno == ESRCH);
+}
+
+void staging_sweep(struct trainer *trainer)
+{
+    CLAAS_AUTO_FREE char *staging =
+        claas_format("%s/staging", claas_config_string(trainer->config, "data"));
+    DIR *dir = staging ? opendir(staging) : NULL;
+    const struct dirent *entry;
+
+    if (!dir)
+        return; /* storage has not made it yet */
+    while ((entry = readdir(dir)) != NULL) {
+        CLAAS_AUTO_FREE char *path =
+            is_left_over(entry->d_name) ? claas_format("%s/%s", staging, entry->d_name) : NULL;
+
+        if (path)
+            staged_remove(path);
+    }
+    closedir(dir);
 }

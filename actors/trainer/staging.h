@@ -16,9 +16,15 @@ typedef void staged_fn(struct trainer *trainer, void *arg, int error, const char
 void staging_await(struct staging *staging, staged_fn *done, void *arg);
 /* Whether it ended with an error: another one may fare better. */
 bool staging_has_failed(const struct staging *staging);
+/* Whether it was written and is there no more: storage, in another process, began anew meanwhile
+ * and emptied the folder. */
+bool staging_is_gone(const struct staging *staging);
 const char *staging_directory(const struct staging *staging);
 /* Nobody waits any more: what is being written is given up, and what was written and not moved away
  * is removed. */
 void staging_drop(struct staging **staging);
+/* Removes what trainers left that are no more, this one's earlier lives among them: storage does so
+ * only when it starts itself, and lives on when a trainer in another process dies. */
+void staging_sweep(struct trainer *trainer);
 
 #endif

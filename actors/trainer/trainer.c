@@ -9,6 +9,7 @@
 #include "forms.h"
 #include "imports.h"
 #include "probes.h"
+#include "staging.h"
 #include "trainer_internal.h"
 
 static void device_readable(void *self, int fd)
@@ -31,6 +32,10 @@ static void stop(void **self)
 
     if (!trainer)
         return;
+    /* Whoever was on a lost device may be what it was lost by: a trainer that just goes away would
+     * be nobody's fault. */
+    if (trainer->lost[0])
+        cycles_lose(trainer, trainer->lost);
     cycles_free(trainer);
     if (trainer->imports)
         claas_actor_unwatch(trainer->actor, imports_fd(trainer->imports));
@@ -94,6 +99,7 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
         rc = claas_actor_watch(actor, imports_fd(trainer->imports), import_readable);
     if (rc < 0)
         return rc;
+    staging_sweep(trainer);
     claas_actor_on_cancel(actor, given_up);
     *ret_self = CLAAS_TAKE(self);
     return 0;

@@ -13,6 +13,9 @@ struct trainer;
  * SAVED, TRAINED or FAILED. */
 typedef void device_call_fn(struct trainer *trainer, void *arg, struct claas_device_event *event);
 
+/* Lists of calls, by the request's id modulo this. */
+#define DEVICE_CALL_LISTS 256
+
 struct device_call {
     struct device_call *next;
     uint64_t id;
@@ -26,12 +29,13 @@ struct trainer {
     claas_device_t *device;
     claas_model_t *model;
     claas_device_client_t *client;
-    struct device_call *calls;
+    struct device_call *calls[DEVICE_CALL_LISTS];
     struct cycle *cycles;
     struct probes *probes;
     struct imports *imports;
     int stagings;         /* kept adapters that are being written, wanted or not */
     int adapters_in_work; /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
+    char lost[256];       /* why the device is lost, "" = it is not */
     bool draining;
 };
 
@@ -59,5 +63,7 @@ int handle_cycle_end(void *self, claas_message_t *message);
 /* The asker of a request under way has given up: its cycle ends. */
 void cycle_cancel(struct trainer *trainer, const struct claas_reply_to *to);
 void cycles_free(struct trainer *trainer);
+/* Answers whatever cycles are asked for: the device was lost while they were on it. */
+void cycles_lose(struct trainer *trainer, const char *text);
 
 #endif

@@ -26,8 +26,8 @@ int claas_file_map(const char *path, const uint8_t **ret_data, size_t *ret_lengt
 void claas_file_unmap(const uint8_t *data, size_t length);
 
 /* What a process that crashed leaves in the data directory: one line, "signal 11". The jobs that
- * were in work get a strike: by storage at its next start; for a trainer in a process of its own by
- * the scheduler, which goes on. */
+ * were in work get a strike: by storage at its next start; where trainer or scheduler are in a
+ * process without storage, by the scheduler, which goes on or starts again. */
 #define CLAAS_CRASH_MARKER         "crash-marker"
 #define CLAAS_CRASH_MARKER_TRAINER "crash-marker.trainer"
 #define CLAAS_CRASH_MARKER_MAX     256

@@ -1,4 +1,5 @@
 """Two processes: bridge, storage and sampler in one; scheduler and trainer in the other. Either may be killed at any time."""
+import pathlib
 import signal
 import threading
 
@@ -192,6 +193,32 @@ def test_a_job_that_crashes_its_trainer(tmp_path):
     finally:
         for server in (alone, main):
             server.kill()
+
+
+@pytest.mark.skipif(PATIENCE != 1, reason="sanitizers keep the signals of crashes to themselves")
+def test_a_job_that_crashes_its_node(pair):
+    """The scheduler crashes with the trainer, and counts at its next start. A crash of the process without either is no job's."""
+    pair.start_node(LONG)
+    pair.wait_joined()
+    pair.main.init("a/one")
+    job_id = pair.main.feedback("a/one", wait=False)["job_id"]
+    pair.main.wait_state(job_id, "training")
+    pair.main.process.send_signal(signal.SIGSEGV)
+    assert pair.main.wait() == -signal.SIGSEGV
+    pair.main.start()
+    pair.wait_joined()
+    for strikes in (0, 1, 2):
+        pair.main.wait_state(job_id, "training")
+        assert pair.main.job(job_id)["strikes"] == strikes
+        pair.node.process.send_signal(signal.SIGSEGV)
+        assert pair.node.wait() == -signal.SIGSEGV
+        pair.start_node(LONG if strikes < 2 else FAST)
+    job = pair.main.wait_state(job_id, "failed", seconds=30)
+    assert "the trainer crashed while it worked (signal 11)" in job["error"] and job["strikes"] == 3
+    assert not pathlib.Path(pair.data, "crash-marker").exists() and not pathlib.Path(pair.data, "crash-marker.trainer").exists()
+    assert pair.main.feedback("a/one")["version"] == 1
+    assert pair.node.stop() == 0
+    assert pair.main.stop() == 0
 
 
 def batches(server, job_id):

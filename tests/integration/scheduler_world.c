@@ -83,8 +83,24 @@ cJSON *add_event(struct world_job *job, const char *state, const cJSON *given)
         claas_json_set_string(event, "state", state);
         claas_copy_text(job->state, sizeof(job->state), state);
     }
+    job->updated = claas_clock_unix_ms();
     cJSON_AddItemToArray(job->events, cJSON_Duplicate(event, true));
     return event;
+}
+
+int count_state(const struct world_job *job, const char *state)
+{
+    const cJSON *event;
+    int count = 0;
+
+    cJSON_ArrayForEach(event, job->events)
+    {
+        const char *its = "";
+
+        claas_json_get_string(event, "state", &its);
+        count += strcmp(its, state) == 0;
+    }
+    return count;
 }
 
 struct world_job *add_job(const char *lora_id, const char *principal)
@@ -186,6 +202,8 @@ static int jobs_unfinished(const claas_message_t *message, cJSON *reply)
         claas_json_set_string(json, "job_id", world.jobs[i].id);
         claas_json_set_string(json, "lora_id", world.jobs[i].lora_id);
         claas_json_set_string(json, "principal", world.jobs[i].principal);
+        claas_json_set_string(json, "state", world.jobs[i].state);
+        claas_json_set_int(json, "updated", world.jobs[i].updated);
         claas_json_set_int(json, "items", 1);
         claas_json_set_int(json, "strikes", world.jobs[i].strikes);
         cJSON_AddItemToArray(list, json);

@@ -17,7 +17,7 @@
 struct world_job {
     char id[16], lora_id[64], principal[16], state[16], key[16], feedback[32];
     int strikes;
-    int64_t version;
+    int64_t version, updated;
     cJSON *events;
 };
 
@@ -70,6 +70,8 @@ struct rig {
 struct script *script_of(int type);
 bool has_ended(const struct world_job *job);
 cJSON *add_event(struct world_job *job, const char *state, const cJSON *given);
+/* How often it came into the state. */
+int count_state(const struct world_job *job, const char *state);
 struct world_job *add_job(const char *lora_id, const char *principal);
 void unlock(void);
 /* "trainer.jobs=3", "cycle.retries=2": before rig_start. */

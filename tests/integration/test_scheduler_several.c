@@ -8,9 +8,12 @@
 
 #include "scheduler_world.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "claas/err.h"
 #include "claas/file.h"
@@ -188,6 +191,8 @@ static void test_stop_and_start_with_several(void **state)
     claas_runtime_free(&rig->runtime);
     assert_int_equal(look()->ends, 3);
     assert_int_equal(look()->open_count, 0);
+    for (int i = 0; i < 3; i++)
+        assert_string_equal(look()->jobs[i].state, "queued");
     set_hold(CLAAS_MSG_CYCLE_STEP, false);
     rig_start(rig);
     check_end("job-1", "done");
@@ -198,7 +203,7 @@ static void test_stop_and_start_with_several(void **state)
 
 /* --- a trainer in another process: its crash is known by its marker --- */
 
-static const char *marker_path;
+static char marker_path[96];
 
 static void crash(void)
 {
@@ -209,14 +214,43 @@ static void crash(void)
     assert_int_equal(fclose(file), 0);
 }
 
+/* As if it had been so many seconds later. */
+static void crash_later(int seconds)
+{
+    struct timespec times[2];
+
+    crash();
+    clock_gettime(CLOCK_REALTIME, &times[0]);
+    times[0].tv_sec += seconds;
+    times[1] = times[0];
+    assert_int_equal(utimensat(AT_FDCWD, marker_path, times, 0), 0);
+}
+
+static void crash_in_an_hour(void)
+{
+    crash_later(3600);
+}
+
+static void find_marker(const struct rig *rig)
+{
+    snprintf(marker_path, sizeof(marker_path), "%s/%s", rig->dir, CLAAS_CRASH_MARKER_TRAINER);
+}
+
+/* A job as an earlier life of the scheduler left it. */
+static void add_job_that_ran(const char *lora_id, const char *state, int strikes)
+{
+    struct world_job *job = add_job(lora_id, "local");
+
+    job->strikes = strikes;
+    cJSON_Delete(add_event(job, state, NULL));
+}
+
 static void test_a_job_that_crashes_the_trainer(void **state)
 {
     struct rig *rig = *state;
     struct question question = ask_feedback("me/a", "shorter", true);
-    char path[96];
 
-    snprintf(path, sizeof(path), "%s/%s", rig->dir, CLAAS_CRASH_MARKER_TRAINER);
-    marker_path = path;
+    find_marker(rig);
     set_hook(CLAAS_MSG_CYCLE_STEP, crash);
     fail_next(CLAAS_MSG_CYCLE_STEP, 9, CLAAS_ERR_UNAVAILABLE, false);
     rig_start(rig);
@@ -232,10 +266,8 @@ static void test_a_trainer_that_is_killed(void **state)
 {
     struct rig *rig = *state;
     struct timespec moment = {.tv_nsec = 20000000};
-    char path[96];
 
-    snprintf(path, sizeof(path), "%s/%s", rig->dir, CLAAS_CRASH_MARKER_TRAINER);
-    marker_path = path;
+    find_marker(rig);
     crash();
     nanosleep(&moment, NULL); /* the granularity of a file's time */
     fail_next(CLAAS_MSG_CYCLE_STEP, 2, CLAAS_ERR_UNAVAILABLE, false);
@@ -243,6 +275,86 @@ static void test_a_trainer_that_is_killed(void **state)
     submit(rig, "me/a", "shorter");
     check_end("job-1", "done");
     assert_int_equal(look_for("job-1")->strikes, 0);
+}
+
+/* A marker from later than now, of a clock that was set back, says nothing either. */
+static void test_a_marker_ahead_of_the_clock(void **state)
+{
+    struct rig *rig = *state;
+
+    find_marker(rig);
+    set_hook(CLAAS_MSG_CYCLE_STEP, crash_in_an_hour);
+    fail_next(CLAAS_MSG_CYCLE_STEP, 2, CLAAS_ERR_UNAVAILABLE, false);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    assert_int_equal(look_for("job-1")->strikes, 0);
+}
+
+/* The scheduler was in the process that crashed: a strike for each job that ran, none for one that
+ * waited; and none is left beside another. */
+static void test_a_crash_with_the_scheduler(void **state)
+{
+    struct rig *rig = *state;
+
+    configure(rig, "trainer.jobs=3", "cycle.retries=1");
+    find_marker(rig);
+    add_job_that_ran("me/a", "training", 0);
+    add_job_that_ran("me/b", "publishing", 0);
+    add_job_that_ran("me/c", "queued", 0);
+    crash();
+    rig_start(rig);
+    check_end("job-1", "done");
+    check_end("job-2", "done");
+    check_end("job-3", "done");
+    assert_int_equal(look_for("job-1")->strikes, 1);
+    assert_int_equal(look_for("job-2")->strikes, 1);
+    assert_int_equal(look_for("job-3")->strikes, 0);
+    assert_int_equal(look()->open_most, 1);
+    assert_int_equal(access(marker_path, F_OK), -1);
+}
+
+/* Else it would crash one life after the other. */
+static void test_a_job_that_crashes_the_scheduler_too(void **state)
+{
+    struct rig *rig = *state;
+    struct question about = ask_about(CLAAS_MSG_JOB_WATCH, "job-1");
+
+    find_marker(rig);
+    add_job_that_ran("me/a", "training", 1);
+    crash();
+    fail_next(CLAAS_MSG_JOB_RECORD, 1, CLAAS_ERR_NO_SPACE,
+              false); /* and nothing starts meanwhile */
+    rig_start(rig);
+    check_end("job-1", "failed");
+    assert_int_equal(look_for("job-1")->strikes, 2);
+    assert_int_equal(look()->cycle_count, 0);
+    assert_int_equal(probe_call(rig->probe, &about), 0);
+    assert_non_null(strstr(about.reply, "the trainer crashed while it worked (signal 11)"));
+    submit(rig, "me/a", "next");
+    check_end("job-2", "done");
+    assert_int_equal(access(marker_path, F_OK), -1);
+}
+
+/* What ran after the crash, or before a crash that is still to come, was not in it. */
+static void test_an_old_crash_at_the_start(void **state)
+{
+    struct rig *rig = *state;
+
+    find_marker(rig);
+    for (int i = 0; i < 2; i++) {
+        char id[16];
+
+        snprintf(id, sizeof(id), "job-%d", i + 1);
+        crash_later(i == 0 ? -60 : 3600);
+        add_job_that_ran("me/a", "training", 0);
+        rig_start(rig);
+        check_end(id, "done");
+        assert_int_equal(look_for(id)->strikes, 0);
+        assert_int_equal(count_state(look_for(id), "queued"), 2); /* before its cycle: at once */
+        assert_int_equal(access(marker_path, F_OK), -1);
+        claas_runtime_free(&rig->runtime);
+    }
 }
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -260,6 +372,10 @@ int main(void)
         TEST(test_stop_and_start_with_several),
         TEST(test_a_job_that_crashes_the_trainer),
         TEST(test_a_trainer_that_is_killed),
+        TEST(test_a_marker_ahead_of_the_clock),
+        TEST(test_a_crash_with_the_scheduler),
+        TEST(test_a_job_that_crashes_the_scheduler_too),
+        TEST(test_an_old_crash_at_the_start),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

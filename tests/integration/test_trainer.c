@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "claas/err.h"
@@ -37,10 +38,18 @@ struct rig {
     struct claas_trainer_args trainer;
 };
 
-static int set_up(void **state)
+static void start_trainer(struct rig *rig)
+{
+    assert_int_equal(
+        claas_runtime_start(rig->runtime, &claas_trainer_class, "trainer.0", &rig->trainer), 0);
+    assert_int_equal(claas_runtime_start(rig->runtime, &driver_class, "driver", rig->probe), 0);
+}
+
+static int set_up_storage(void **state)
 {
     struct rig *rig = CLAAS_NEW(struct rig);
     struct claas_model_options model = {.path = "random:tiny-llama"};
+    struct claas_device_options device = {.threads = 1, .host_cache = 64 << 20};
     char data[96];
     const char *overrides[] = {data, "log.level=error"};
 
@@ -49,19 +58,30 @@ static int set_up(void **state)
     snprintf(data, sizeof(data), "data=%s", rig->dir);
     assert_int_equal(claas_config_load(NULL, overrides, CLAAS_COUNT(overrides), &rig->config), 0);
     assert_int_equal(claas_model_open(&model, &rig->model), 0);
-    assert_int_equal(
-        claas_device_open(&(struct claas_device_options){.threads = 1}, rig->model, &rig->device),
-        0);
+    assert_int_equal(claas_device_open(&device, rig->model, &rig->device), 0);
     rig->probe = probe_new();
     rig->storage = (struct claas_storage_args){rig->config};
     rig->trainer = (struct claas_trainer_args){rig->config, rig->device};
     assert_int_equal(claas_runtime_new(rig->config, &rig->runtime), 0);
     assert_int_equal(
         claas_runtime_start(rig->runtime, &claas_storage_class, "storage", &rig->storage), 0);
-    assert_int_equal(
-        claas_runtime_start(rig->runtime, &claas_trainer_class, "trainer.0", &rig->trainer), 0);
-    assert_int_equal(claas_runtime_start(rig->runtime, &driver_class, "driver", rig->probe), 0);
     *state = rig;
+    return 0;
+}
+
+static int set_up(void **state)
+{
+    (void)set_up_storage(state);
+    start_trainer(*state);
+    return 0;
+}
+
+/* The first training step loses the device. */
+static int set_up_lost(void **state)
+{
+    assert_int_equal(setenv("CLAAS_DEVICE_FAULT", "DEVICE_LOST:1", 1), 0);
+    (void)set_up(state);
+    assert_int_equal(unsetenv("CLAAS_DEVICE_FAULT"), 0);
     return 0;
 }
 
@@ -269,7 +289,7 @@ static cJSON *about_cycle(const char *id)
     return body;
 }
 
-static void begin(struct rig *rig, const char *id)
+static void begin(struct rig *rig, const char *id, int max_tokens)
 {
     static const int32_t prompt[] = {5, 6, 7, 8}, response[] = {9, 10};
     static const float logprobs[] = {-1, -2};
@@ -285,7 +305,7 @@ static void begin(struct rig *rig, const char *id)
     claas_json_set_int(body, "version", 0);
     claas_json_set_string(body, "directory", directory);
     claas_json_set_int(body, "seed", 3);
-    claas_json_set_int(body, "max_tokens", 12);
+    claas_json_set_int(body, "max_tokens", max_tokens);
     claas_json_set(body, "items",
                    parse("[{\"feedback\":\"Shorter.\",\"attachments\":0,"
                          "\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}]}]"));
@@ -301,20 +321,27 @@ static void begin(struct rig *rig, const char *id)
 #define OTHER_ROWS                                                                                 \
     "[{\"source\":\"feedback\",\"index\":0,\"form\":\"hindsight\",\"from_teacher\":true}]"
 
+static cJSON *about_step(const char *id, int number)
+{
+    cJSON *body = about_cycle(id);
+
+    claas_json_set_int(body, "step", number);
+    claas_json_set(body, "rows", parse(ROWS));
+    claas_json_set(body, "training", parse("{\"rate\":0.001}"));
+    claas_json_set_bool(body, "gate", true);
+    return body;
+}
+
 /* What a step did: loss, gradient and the gate's figures, printed. */
 static char *step(struct rig *rig, const char *id, int number, const char *next)
 {
-    cJSON *body = about_cycle(id);
+    cJSON *body = about_step(id, number);
     CLAAS_AUTO(claas_json_free) cJSON *reply = NULL;
     CLAAS_AUTO_FREE char *gate = NULL;
     const cJSON *metadata;
     double loss = 0, norm = 0;
     int64_t tokens = 0;
 
-    claas_json_set_int(body, "step", number);
-    claas_json_set(body, "rows", parse(ROWS));
-    claas_json_set(body, "training", parse("{\"rate\":0.001}"));
-    claas_json_set_bool(body, "gate", true);
     if (next)
         claas_json_set(body, "next", parse(next));
     reply = call(rig, CLAAS_MSG_CYCLE_STEP, body, NULL, 0);
@@ -348,7 +375,7 @@ static void test_steps_begun_ahead(void **state)
     uint64_t before, of_first, of_both;
 
     init(rig, "me/a");
-    begin(rig, "plain");
+    begin(rig, "plain", 12);
     before = decoded(rig);
     first = step(rig, "plain", 1, NULL);
     of_first = decoded(rig) - before;
@@ -358,7 +385,7 @@ static void test_steps_begun_ahead(void **state)
     for (int i = 0; i < 2; i++) {
         CLAAS_AUTO_FREE char *again = NULL, *ahead = NULL;
 
-        begin(rig, "ahead");
+        begin(rig, "ahead", 12);
         before = decoded(rig);
         again = step(rig, "ahead", 1, i == 0 ? ROWS : OTHER_ROWS);
         assert_string_equal(again, first);
@@ -417,7 +444,7 @@ static void test_staging_begins_early(void **state)
     int64_t number = 0;
 
     init(rig, "me/a");
-    begin(rig, "one");
+    begin(rig, "one", 12);
     for (int i = 1; i <= 2; i++) {
         free(step(rig, "one", i, NULL));
         keep(rig, "one", i);
@@ -432,7 +459,7 @@ static void test_staging_begins_early(void **state)
     assert_int_equal(count_staged(rig), 1);
     end(rig, "one");
     assert_int_equal(count_staged(rig), 0);
-    begin(rig, "two"); /* asked for at once: the one that is being written */
+    begin(rig, "two", 12); /* asked for at once: the one that is being written */
     free(step(rig, "two", 1, NULL));
     keep(rig, "two", 1);
     cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_STAGE, about_cycle("two"), NULL, 0));
@@ -440,6 +467,125 @@ static void test_staging_begins_early(void **state)
     keep(rig, "two", 1); /* ended while it is written */
     end(rig, "two");
     await_staged(rig, 0);
+}
+
+/* Storage in another process began anew and emptied the folder: what is in memory is written once
+ * more. */
+static void test_a_staged_directory_that_is_gone(void **state)
+{
+    struct rig *rig = *state;
+    CLAAS_AUTO_FREE char *staging = claas_format("%s/staging", rig->dir);
+
+    init(rig, "me/a");
+    begin(rig, "one", 12);
+    free(step(rig, "one", 1, NULL));
+    keep(rig, "one", 1);
+    for (int i = 0; i < 2; i++) {
+        cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_STAGE, about_cycle("one"), NULL, 0));
+        assert_int_equal(count_staged(rig), 1);
+        if (i == 1)
+            break;
+        assert_int_equal(claas_remove_all(staging), 0);
+        assert_int_equal(claas_mkdir_all(staging), 0);
+    }
+    end(rig, "one");
+    assert_int_equal(count_staged(rig), 0);
+}
+
+static void make_staged(const struct rig *rig, char *path, size_t size, long pid)
+{
+    snprintf(path, size, "%s/staging/cycle-%ld-0123456789abcdef", rig->dir, pid);
+    assert_int_equal(claas_mkdir_all(path), 0);
+}
+
+/* What trainers left that died while storage lived on goes at the next one's start; what another
+ * one that lives has staged stays. */
+static void test_what_dead_trainers_left(void **state)
+{
+    struct rig *rig = *state;
+    char dead[128], own[128], other[128];
+    pid_t child = fork();
+
+    if (child == 0)
+        _exit(0);
+    assert_true(child > 0);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    make_staged(rig, dead, sizeof(dead), child);
+    make_staged(rig, own, sizeof(own), getpid());
+    make_staged(rig, other, sizeof(other), getppid());
+    start_trainer(rig);
+    assert_int_equal(access(dead, F_OK), -1);
+    assert_int_equal(access(own, F_OK), -1);
+    assert_int_equal(access(other, F_OK), 0);
+}
+
+/* The compute thread has done what it was left before: it answers a question after it. */
+static void settle(struct rig *rig)
+{
+    static const int32_t prompt[] = {5, 6};
+    struct claas_generate_request request = {
+        .prompt = prompt, .prompt_count = 2, .max_tokens = 1, .top_p = 1};
+    CLAAS_AUTO(claas_device_client_free) claas_device_client_t *client = NULL;
+    struct claas_device_event event;
+    enum claas_device_event_kind kind = CLAAS_EVENT_TOKEN;
+    uint64_t id;
+
+    for (int i = 0; i < WAIT_MS && claas_device_adapters(rig->device, NULL, 0) > 0; i++)
+        (void)poll(NULL, 0, 1);
+    assert_int_equal(claas_device_client_new(rig->device, &client), 0);
+    assert_int_equal(claas_device_generate(client, &request, &id), 0);
+    while (kind == CLAAS_EVENT_TOKEN) {
+        assert_int_equal(claas_device_client_wait(client, WAIT_MS, &event), 1);
+        kind = event.kind;
+        claas_device_event_done(&event);
+    }
+    assert_int_equal(kind, CLAAS_EVENT_FINISHED);
+}
+
+/* Of adapters in the host's memory, when none is on the device any more. */
+static uint64_t images(struct rig *rig)
+{
+    struct claas_device_stats stats;
+
+    settle(rig);
+    claas_device_stats(rig->device, &stats);
+    return stats.host_cache_images;
+}
+
+/* No image is kept of an adapter that storage refuses: its files are removed. */
+static void test_what_is_refused_is_forgotten(void **state)
+{
+    struct rig *rig = *state;
+    struct question again = ask_about("trainer", CLAAS_MSG_ADAPTER_INIT, "me/a");
+    uint64_t before;
+
+    init(rig, "me/a");
+    before = images(rig);
+    assert_true(before > 0);
+    assert_int_equal(probe_call(rig->probe, &again), CLAAS_ERR_EXISTS);
+    assert_int_equal(images(rig), before);
+}
+
+/* One's training loses the device while the other still samples: it may be the other's kernels, so
+ * both are told why. */
+static void test_a_lost_device(void **state)
+{
+    struct rig *rig = *state;
+    struct question questions[2];
+
+    init(rig, "me/a");
+    begin(rig, "short", 1);
+    begin(rig, "long", 200);
+    for (int i = 1; i >= 0; i--) {
+        questions[i] = ask_about("trainer", CLAAS_MSG_CYCLE_STEP, NULL);
+        cJSON_Delete(questions[i].body);
+        questions[i].body = about_step(i == 0 ? "short" : "long", 1);
+        probe_ask(rig->probe, &questions[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        probe_await(rig->probe, &questions[i]);
+        assert_int_equal(questions[i].code, CLAAS_ERR_DEVICE_LOST);
+    }
 }
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -454,6 +600,10 @@ int main(void)
         TEST(test_errors_name_no_paths_of_the_server),
         TEST(test_steps_begun_ahead),
         TEST(test_staging_begins_early),
+        TEST(test_a_staged_directory_that_is_gone),
+        TEST(test_what_is_refused_is_forgotten),
+        cmocka_unit_test_setup_teardown(test_what_dead_trainers_left, set_up_storage, tear_down),
+        cmocka_unit_test_setup_teardown(test_a_lost_device, set_up_lost, tear_down),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

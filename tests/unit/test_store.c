@@ -631,7 +631,7 @@ static void test_jobs(void **ret)
     assert_int_equal(fixture_call(store, CLAAS_STORE_JOBS_UNFINISHED, &answer, "{}"), 0);
     assert_int_equal(size_of(answer.body, "jobs"), 2);
     assert_string_equal(text_of(at(answer.body, "jobs", 0), "job_id"), jobs[1]);
-    assert_string_equal(text_of(at(answer.body, "jobs", 0), "state"), "training");
+    assert_string_equal(text_of(at(answer.body, "jobs", 0), "state"), "queued");
     assert_string_equal(text_of(at(answer.body, "jobs", 0), "principal"), "local");
     assert_int_equal(int_of(at(answer.body, "jobs", 0), "items"), 1);
     claas_store_answer_done(&answer);
@@ -644,10 +644,38 @@ static void test_jobs(void **ret)
     assert_int_equal(fixture_call(store, CLAAS_STORE_JOB_LIST, &answer,
                                   "{\"state\":\"queued\",\"lora_id\":\"u/a-latest\"}"),
                      0);
-    assert_int_equal(size_of(answer.body, "jobs"), 1);
+    assert_int_equal(size_of(answer.body, "jobs"), 2);
     claas_store_answer_done(&answer);
     assert_fails(CLAAS_ERR_INVALID,
                  fixture_call(store, CLAAS_STORE_JOB_LIST, &answer, "{\"state\":\"odd\"}"));
+}
+
+/* At a start nothing runs: what did waits, without a strike. */
+static void test_jobs_that_ran(void **ret)
+{
+    struct state *state = *ret;
+    struct claas_store_answer answer;
+    const cJSON *job;
+    char id[65];
+
+    assert_int_equal(fixture_publish(state->store, state->data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(fixture_rollout(state->store, "r", NULL, "q", "t", 1), 0);
+    assert_int_equal(fixture_feedback(state->store, "u/a", "r", "x", id), 0);
+    assert_int_equal(fixture_call(state->store, CLAAS_STORE_JOB_RECORD, &answer,
+                                  "{\"job_ids\":[\"%s\"],\"state\":\"training\",\"event\":{}}", id),
+                     0);
+    claas_store_answer_done(&answer);
+    commit(state);
+    for (int i = 0; i < 2; i++) { /* the second time there is nothing to be done */
+        reopen(state, NULL);
+        assert_int_equal(fixture_call(state->store, CLAAS_STORE_JOB_LIST, &answer, "{}"), 0);
+        job = at(answer.body, "jobs", 0);
+        assert_string_equal(text_of(job, "state"), "queued");
+        assert_int_equal(int_of(job, "strikes"), 0);
+        assert_int_equal(size_of(job, "transitions"), 3);
+        assert_string_equal(text_of(at(job, "transitions", 2), "state"), "queued");
+        claas_store_answer_done(&answer);
+    }
 }
 
 /* --- cycles ---------------------------------------------------------------------------- */
@@ -1003,6 +1031,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_idempotency, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_queue_max, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_jobs, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_jobs_that_ran, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_cycle_input, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_lists_follow_versions, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_cycle_check, set_up, tear_down),
