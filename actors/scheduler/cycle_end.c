@@ -14,6 +14,7 @@
 
 #define RETRY_FIRST_MS 500
 #define RETRY_FULL_MS  5000 /* the disk is full: look again now and then */
+#define AWAY_MAX       3    /* doublings of the first delay while a peer is away: 4 s */
 #define STRIKES_MAX    100  /* of a job, in messages */
 #define CROWDED_MAX    3    /* full devices in company, then by itself */
 
@@ -269,6 +270,21 @@ static bool is_crowded(struct cycle_run *run, int code)
     return crowded;
 }
 
+/* Each try writes its states to disk, so a peer that stays away is looked for less often. */
+static int64_t away_delay(struct cycle_run *run)
+{
+    int away = 0;
+
+    for (int i = 0; i < run->job_count; i++) {
+        struct job *job = run->jobs[i];
+
+        job->away = run->step > 0 ? 0 : job->away + 1;
+        away = away > job->away ? away : job->away;
+    }
+    away = away > 0 ? away - 1 : 0;
+    return (int64_t)RETRY_FIRST_MS << (away < AWAY_MAX ? away : AWAY_MAX);
+}
+
 void cycle_run_fail(struct cycle_run *run, int code, const char *text)
 {
     claas_warning("cycle %s of %s: %s", run->cycle_id, run->lora_id, text);
@@ -283,7 +299,7 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     } else if (is_crowded(run, code)) {
         requeue(run, retry_delay(code, 0));
     } else if (is_blameless(code)) {
-        requeue(run, code == CLAAS_ERR_NO_SPACE ? RETRY_FULL_MS : RETRY_FIRST_MS);
+        requeue(run, code == CLAAS_ERR_NO_SPACE ? RETRY_FULL_MS : away_delay(run));
     } else if (!is_hopeless(code)) {
         strike(run, code, text);
     } else if (run->job_count > 1) {

@@ -29,6 +29,7 @@ struct job {
     bool alone;   /* a cycle with it failed: no other job in its cycles from now on */
     bool sole;    /* it has a strike: no other cycle beside its own from now on */
     int crowded;  /* times its cycle met a full device while others ran */
+    int away;     /* times in a row that its cycle found a peer away before its first step */
     bool listing; /* the list under way will say whether it has ended (jobs_load) */
 };
 
