@@ -549,19 +549,13 @@ static void test_queue_max(void **ret)
 
 /* --- jobs ------------------------------------------------------------------------------ */
 
-static void test_jobs(void **ret)
+/* Two jobs begin; the first gets two strikes and ends. Returns the seq of the second's event. */
+static int64_t record_three(claas_store_t *store, char jobs[3][65])
 {
-    struct state *state = *ret;
-    claas_store_t *store = state->store;
     struct claas_store_answer answer;
     const cJSON *object;
-    char jobs[3][65];
     int64_t last = 0;
 
-    assert_int_equal(fixture_publish(store, state->data, "u/a", -1, "[]", false), 0);
-    assert_int_equal(fixture_rollout(store, "r", NULL, "q", "t", 1), 0);
-    for (int i = 0; i < 3; i++)
-        assert_int_equal(fixture_feedback(store, "u/a", "r", "x", jobs[i]), 0);
     assert_int_equal(fixture_call(store, CLAAS_STORE_JOB_RECORD, &answer,
                                   "{\"job_ids\":[\"%s\",\"%s\"],\"state\":\"training\","
                                   "\"event\":{\"note\":\"hi\",\"seq\":77}}",
@@ -593,6 +587,13 @@ static void test_jobs(void **ret)
                      jobs[0]),
         0);
     claas_store_answer_done(&answer);
+    return last;
+}
+
+static void refuse_records(claas_store_t *store, char jobs[3][65])
+{
+    struct claas_store_answer answer;
+
     /* All or none, and never after the end. */
     assert_fails(CLAAS_ERR_CONFLICT,
                  fixture_call(store, CLAAS_STORE_JOB_RECORD, &answer,
@@ -608,9 +609,14 @@ static void test_jobs(void **ret)
                                                  "{\"job_ids\":[],\"event\":{}}"));
     assert_fails(CLAAS_ERR_INVALID, fixture_call(store, CLAAS_STORE_JOB_RECORD, &answer,
                                                  "{\"job_ids\":[\"%s\"]}", jobs[1]));
-    commit(state);
-    reopen(state, NULL);
-    store = state->store;
+}
+
+/* The first job, whole and since an event. */
+static void read_job(claas_store_t *store, char jobs[3][65], int64_t last)
+{
+    struct claas_store_answer answer;
+    const cJSON *object;
+
     assert_int_equal(
         fixture_call(store, CLAAS_STORE_JOB_GET, &answer, "{\"job_id\":\"%s\"}", jobs[0]), 0);
     object = claas_json_get(answer.body, "job");
@@ -628,6 +634,12 @@ static void test_jobs(void **ret)
                      0);
     assert_int_equal(size_of(claas_json_get(answer.body, "job"), "events"), 3);
     claas_store_answer_done(&answer);
+}
+
+static void list_jobs(claas_store_t *store, char jobs[3][65])
+{
+    struct claas_store_answer answer;
+
     assert_int_equal(fixture_call(store, CLAAS_STORE_JOBS_UNFINISHED, &answer, "{}"), 0);
     assert_int_equal(size_of(answer.body, "jobs"), 2);
     assert_string_equal(text_of(at(answer.body, "jobs", 0), "job_id"), jobs[1]);
@@ -648,6 +660,25 @@ static void test_jobs(void **ret)
     claas_store_answer_done(&answer);
     assert_fails(CLAAS_ERR_INVALID,
                  fixture_call(store, CLAAS_STORE_JOB_LIST, &answer, "{\"state\":\"odd\"}"));
+}
+
+static void test_jobs(void **ret)
+{
+    struct state *state = *ret;
+    claas_store_t *store = state->store;
+    char jobs[3][65];
+    int64_t last;
+
+    assert_int_equal(fixture_publish(store, state->data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(fixture_rollout(store, "r", NULL, "q", "t", 1), 0);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(fixture_feedback(store, "u/a", "r", "x", jobs[i]), 0);
+    last = record_three(store, jobs);
+    refuse_records(store, jobs);
+    commit(state);
+    reopen(state, NULL);
+    read_job(state->store, jobs, last);
+    list_jobs(state->store, jobs);
 }
 
 /* At a start nothing runs: what did waits, without a strike. */
