@@ -139,23 +139,19 @@ static int record_crash(struct scheduler *scheduler, struct job *const *jobs, in
  * Where it cannot be recorded, it goes on all the same. */
 static void requeue(struct scheduler *scheduler, const cJSON *list)
 {
-    struct job *job = NULL;
     const cJSON *json;
 
     cJSON_ArrayForEach(json, list)
     {
         const char *id = "";
-        cJSON *event;
+        struct job *job;
 
         if (!has_run(json, INT64_MAX - 1))
             continue;
         claas_json_get_string(json, "job_id", &id);
         job = job_find(scheduler, id);
-        if (!job || job->run)
-            continue;
-        event = cJSON_CreateObject();
-        claas_json_set_string(event, "kind", "state");
-        (void)record_jobs(scheduler, &job, 1, &(struct record){.state = "queued", .event = event});
+        if (job && !job->run)
+            record_waits(scheduler, job);
     }
 }
 

@@ -51,16 +51,9 @@ static void end_trainer(struct cycle_run *run)
  * one: a job that has ended otherwise meanwhile shall not keep the others from it. */
 static void record_waiting(struct cycle_run *run)
 {
-    for (int i = 0; i < run->job_count && !run->waits; i++) {
-        cJSON *event;
-
-        if (run->jobs[i]->cancel)
-            continue;
-        event = cJSON_CreateObject();
-        claas_json_set_string(event, "kind", "state");
-        (void)record_jobs(run->scheduler, &run->jobs[i], 1,
-                          &(struct record){.state = "queued", .event = event});
-    }
+    for (int i = 0; i < run->job_count && !run->waits; i++)
+        if (!run->jobs[i]->cancel)
+            record_waits(run->scheduler, run->jobs[i]);
 }
 
 void cycle_run_abandon(struct cycle_run *run)

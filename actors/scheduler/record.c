@@ -69,3 +69,11 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
         scheduler->records++;
     return rc;
 }
+
+void record_waits(struct scheduler *scheduler, struct job *job)
+{
+    cJSON *event = cJSON_CreateObject();
+
+    claas_json_set_string(event, "kind", "state");
+    (void)record_jobs(scheduler, &job, 1, &(struct record){.state = "queued", .event = event});
+}

@@ -152,6 +152,8 @@ struct record {
 };
 int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
                 const struct record *record);
+/* The job waits again; where that cannot be recorded, it does all the same. */
+void record_waits(struct scheduler *scheduler, struct job *job);
 
 /* crash.c */
 /* Whether a trainer in a process of its own crashed at that time or later: a sentence that says so.
