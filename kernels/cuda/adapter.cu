@@ -214,12 +214,19 @@ static void copy_rows(float *out, int ld_out, const float *in, int ld_in, int ro
                (size_t)count * sizeof(float));
 }
 
-/* A [r][K] and B [N][r] of the image, A [R][K] and B [N][R] of the layer. */
-static void copy_layer(const struct cuda_model *model, const struct cuda_adapter *adapter, int l,
-                       float *image, float *layer, bool to_image)
+/* A matrix of one layer: `rows` rows of `count` floats, whose starts lie ld_… apart. */
+struct matrix {
+    float *image, *layer;
+    int ld_image, ld_layer, rows, count;
+};
+
+/* All of a layer's: A [r][K] and B [N][r] of the image, A [R][K] and B [N][R] of the layer in the
+ * device's order. Returns how many. */
+static int list_matrices(const struct cuda_model *model, const struct cuda_adapter *adapter, int l,
+                         float *image, float *layer, struct matrix ret[2 * CLAAS_MODULE_COUNT])
 {
     const struct cuda_lora_layout *layout = &adapter->layout;
-    int r = adapter->lora.rank;
+    int r = adapter->lora.rank, ld = layout->rank, count = 0;
 
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
         const struct cuda_weight *weight = &model->layers[l].weights[kind];
@@ -233,17 +240,26 @@ static void copy_layer(const struct cuda_model *model, const struct cuda_adapter
                 continue;
             image_a = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 0);
             image_b = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 1);
-            a = layer + layout->a[kind] + (size_t)index * (size_t)layout->rank * (size_t)k;
+            a = layer + layout->a[kind] + (size_t)index * (size_t)ld * (size_t)k;
             b = layer + layout->b[module];
-            if (to_image) {
-                copy_rows(image_a, k, a, k, r, k);
-                copy_rows(image_b, r, b, layout->rank, n, r);
-            } else {
-                copy_rows(a, k, image_a, k, r, k);
-                copy_rows(b, layout->rank, image_b, r, n, r);
-            }
+            ret[count++] = {image_a, a, k, k, r, k};
+            ret[count++] = {image_b, b, r, ld, n, r};
         }
     }
+    return count;
+}
+
+static void copy_layer(const struct cuda_model *model, const struct cuda_adapter *adapter, int l,
+                       float *image, float *layer, bool to_image)
+{
+    struct matrix list[2 * CLAAS_MODULE_COUNT];
+    int count = list_matrices(model, adapter, l, image, layer, list);
+
+    for (const struct matrix *m = list; m < list + count; m++)
+        if (to_image)
+            copy_rows(m->image, m->ld_image, m->layer, m->ld_layer, m->rows, m->count);
+        else
+            copy_rows(m->layer, m->ld_layer, m->image, m->ld_image, m->rows, m->count);
 }
 
 /* --- two buffers by turns --- */
@@ -356,32 +372,14 @@ static int start_layer(struct cuda_context *context, const struct cuda_model *mo
                        const struct cuda_adapter *adapter, const struct shuttle *shuttle, int l,
                        float *image, float *layer, bool to_image)
 {
-    cudaMemcpyKind kind = to_image ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
-    const struct cuda_lora_layout *layout = &adapter->layout;
-    int r = adapter->lora.rank, rc = 0;
+    struct matrix list[2 * CLAAS_MODULE_COUNT];
+    int count = list_matrices(model, adapter, l, image, layer, list), rc = 0;
 
-    for (int w = 0; w < CUDA_WEIGHTS; w++) {
-        const struct cuda_weight *weight = &model->layers[l].weights[w];
-
-        for (int i = 0; i < weight->part_count && rc == 0; i++) {
-            enum claas_module module = weight->parts[i].module;
-            int index = layout->index[module], n = weight->parts[i].n, k = weight->k;
-            float *image_a, *image_b, *a, *b;
-
-            if (index < 0)
-                continue;
-            image_a = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 0);
-            image_b = image + claas_lora_offset(&model->config, &adapter->lora, l, module, 1);
-            a = layer + layout->a[w] + (size_t)index * (size_t)layout->rank * (size_t)k;
-            b = layer + layout->b[module];
-            rc = to_image ? start_matrix(context, shuttle, image_a, k, a, k, r, k, kind)
-                          : start_matrix(context, shuttle, a, k, image_a, k, r, k, kind);
-            if (rc == 0)
-                rc = to_image
-                         ? start_matrix(context, shuttle, image_b, r, b, layout->rank, n, r, kind)
-                         : start_matrix(context, shuttle, b, layout->rank, image_b, r, n, r, kind);
-        }
-    }
+    for (const struct matrix *m = list; m < list + count && rc == 0; m++)
+        rc = to_image ? start_matrix(context, shuttle, m->image, m->ld_image, m->layer, m->ld_layer,
+                                     m->rows, m->count, cudaMemcpyDeviceToHost)
+                      : start_matrix(context, shuttle, m->layer, m->ld_layer, m->image, m->ld_image,
+                                     m->rows, m->count, cudaMemcpyHostToDevice);
     return rc;
 }
 
