@@ -427,35 +427,16 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     return 0;
 }
 
-const struct claas_backend_ops fake_backend = {
-    .name = "fake",
-    .open = open_fake,
-    .free = free_fake,
-    .describe = describe,
-    .memory = memory,
-    .adapter_new = new_adapter,
-    .adapter_free = free_adapter,
-    .adapter_bytes = adapter_bytes,
-    .adapter_upload = upload,
-    .adapter_download = download,
-    .forward = forward,
-    .train = train,
-};
+#define FAKE_OPERATIONS                                                                            \
+    .name = "fake", .open = open_fake, .free = free_fake, .describe = describe, .memory = memory,  \
+    .adapter_new = new_adapter, .adapter_free = free_adapter, .adapter_bytes = adapter_bytes,      \
+    .adapter_upload = upload, .adapter_download = download, .forward = forward, .train = train
+
+const struct claas_backend_ops fake_backend = {FAKE_OPERATIONS};
 
 const struct claas_backend_ops fake_backend_with_memory = {
-    .name = "fake",
-    .open = open_fake,
-    .free = free_fake,
-    .describe = describe,
-    .memory = memory,
-    .adapter_new = new_adapter,
-    .adapter_free = free_adapter,
-    .adapter_bytes = adapter_bytes,
-    .adapter_upload = upload,
-    .adapter_download = download,
+    FAKE_OPERATIONS,
     .adapter_clone = clone_adapter,
     .host_new = host_new,
     .host_free = host_free,
-    .forward = forward,
-    .train = train,
 };

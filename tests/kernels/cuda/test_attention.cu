@@ -276,6 +276,18 @@ static std::vector<float> taken(check_array *a)
     return std::vector<float>(a->host, a->host + a->count);
 }
 
+static void set_sizes(struct cuda_attention *args, const runs *r, float scale)
+{
+    args->heads = r->heads;
+    args->kv_heads = r->kv_heads;
+    args->head_dim = r->d;
+    args->scale = scale;
+    args->m = r->m;
+    args->run_count = (int)r->list.size();
+    args->longest = r->longest;
+    args->furthest = r->furthest;
+}
+
 /* Windows of keys from the last to the first; what is in the upper halves is nobody's business. */
 static check_buffer backwards_order(int m)
 {
@@ -315,14 +327,7 @@ static results run_device(cuda_context *context, runs *r, const data *x, float s
         args.scratch = scratch.data;
     }
     list = buffer_of(r->list);
-    args.heads = r->heads;
-    args.kv_heads = r->kv_heads;
-    args.head_dim = r->d;
-    args.scale = scale;
-    args.m = r->m;
-    args.run_count = (int)r->list.size();
-    args.longest = r->longest;
-    args.furthest = r->furthest;
+    set_sizes(&args, r, scale);
     args.runs = (const cuda_attn_run *)list.data;
     args.row_run = (const int32_t *)row_run.data;
     args.qkv = qkv.data;
@@ -657,14 +662,7 @@ static timed timed_new(runs *r)
     timed t = {};
     struct cuda_attention *a = &t.args;
 
-    a->heads = r->heads;
-    a->kv_heads = r->kv_heads;
-    a->head_dim = r->d;
-    a->scale = (float)(1 / sqrt((double)r->d));
-    a->m = r->m;
-    a->run_count = (int)r->list.size();
-    a->longest = r->longest;
-    a->furthest = r->furthest;
+    set_sizes(a, r, (float)(1 / sqrt((double)r->d)));
     a->ldqkv = (int)(nq + 2 * nk);
     a->qkv = timed_acts(&t, m * (nq + 2 * nk));
     a->out = timed_array(&t, m * nq * 2);
@@ -732,14 +730,7 @@ static finished run_finished(cuda_context *context, const unfinished *u, bool it
 
     finish.qkv = qkv.data;
     finish.kv = kv.data;
-    args.heads = r->heads;
-    args.kv_heads = r->kv_heads;
-    args.head_dim = r->d;
-    args.scale = (float)(1 / sqrt((double)r->d));
-    args.m = r->m;
-    args.run_count = (int)r->list.size();
-    args.longest = r->longest;
-    args.furthest = r->furthest;
+    set_sizes(&args, r, (float)(1 / sqrt((double)r->d)));
     args.runs = (const cuda_attn_run *)list.data;
     args.row_run = (const int32_t *)row_run.data;
     args.qkv = qkv.data;
