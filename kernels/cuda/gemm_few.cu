@@ -1,13 +1,17 @@
 /* Products of few rows: out[m][n] = alpha a[m][k] b[n][k]^T + beta add, 1 <= m <= 64.
  *
  * A block takes 128 rows of b (columns of out) and all rows of a; its 8 warps take 16 rows of b
- * each. Tensor cores multiply 16 rows of b, as the left operand of mma.m16n8k16, by 8 rows of a at
- * a time, so that m costs in steps of 8. k comes in stages of 64:
+ * each. Tensor cores multiply b, as the left operand, by 8, 16, 32 or 64 rows of a. k comes in
+ * stages of 64:
  *
  *   stage   b [128][64] and a [8 TILES][64] bf16, cp.async, a ring of STAGES of them; the b part of
  *           all stages but one, 48 KB or more, is on its way while one is multiplied
- *   place   rows of 128 bytes; 16-byte piece p of row r lies at p ^ 4 (r % 2), so that neither the
- *           eight lanes that write a row nor the eight that read four pieces of two rows collide
+ *
+ * On sm_90a a warpgroup multiplies its 64 rows of b straight from shared memory (wgmma.cuh: rows of
+ * 128 bytes, swizzled). Elsewhere mma.m16n8k16, 16 rows of b by 8 of a at a time:
+ *
+ *   place   16-byte piece p of row r lies at p ^ 4 (r % 2), so that neither the eight lanes that
+ *           write a row nor the eight that read four pieces of two rows collide
  *   lane    with g = lane / 4, t = lane % 4, reads piece t (then 4 + t) of rows g and g + 8 of b
  *           and of rows g, g + 8, … of a: eight elements of k, four for one mma and four for the
  *           next. The mma's slots 2t, 2t+1, 2t+8, 2t+9 thus hold the elements 8t … 8t+3 of the
@@ -20,11 +24,12 @@
  * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile, and S (sB)^T is added to
  * the rounded product before it is stored: lora_join.cuh. The kernel without is another one.
  *
- * The order of an element's sum: slots within a mma (the hardware's), mmas along k, parts. It
- * follows from n and k (cut_k) and whether there are clusters; a column of a mma's result does not
- * see its neighbours, so m and the row's place never show. */
+ * The order of an element's sum: terms within a product of 16 (the hardware's), products along k,
+ * parts. It follows from n and k (cut_k) and whether there are clusters; a column of a mma's result
+ * does not see its neighbours, so m and the row's place never show. */
 #include "cuda/gemm_few.h"
 #include "cuda/lora_join.cuh"
+#include "cuda/wgmma.cuh"
 
 #include <cooperative_groups.h>
 #include <string.h>
@@ -93,7 +98,11 @@ template <int TILES> struct join_shape {
 
 static __device__ __forceinline__ int place(int row, int piece)
 {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    return wgmma_place<B_ROWS>(row, piece) / 8;
+#else
     return row * PIECES + (piece ^ (row & 1) << 2);
+#endif
 }
 
 /* b's part of stage number `index` of k: eight threads to a row, 32 rows at a time. */
@@ -137,8 +146,34 @@ static __device__ __forceinline__ void load_rows(const struct few_args *args, in
     }
 }
 
+/* sums += a stage's products: begun by begin_stage, there after end_stage. Other copies may be
+ * asked for in between. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <int TILES>
-static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float (&sums)[TILES][4])
+static __device__ __forceinline__ void begin_stage(const uint4 *stage, float (&sums)[TILES][4])
+{
+    const bf16 *b = (const bf16 *)stage, *a = (const bf16 *)(stage + B_ROWS * PIECES);
+    const int first = (int)threadIdx.x / 128 * 64;
+
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < DEPTH / 16; k++)
+        wgmma_nt(sums, wgmma_columns<B_ROWS>(b, first, k), wgmma_columns<8 * TILES>(a, 0, k), 1);
+    wgmma_close();
+}
+template <int TILES>
+static __device__ __forceinline__ void end_stage(const uint4 *, float (&sums)[TILES][4])
+{
+    wgmma_wait<0>();
+    wgmma_settle(sums);
+}
+#else
+template <int TILES>
+static __device__ __forceinline__ void begin_stage(const uint4 *, float (&)[TILES][4])
+{
+}
+template <int TILES>
+static __device__ __forceinline__ void end_stage(const uint4 *stage, float (&sums)[TILES][4])
 {
     int g = ((int)threadIdx.x & 31) / 4, t = (int)threadIdx.x % 4;
     const uint4 *b = stage + (int)threadIdx.x / 32 * 16 * PIECES;
@@ -159,6 +194,7 @@ static __device__ __forceinline__ void multiply_stage(const uint4 *stage, float 
         }
     }
 }
+#endif
 
 /* What a block knows of the LoRA it adds. */
 struct few_lora {
@@ -225,7 +261,9 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         if (index == max(first, end - LAST_STAGES))
             launch_next();
         copies_wait_but<stages - 2>(); /* this thread's part of stage `index` is there */
+        wgmma_publish();
         __syncthreads(); /* everybody's is, and nobody reads the one before any more */
+        begin_stage<TILES>(ring + slot * pieces, sums);
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
             load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
@@ -234,7 +272,7 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
                                 index == max(first + 1, end - 2));
         }
         copies_commit();
-        multiply_stage<TILES>(ring + slot * pieces, sums);
+        end_stage<TILES>(ring + slot * pieces, sums);
         if (LORA && index == max(first, end - 3) && threadIdx.x == 0)
             lora->turn = lora_await(args->lora, lora->lines);
         ahead = slot;
@@ -427,7 +465,7 @@ template <int TILES, bool LORA>
 static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
     few_kernel(const struct few_args args)
 {
-    extern __shared__ __align__(128) uint4 ring[];
+    extern __shared__ __align__(1024) uint4 ring[];
     using shape = join_shape<TILES>;
     int block = (int)blockIdx.x - (LORA ? args.lora.blocks : 0);
     int rank = block % args.splits, first_row = block / args.splits * B_ROWS;

@@ -1,6 +1,6 @@
-/* Products of a warpgroup (four warps, sm_90a): c (64 x N, float32) += a (64 x 16) b (16 x N), bf16,
- * N = 64 or 128, in the background of the threads that ask for them. PTX ISA, "Asynchronous warpgroup
- * level matrix instructions".
+/* Products of a warpgroup (four warps, sm_90a): c (64 x N, float32) += a (64 x 16) b (16 x N),
+ * bf16, N = 8 to 128, in the background of the threads that ask for them. PTX ISA, "Asynchronous
+ * warpgroup level matrix instructions".
  *
  * A tile in shared memory is bf16 [rows][D] in panels of 64 columns, [D / 64][rows][64], aligned to
  * 1024 bytes. The eight 16-byte chunks of a panel's row are swizzled, chunk c of row r at c ^ (r %
@@ -11,8 +11,8 @@
  *   the right operand along its rows (c += a b over the rows; "transposed"): 16 rows are 2048 bytes
  *     further; the stride is the same, and the leading dimension from panel to panel
  *
- * A result, and a left operand in registers, lie in each warp as those of mma.sync.m16n8k16 do: warp
- * w of the warpgroup has the rows 16 w … 16 w + 15.
+ * A result, and a left operand in registers, lie in each warp as those of mma.sync.m16n8k16 do:
+ * warp w of the warpgroup has the rows 16 w … 16 w + 15.
  *
  * Order: what is in registers and shared memory before wgmma_begin is seen by the products after it
  * (data that threads wrote to shared memory: after wgmma_publish and a barrier); wgmma_close ends a
@@ -24,7 +24,8 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-/* Other code than sm_90a's has these functions without a body: its host never launches their users. */
+/* Other code than sm_90a's has these functions without a body: its host never launches their users.
+ */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -99,19 +100,46 @@ static __device__ __forceinline__ uint64_t wgmma_rows(const __nv_bfloat16 *tile,
     return wgmma_descriptor(tile + k * 16 * 64, ROWS * 64 * (int)sizeof(__nv_bfloat16));
 }
 
-#define WGMMA_4(c, n)  "+f"((c)[n][0]), "+f"((c)[n][1]), "+f"((c)[n][2]), "+f"((c)[n][3])
-#define WGMMA_32(c, n)                                                                             \
-    WGMMA_4(c, n), WGMMA_4(c, n + 1), WGMMA_4(c, n + 2), WGMMA_4(c, n + 3), WGMMA_4(c, n + 4),     \
-        WGMMA_4(c, n + 5), WGMMA_4(c, n + 6), WGMMA_4(c, n + 7)
+#define WGMMA_4(c, n)      "+f"((c)[n][0]), "+f"((c)[n][1]), "+f"((c)[n][2]), "+f"((c)[n][3])
+#define WGMMA_8(c, n)      WGMMA_4(c, n), WGMMA_4(c, n + 1)
+#define WGMMA_16(c, n)     WGMMA_8(c, n), WGMMA_8(c, n + 2)
+#define WGMMA_32(c, n)     WGMMA_16(c, n), WGMMA_16(c, n + 4)
+#define WGMMA_REGISTERS_4  "%0, %1, %2, %3"
+#define WGMMA_REGISTERS_8  WGMMA_REGISTERS_4 ", %4, %5, %6, %7"
+#define WGMMA_REGISTERS_16 WGMMA_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_REGISTERS_32                                                                         \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "   \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+    WGMMA_REGISTERS_16                                                                             \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_REGISTERS_64                                                                         \
     WGMMA_REGISTERS_32                                                                             \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
     "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 /* c = a b^T (+ c), both from shared memory along their columns (wgmma_columns). */
+static __device__ __forceinline__ void wgmma_nt(float (&c)[1][4], uint64_t a, uint64_t b, int add)
+{
+    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+              "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {" WGMMA_REGISTERS_4 "}, "
+              "%4, %5, p, 1, 1, 0, 0;\n}"
+              : WGMMA_4(c, 0)
+              : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wgmma_nt(float (&c)[2][4], uint64_t a, uint64_t b, int add)
+{
+    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+              "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {" WGMMA_REGISTERS_8 "}, "
+              "%8, %9, p, 1, 1, 0, 0;\n}"
+              : WGMMA_8(c, 0)
+              : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wgmma_nt(float (&c)[4][4], uint64_t a, uint64_t b, int add)
+{
+    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+              "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" WGMMA_REGISTERS_16 "}, "
+              "%16, %17, p, 1, 1, 0, 0;\n}"
+              : WGMMA_16(c, 0)
+              : "l"(a), "l"(b), "r"(add));
+}
 static __device__ __forceinline__ void wgmma_nt(float (&c)[8][4], uint64_t a, uint64_t b, int add)
 {
     WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -130,7 +158,8 @@ static __device__ __forceinline__ void wgmma_nt(float (&c)[16][4], uint64_t a, u
 }
 
 /* c += a b, a in registers, b from shared memory along its rows (wgmma_rows). */
-static __device__ __forceinline__ void wgmma_nn(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+static __device__ __forceinline__ void wgmma_nn(float (&c)[8][4], const uint32_t (&a)[4],
+                                                uint64_t b)
 {
     WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_REGISTERS_32 "}, "
