@@ -615,26 +615,16 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
 
 int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = {};
     struct few_args args = {};
     const int with = gemm->lora != NULL;
     size_t which = 0;
+    unsigned tiles;
 
     fill_args(context, gemm, &args);
     while (8 * kernels[which].tiles < gemm->m)
         which++;
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = (unsigned)args.splits;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)((gemm->n + B_ROWS - 1) / B_ROWS * args.splits) +
-                          (unsigned)args.lora.blocks);
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = (size_t)kernels[which].bytes[with];
-    config.stream = context->stream;
-    config.attrs = attributes;
-    config.numAttrs = args.splits > 1 ? 1 : 0;
-    launch_early(context, &config, attributes);
-    return cuda_check(context, cudaLaunchKernelEx(&config, kernels[which].kernel[with], args),
-                      "a product of few rows");
+    tiles = (unsigned)((gemm->n + B_ROWS - 1) / B_ROWS);
+    return launch_clusters(context, "a product of few rows", kernels[which].kernel[with],
+                           dim3(tiles * (unsigned)args.splits + (unsigned)args.lora.blocks),
+                           dim3(THREADS), (size_t)kernels[which].bytes[with], args.splits, args);
 }

@@ -28,32 +28,41 @@ static __device__ __forceinline__ void launch_wait(void)
 #endif
 }
 
-/* Adds the attribute to a launch's; `attributes` has room for it. */
-static inline void launch_early(const struct cuda_context *context, cudaLaunchConfig_t *config,
-                                cudaLaunchAttribute *attributes)
-{
-    if (!context->early)
-        return;
-    attributes[config->numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config->numAttrs].val.programmaticStreamSerializationAllowed = 1;
-    config->attrs = attributes;
-    config->numAttrs++;
-}
-
-/* kernel<<<grid, block, shared, the context's stream>>>(args...), early. */
+/* kernel<<<grid, block, shared, the context's stream>>>(args...), early. Each `cluster`
+ * neighbouring blocks of the grid's x, which is a multiple of it, are a cluster: at most 8, 1 (none)
+ * below sm_90. */
 template <typename... P, typename... A>
-static int launch(struct cuda_context *context, const char *what, void (*kernel)(P...), dim3 grid,
-                  dim3 block, size_t shared, A... args)
+static int launch_clusters(struct cuda_context *context, const char *what, void (*kernel)(P...),
+                           dim3 grid, dim3 block, size_t shared, int cluster, A... args)
 {
-    cudaLaunchAttribute attribute[1] = {};
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
 
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = context->stream;
-    launch_early(context, &config, attribute);
+    config.attrs = attributes;
+    if (cluster > 1) {
+        attributes[0].id = cudaLaunchAttributeClusterDimension;
+        attributes[0].val.clusterDim.x = (unsigned)cluster;
+        attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+        config.numAttrs = 1;
+    }
+    if (context->early) {
+        cudaLaunchAttribute *early = &attributes[config.numAttrs++];
+
+        early->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early->val.programmaticStreamSerializationAllowed = 1;
+    }
     return cuda_check(context, cudaLaunchKernelEx(&config, kernel, P(args)...), what);
+}
+
+template <typename... P, typename... A>
+static int launch(struct cuda_context *context, const char *what, void (*kernel)(P...), dim3 grid,
+                  dim3 block, size_t shared, A... args)
+{
+    return launch_clusters(context, what, kernel, grid, block, shared, 1, args...);
 }
 
 #endif
