@@ -1,6 +1,7 @@
-/* `claas bench decode`: tokens per second while N sequences decode together. Measured between the
- * moment when the last of them has its first token and the moment when the first of them ends, so
- * neither prefill nor a thinning batch counts. */
+/* `claas bench decode`: tokens per second while N sequences decode together. Measured from when the
+ * last of them has begun until the first of them ends, so neither prefill nor a thinning batch
+ * counts, by the tokens of one of them, which gets one a pass as all do: whole passes are counted.
+ */
 #include "bench.h"
 
 #include <stdlib.h>
@@ -12,13 +13,19 @@
 struct decode_run {
     int batch;
     uint64_t *ids;
-    int *counts;
+    int *counts;    /* tokens of each */
+    int64_t *times; /* ns: of the first one's tokens while all decode */
+};
+/* Of a round. */
+struct decode_rate {
+    double tok_s, gap_ms; /* all sequences' tokens; the median time from pass to pass */
 };
 
 static void free_run(struct decode_run *run)
 {
     free(run->ids);
     free(run->counts);
+    free(run->times);
 }
 
 static int submit(struct bench_rig *rig, const struct bench_args *args, struct decode_run *run,
@@ -57,13 +64,11 @@ static int find(const struct decode_run *run, uint64_t id)
     return -1;
 }
 
-/* Tokens per second of one round. */
-static int measure(struct bench_rig *rig, struct decode_run *run, double *ret)
+/* Fills run->times. Returns how many, or an error. */
+static int time_tokens(struct bench_rig *rig, struct decode_run *run)
 {
-    int begun = 0, ended = 0, tokens = 0;
-    int64_t start = 0;
+    int begun = 0, ended = 0, timed = 0;
 
-    *ret = 0;
     while (ended < run->batch) {
         struct claas_device_event event;
         int rc = bench_wait(rig, &event), i;
@@ -73,24 +78,41 @@ static int measure(struct bench_rig *rig, struct decode_run *run, double *ret)
         i = find(run, event.id);
         if (i < 0)
             continue;
-        if (event.kind == CLAAS_EVENT_TOKEN) {
-            tokens += begun == run->batch && ended == 0;
-            if (++run->counts[i] == 1 && ++begun == run->batch)
-                start = claas_clock_ns();
+        if (event.kind != CLAAS_EVENT_TOKEN) {
+            ended++;
             continue;
         }
-        if (ended++ == 0 && begun == run->batch)
-            *ret = tokens / ((double)(claas_clock_ns() - start) * 1e-9);
+        begun += ++run->counts[i] == 1;
+        if (i == 0 && begun == run->batch && ended == 0)
+            run->times[timed++] = claas_clock_ns();
     }
-    if (!(*ret > 0))
+    return timed;
+}
+
+static int measure(struct bench_rig *rig, struct decode_run *run, struct decode_rate *ret)
+{
+    int timed = time_tokens(rig, run), passes = timed - 1;
+    CLAAS_AUTO_FREE double *gaps = NULL;
+
+    if (timed < 0)
+        return timed;
+    if (passes < 1)
         return claas_fail(CLAAS_ERR_INVALID,
                           "the first sequence ended before the last began: ask for more tokens");
+    gaps = CLAAS_NEW_ARRAY(double, (size_t)passes);
+    if (gaps == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    for (int i = 0; i < passes; i++)
+        gaps[i] = (double)(run->times[i + 1] - run->times[i]) * 1e-6;
+    ret->tok_s = run->batch * passes / ((double)(run->times[passes] - run->times[0]) * 1e-9);
+    ret->gap_ms = bench_median(gaps, passes);
     return 0;
 }
 
-static cJSON *describe(struct bench_rig *rig, const struct bench_args *args, int batch, double rate,
-                       const struct claas_device_floor *floor)
+static cJSON *describe(struct bench_rig *rig, const struct bench_args *args, int batch,
+                       const struct decode_rate *measured, const struct claas_device_floor *floor)
 {
+    double rate = measured->tok_s;
     double lora = args->adapters > 0 ? rig->lora_per_rank * args->rank : 0;
     double read = rig->weight_bytes * rate / batch;
     cJSON *line = bench_line(rig, "decode");
@@ -102,6 +124,7 @@ static cJSON *describe(struct bench_rig *rig, const struct bench_args *args, int
     claas_json_set_int(line, "rank", args->adapters > 0 ? args->rank : 0);
     claas_json_set_number(line, "tok_s", rate);
     claas_json_set_number(line, "ms_per_token", batch / rate * 1e3);
+    claas_json_set_number(line, "median_gap_ms", measured->gap_ms);
     claas_json_set_number(line, "read_gb_s", read * 1e-9);
     claas_json_set_number(line, "share_of_bandwidth", read / floor->memory_bytes_s);
     bench_add_rates(line, 2 * (rig->body + rig->head + lora) * rate, 1e3, floor);
@@ -113,22 +136,29 @@ static int run_batch(struct bench_rig *rig, const struct bench_args *args, int b
                      claas_adapter_t **adapters, const struct claas_device_floor *floor)
 {
     CLAAS_AUTO(free_run) struct decode_run run = {.batch = batch};
-    CLAAS_AUTO_FREE double *rates = CLAAS_NEW_ARRAY(double, (size_t)args->iterations);
+    size_t rounds = (size_t)args->iterations;
+    CLAAS_AUTO_FREE double *rates = CLAAS_NEW_ARRAY(double, rounds);
+    CLAAS_AUTO_FREE double *gaps = CLAAS_NEW_ARRAY(double, rounds);
+    struct decode_rate rate = {0};
 
     run.ids = CLAAS_NEW_ARRAY(uint64_t, (size_t)batch);
     run.counts = CLAAS_NEW_ARRAY(int, (size_t)batch);
-    if (run.ids == NULL || run.counts == NULL || rates == NULL)
+    run.times = CLAAS_NEW_ARRAY(int64_t, (size_t)args->tokens);
+    if (run.ids == NULL || run.counts == NULL || run.times == NULL || rates == NULL || gaps == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (int i = 0; i < args->iterations; i++) {
         int rc = submit(rig, args, &run, adapters, (batch * 1000 + i) * 1024);
 
         if (rc == 0)
-            rc = measure(rig, &run, &rates[i]);
+            rc = measure(rig, &run, &rate);
         if (rc < 0)
             return rc;
+        rates[i] = rate.tok_s;
+        gaps[i] = rate.gap_ms;
     }
-    return bench_print(args,
-                       describe(rig, args, batch, bench_median(rates, args->iterations), floor));
+    rate = (struct decode_rate){bench_median(rates, args->iterations),
+                                bench_median(gaps, args->iterations)};
+    return bench_print(args, describe(rig, args, batch, &rate, floor));
 }
 
 /* The adapters are as trained ones are laid out for serving; B is zero, which costs the same. */
