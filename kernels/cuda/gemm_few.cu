@@ -45,11 +45,14 @@
 #define SIZE_LEAST        256
 #define LORA_BLOCKS_LEAST 32 /* that make S, where the product has no room to spare */
 #define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
-/* Blocks that a multiprocessor has shared memory for. */
+/* Blocks that a multiprocessor has shared memory for, and a thread's registers: beside two blocks
+ * with LoRA there is room for the next kernel's, if those are small. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define BLOCKS_ROOM 1
+#define BLOCKS_ROOM        1
+#define REGISTERS_OF(lora) __launch_bounds__(THREADS)
 #else
-#define BLOCKS_ROOM 2
+#define BLOCKS_ROOM        2
+#define REGISTERS_OF(lora) __maxnreg__((lora) ? 96 : 80)
 #endif
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
@@ -77,22 +80,37 @@ template <int TILES> struct few_shape {
 
 /* With LoRA the last stage of k comes to lie in the ring's first slot, so that the others become
  * free one after the other while the last stages are multiplied. Then, in bytes: LoRA's sums, S,
- * and `depth` times an item of B for each warp; when the sums are made, the part behind them. */
-template <int TILES> struct join_shape {
-    static const int stages = few_shape<TILES>::stages;
-    static const int slot = few_shape<TILES>::stage_pieces * 16;
+ * and an item of B for each warp `depth` times; when the sums are made, the part behind them. The
+ * first item lies behind the ring where there is room (SM90, of two blocks on a multiprocessor), so
+ * that it need not wait. */
+template <int TILES, bool SM90> struct join_shape {
+    using ring = few_shape<TILES>;
+    static const int stages = ring::stages;
+    static const int slot = ring::stage_pieces * 16;
+    static const int item = LORA_WARPS * LORA_ITEM;
     static const int sums = 8 * TILES * PART_PITCH * 4;
     static const int s = sums > slot ? sums : slot;
     static const int b = s + LORA_S_BYTES(8 * TILES);
     static const int depth = TILES <= 2 ? 4 : 3;
-    static const int end = b + depth * LORA_WARPS * LORA_ITEM;
-    static const int lines = end > few_shape<TILES>::bytes ? end : few_shape<TILES>::bytes;
-    static const int steps = LORA_STEPS_IN(lines);
+    static const bool early = SM90 && TILES <= 4;
+    static const int first = early ? ring::bytes : b; /* item of B; the others from `rest` on */
+    static const int rest = early ? b : b + item;
+    static const int end = rest + (depth - 1) * item;
+    static const int shrink_ring = SM90 ? 12288 : 8192; /* of a warp, when S is made */
+    static const int shrink = LORA_SHRINK_BYTES(shrink_ring);
+    static const int joined = early ? first + item : end > ring::bytes ? end : ring::bytes;
+    static const int lines = joined > shrink ? joined : shrink;
     static const int bytes = lines + (int)sizeof(struct lora_lines);
 
     static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
-    static_assert(2 * sums <= lines && steps >= 8 && lines % 16 == 0, "all has");
+    static_assert(!early || end <= ring::bytes, "the first item is for itself");
+    static_assert(2 * sums <= lines && lines % 16 == 0, "all has");
 };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int TILES> using join_here = join_shape<TILES, false>;
+#else
+template <int TILES> using join_here = join_shape<TILES, true>;
+#endif
 
 /* --- a part of k --- */
 
@@ -205,9 +223,14 @@ struct few_lora {
     unsigned turn;          /* thread 0: how many blocks had seen all of S before */
 };
 
-template <int TILES> static __device__ __forceinline__ uint4 *items_of_b(uint4 *ring)
+/* Where this warp's item of B number `item` comes to lie; item 1 and those behind it are together.
+ */
+template <int TILES> static __device__ __forceinline__ uint4 *item_of_b(uint4 *ring, int item)
 {
-    return ring + (join_shape<TILES>::b + (int)threadIdx.x / 32 * LORA_ITEM) / 16;
+    using shape = join_here<TILES>;
+    const int at = item == 0 ? shape::first : shape::rest + (item - 1) * shape::item;
+
+    return ring + (at + (int)threadIdx.x / 32 * LORA_ITEM) / 16;
 }
 
 /* What LoRA needs, into the slots of the ring that are free when `left` stages are to come behind
@@ -216,19 +239,19 @@ template <int TILES>
 static __device__ __forceinline__ void
 ask_for_lora(const struct few_args *args, struct few_lora *lora, uint4 *ring, int left, bool made)
 {
-    using shape = join_shape<TILES>;
-    const int stride = LORA_WARPS * LORA_ITEM;
+    using shape = join_here<TILES>;
 
     if (made)
         lora_ask_s(args->lora.args, lora->lines, ring + shape::s / 16);
     if (lora->items == 0)
-        lora_settle(lora->lines, lora->share, &lora->next);
+        lora->next = lora_first_place(lora->lines, lora->share);
     for (; lora->items < shape::depth; lora->items++) {
-        if (left > 0 &&
-            shape::b + (lora->items + 1) * stride > (shape::stages - left) * shape::slot)
+        const bool early = shape::early && lora->items == 0;
+
+        if (!early && left > 0 &&
+            shape::rest + lora->items * shape::item > (shape::stages - left) * shape::slot)
             break;
-        lora_ask_b(lora->lines, lora->share, &lora->next,
-                   items_of_b<TILES>(ring) + lora->items * (stride / 16));
+        lora_ask_b(lora->lines, lora->share, &lora->next, item_of_b<TILES>(ring, lora->items));
     }
 }
 
@@ -243,13 +266,14 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
     /* of the ring; LORA: so that the last stage is in slot 0 */
     int slot = LORA ? (stages - (end - 1 - first) % stages) % stages : 0;
     int ahead = (slot + stages - 1) % stages;
+    struct cuda_lora_tile tile = {};
 
+    if (LORA)
+        tile = lora_begin_list(lora->lines, args->lora.args);
     if (!args->frozen)
         launch_wait();
     for (int i = 0; i < stages - 1 && first + i < end; i++)
         load_weights(args, first_row, first + i, ring + (slot + i) % stages * pieces);
-    if (LORA)
-        lora_list(lora->lines, args->lora.args, lora->share.module);
     if (args->frozen)
         launch_wait();
     for (int i = 0; i < stages - 1; i++) {
@@ -257,6 +281,8 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
             load_rows<TILES>(args, first + i, ring + (slot + i) % stages * pieces);
         copies_commit(); /* the first one's also holds all of the weights above */
     }
+    if (LORA)
+        lora_list(lora->lines, args->lora.args, tile, lora->share.module);
     for (int index = first; index < end; index++) {
         if (index == max(first, end - LAST_STAGES))
             launch_next();
@@ -267,7 +293,8 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
             load_rows<TILES>(args, index + stages - 1, ring + ahead * pieces);
-        } else if (LORA) {
+        }
+        if (LORA && (index + stages - 1 >= end || (join_here<TILES>::early && index == first))) {
             ask_for_lora<TILES>(args, lora, ring, end - 1 - index,
                                 index == max(first + 1, end - 2));
         }
@@ -462,11 +489,10 @@ static __device__ __forceinline__ void store_share(const struct few_args *args, 
 /* Grid: LORA's blocks that make S, then tiles of n times splits of k; a cluster is the splits of a
  * tile. */
 template <int TILES, bool LORA>
-static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
-    few_kernel(const struct few_args args)
+static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
 {
     extern __shared__ __align__(1024) uint4 ring[];
-    using shape = join_shape<TILES>;
+    using shape = join_here<TILES>;
     int block = (int)blockIdx.x - (LORA ? args.lora.blocks : 0);
     int rank = block % args.splits, first_row = block / args.splits * B_ROWS;
     int stages = (args.k + DEPTH - 1) / DEPTH;
@@ -479,19 +505,18 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
     if (LORA) {
         lora.lines = (struct lora_lines *)(ring + shape::lines / 16);
         if (block < 0) {
-            lora_shrink<join_shape<TILES>::steps>(args.lora, ring, lora.lines);
+            lora_shrink<shape::shrink_ring, (TILES > 1)>(args.lora, ring, lora.lines);
             return;
         }
         lora.share = lora_share_of(args.lora.args, first_row + rank * (B_ROWS / args.splits),
                                    B_ROWS / args.splits);
-        lora.next.unit = (int)threadIdx.x / 32;
     }
     add_up<TILES, LORA>(&args, first_row, stages * rank / args.splits,
                         stages * (rank + 1) / args.splits, ring, sums, &lora);
     if (LORA) {
-        lora_expand<shape::depth>(lora.lines, lora.share, lora.next, ring + shape::s / 16,
-                                  items_of_b<TILES>(ring), LORA_WARPS * LORA_ITEM / 16,
-                                  (float *)ring, PART_PITCH);
+        lora_expand<shape::depth, (TILES > 1)>(
+            lora.lines, lora.share, lora.next, ring + shape::s / 16, item_of_b<TILES>(ring, 0),
+            item_of_b<TILES>(ring, 1), shape::item / 16, (float *)ring, PART_PITCH);
         __syncthreads(); /* B and S are used up: the part comes to lie there */
     }
     keep_part<TILES>(sums, part);
@@ -507,13 +532,13 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_ROOM)
 
 static const struct {
     void (*kernel[2])(const struct few_args); /* [1]: with LoRA */
-    int tiles, bytes[2];
+    int tiles, bytes, join_bytes[2];          /* shared memory; with LoRA, [1]: on sm_90 */
 } kernels[] = {
 #define KERNELS(tiles)                                                                             \
     {                                                                                              \
-        {few_kernel<tiles, false>, few_kernel<tiles, true>}, tiles,                                \
+        {few_kernel<tiles, false>, few_kernel<tiles, true>}, tiles, few_shape<tiles>::bytes,       \
         {                                                                                          \
-            few_shape<tiles>::bytes, join_shape<tiles>::bytes                                      \
+            join_shape<tiles, false>::bytes, join_shape<tiles, true>::bytes                        \
         }                                                                                          \
     }
     KERNELS(1),
@@ -521,6 +546,11 @@ static const struct {
     KERNELS(4),
     KERNELS(8),
 };
+
+static int shared_of(const struct cuda_context *context, size_t which, bool lora)
+{
+    return lora ? kernels[which].join_bytes[context->arch >= 90] : kernels[which].bytes;
+}
 
 int cuda_gemm_few_open(struct cuda_context *context)
 {
@@ -530,7 +560,7 @@ int cuda_gemm_few_open(struct cuda_context *context)
         rc = cuda_check(context,
                         cudaFuncSetAttribute((const void *)kernels[i / 2].kernel[i % 2],
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             kernels[i / 2].bytes[i % 2]),
+                                             shared_of(context, i / 2, i % 2 == 1)),
                         "products of few rows");
     return rc;
 }
@@ -616,7 +646,7 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
 int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
     struct few_args args = {};
-    const int with = gemm->lora != NULL;
+    const bool with = gemm->lora != NULL;
     size_t which = 0;
     unsigned tiles;
 
@@ -626,5 +656,6 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     tiles = (unsigned)((gemm->n + B_ROWS - 1) / B_ROWS);
     return launch_clusters(context, "a product of few rows", kernels[which].kernel[with],
                            dim3(tiles * (unsigned)args.splits + (unsigned)args.lora.blocks),
-                           dim3(THREADS), (size_t)kernels[which].bytes[with], args.splits, args);
+                           dim3(THREADS), (size_t)shared_of(context, which, with), args.splits,
+                           args);
 }

@@ -21,7 +21,7 @@
 #define WARPS   4
 #define THREADS (32 * WARPS)
 #define SLAB    LORA_SLAB
-#define AHEAD   LORA_AHEAD
+#define AHEAD   4   /* times 32 terms of x in flight in a warp */
 #define COLUMNS 128 /* rows of B of a block */
 #define S_LD    (CLAAS_RANK_MAX + 8)
 

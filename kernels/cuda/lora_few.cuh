@@ -19,7 +19,6 @@
 
 #define LORA_SLAB     16 /* rows of A at a time */
 #define LORA_QUARTERS 4  /* of a chunk */
-#define LORA_AHEAD    4  /* times 32 terms of x in flight in a warp */
 
 /* Terms of a chunk: each of its quarters is a multiple of 32. */
 static __host__ __device__ __forceinline__ int lora_chunk_of(int k)

@@ -1,13 +1,15 @@
-/* LoRA beside a frozen product of few rows, in the product's own launch (gemm_few.cu); the arithmetic
- * is lora_few.cuh's.
+/* LoRA beside a frozen product of few rows, in the product's own launch (gemm_few.cu); the
+ * arithmetic is lora_few.cuh's.
  *
  * The grid's first blocks make S, a slab of 16 of its columns at a time for one tile: warp c takes
- * chunk c of K. A comes through a ring of a lane's own pieces in shared memory, which runs on from
- * slab to slab and is filled before x is waited for. A slab that is stored is counted in turns[0].
+ * chunk c of K. A and x come through a ring of a lane's own pieces in shared memory, which runs on
+ * from slab to slab and has A before x is waited for. Beside a product that fills the memory's
+ * queues even what is in the L2 takes 2 or 3 us to come, so the ring must be long for x as well.
+ * turns[0] counts the slabs that are stored.
  *
  * The product's blocks do their sums meanwhile. Towards the end of k their ring has room for the
  * rows of B that meet the block's columns, and, when turns[0] says that all of S is there, for S.
- * A warp takes 32 columns of one tile after another; B too comes as a lane's own pieces.
+ * A warp takes the same 32 columns of one tile after another; B too comes as a lane's own pieces.
  *
  * Who waits: a product's block for blocks of lower number in its own grid, and those for none.
  * Blocks are handed out in the order of their numbers (which cuBLAS and CUTLASS rely on where they
@@ -48,6 +50,7 @@ struct lora_lines {
     struct lora_line line[LORA_LINES];
     int used[2];            /* tiles that there are: the first ones */
     int slabs[2];           /* of S, of all the weight's parts */
+    int high[2];            /* whether there are tiles of more than 8 rows */
     uint8_t of[LORA_LINES]; /* the line that a row of the pack has, or LORA_NOBODY */
 };
 
@@ -56,12 +59,11 @@ static __device__ __forceinline__ int lora_slabs_of(int width)
     return (width + LORA_SLAB - 1) / LORA_SLAB;
 }
 
-/* Line t, and how many slabs its tile has. module: B's, or -1: A. */
-static __device__ __forceinline__ int
-lora_read_line(struct lora_line *line, const struct lora_args &args, int t, int module)
+/* The line of a tile, and how many slabs the tile has. module: B's, or -1: A. */
+static __device__ __forceinline__ int lora_read_line(struct lora_line *line,
+                                                     const struct lora_args &args,
+                                                     const struct cuda_lora_tile &tile, int module)
 {
-    const struct cuda_lora_tile tile = args.tiles[t];
-
     if (tile.count == 0)
         return 0;
     const struct cuda_lora_group *group = &args.groups[tile.group];
@@ -81,30 +83,45 @@ lora_read_line(struct lora_line *line, const struct lora_args &args, int t, int 
     return lora_slabs_of(width);
 }
 
-/* By all threads, the last warps doing it, since the first ones ask for the product's rows; a
- * barrier makes the list everybody's. The pack's description and the adapters were written before a
- * copy to the device, which no early start overtakes: they may be read before launch_wait. */
+/* The list is made by the last two warps, since the first ones ask for the product's rows, in two
+ * steps, so that other copies are asked for while the tiles are on their way: this one, and
+ * lora_list. The pack's description and the adapters were written before a copy to the device,
+ * which no early start overtakes: they may be read before launch_wait. */
+static __device__ __forceinline__ struct cuda_lora_tile
+lora_begin_list(struct lora_lines *lines, const struct lora_args &args)
+{
+    const int t = (int)threadIdx.x - (LORA_THREADS - LORA_LINES);
+    struct cuda_lora_tile tile = {};
+
+    if (t >= 0)
+        lines->of[t] = LORA_NOBODY;
+    if (t >= 0 && t < args.m)
+        tile = args.tiles[t];
+    return tile;
+}
+
+/* By all threads; a barrier then makes the list everybody's. */
 static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
-                                                 const struct lora_args &args, int module)
+                                                 const struct lora_args &args,
+                                                 const struct cuda_lora_tile &tile, int module)
 {
     const int t = (int)threadIdx.x - (LORA_THREADS - LORA_LINES);
     struct lora_line line = {};
     int slabs = 0;
 
-    if (t >= 0)
-        lines->of[t] = LORA_NOBODY;
-    __syncthreads();
     if (t < 0)
         return;
-    if (t < args.m)
-        slabs = lora_read_line(&line, args, t, module);
+    slabs = lora_read_line(&line, args, tile, module);
+    asm volatile("bar.sync 1, %0;" ::"n"(LORA_LINES) : "memory"); /* nobody is in all of `of` */
     lines->line[t] = line;
     for (int row = 0; row < line.count && line.from; row++)
         lines->of[line.first + row] = (uint8_t)t;
     slabs = __reduce_add_sync(~0u, slabs);
     const unsigned used = __ballot_sync(~0u, line.count > 0);
+    const unsigned high = __ballot_sync(~0u, line.count > 8);
 
     if (t % 32 == 0) {
+        lines->high[t / 32] = high != 0;
         lines->used[t / 32] = __popc(used);
         lines->slabs[t / 32] = slabs;
     }
@@ -117,17 +134,23 @@ static __device__ __forceinline__ int lora_used(const struct lora_lines *lines)
 
 /* --- S = x A^T --- */
 
-/* Shared memory of a block that makes S: the chunks' sums, then each warp's ring of STEPS times 32
- * terms of A, 1 KB each. With many adapters S waits for memory as the product does, and what a block
- * has on its way is its share of it: STEPS are as many as fit. */
-#define LORA_SUMS_BYTES          (CUDA_LORA_PARTS * 16 * LORA_SLAB * 4)
-#define LORA_STEPS_IN(bytes)     (((bytes)-LORA_SUMS_BYTES) / (LORA_WARPS * 1024))
+/* Shared memory of a block that makes S: the chunks' sums, then each warp's ring of groups of 64
+ * terms, of the slab's 16 rows of A and of 8 or (HIGH) 16 rows of x. With many adapters S waits for
+ * memory as the product does, and what a block has on its way is its share of it. */
+#define LORA_GROUP                 64 /* terms */
+#define LORA_STEPS                 (LORA_GROUP / 32)
+#define LORA_GROUP_PIECES(high)    (LORA_STEPS * ((high) ? 128 : 96)) /* of 16 bytes */
+#define LORA_GROUPS_IN(ring, high) ((ring) / (LORA_GROUP_PIECES(high) * 16))
+#define LORA_SUMS_BYTES            (CUDA_LORA_PARTS * 16 * LORA_SLAB * 4)
+#define LORA_SHRINK_BYTES(ring)    (LORA_SUMS_BYTES + (ring)*LORA_WARPS)
 
-/* A slab of a tile, and what a warp of it asks for next: the terms from k on of its chunk. */
+/* What a warp asks for next: the terms from k on of its chunk of a slab. */
 struct lora_feed {
     int line, slab, k;
-    int rows;      /* of the slab, if below 16 */
+    int rows;      /* of A, from row l / 4 of the slab on; below 1: there are none */
+    int count;     /* of x, likewise */
     const bf16 *a; /* row l / 4 of the slab, term 8 (l % 4) */
+    const bf16 *x; /* likewise */
 };
 
 /* To the slab that lies `by` further. */
@@ -145,87 +168,104 @@ static __device__ __forceinline__ void lora_seek(const struct lora_lines *lines,
     }
 }
 
-static __device__ __forceinline__ void
-lora_aim(struct lora_feed *feed, const struct lora_lines *lines, int by, int begin, int k)
+static __device__ __forceinline__ void lora_aim(struct lora_feed *feed,
+                                                const struct lora_join &join,
+                                                const struct lora_lines *lines, int by, int begin)
 {
     const int lane = (int)threadIdx.x % 32;
+    const size_t k = (size_t)join.args.k, term = (size_t)(8 * (lane % 4));
 
     lora_seek(lines, by, &feed->line, &feed->slab);
     feed->k = begin;
+    feed->rows = feed->count = 0;
     if (feed->line >= lora_used(lines))
         return;
     const struct lora_line *line = &lines->line[feed->line];
-    const int row = feed->slab * LORA_SLAB;
+    const int row = feed->slab * LORA_SLAB + lane / 4;
 
     feed->rows = line->size - row;
-    feed->a = line->from + (size_t)(row + lane / 4) * (size_t)k + (size_t)(8 * (lane % 4));
+    feed->count = line->count - lane / 4;
+    feed->a = line->from + (size_t)row * k + term;
+    feed->x = (const bf16 *)join.args.x + (size_t)(line->first + lane / 4) * k + term;
 }
 
-/* Starts the copy of the next 32 terms of the 16 rows, or of nothing after the last: a group of
- * copies in either case. begin, end: the warp's chunk of the k terms of a row. */
-static __device__ __forceinline__ void lora_ask(struct lora_feed *feed,
-                                                const struct lora_lines *lines, int blocks,
-                                                int begin, int end, int k, uint4 *slot)
+static __device__ __forceinline__ void lora_move(struct lora_feed *feed,
+                                                 const struct lora_join &join,
+                                                 const struct lora_lines *lines, int begin, int end)
 {
-    const int lane = (int)threadIdx.x % 32, row = lane / 4;
-
-    if (begin < k && feed->line < lora_used(lines)) {
-        const bool within = feed->k + 8 * (lane % 4) < k;
-        const bool low = within && row < feed->rows, high = within && row + 8 < feed->rows;
-
-        copy_16_of_many(slot + lane, feed->a + (low ? feed->k : 0), low);
-        copy_16_of_many(slot + 32 + lane, feed->a + (high ? (size_t)8 * k + feed->k : 0), high);
-        feed->k += 32;
-        if (feed->k >= end)
-            lora_aim(feed, lines, blocks, begin, k);
-    }
-    copies_commit();
+    feed->k += LORA_GROUP;
+    if (feed->k >= end)
+        lora_aim(feed, join, lines, join.blocks, begin);
 }
 
-/* total = the warp's chunk of a slab; x: the tile's row l / 4, term 8 (l % 4). */
-template <int STEPS>
-static __device__ __forceinline__ void lora_sum_chunk(float (&total)[2][4],
-                                                      const struct lora_lines *lines, const bf16 *x,
-                                                      int count, int blocks, int begin, int end,
-                                                      int k, uint4 *ring, int *slot,
-                                                      struct lora_feed *feed)
+/* Starts the copies of the group's A and of its x, of zeros where there are none. */
+static __device__ __forceinline__ void lora_ask_a(const struct lora_feed &feed, int k, uint4 *group)
 {
-    const int lane = (int)threadIdx.x % 32, row = lane / 4;
-    const int quarter = (end - begin) / LORA_QUARTERS;
-
-    for (int from = begin; from < end; from += quarter) {
-        float sum[2][4] = {};
-
-        for (int at = from; at < from + quarter; at += 32 * LORA_AHEAD) {
-            uint4 low[LORA_AHEAD], high[LORA_AHEAD];
+    const int lane = (int)threadIdx.x % 32, terms = k - feed.k - 8 * (lane % 4);
+    const bf16 *low = feed.a + feed.k, *high = low + (size_t)8 * k;
 
 #pragma unroll
-            for (int i = 0; i < LORA_AHEAD; i++) {
-                const int term = at + 32 * i;
-                const bool within = term < from + quarter && term + 8 * (lane % 4) < k;
+    for (int i = 0; i < LORA_STEPS; i++) {
+        copy_16_of_many(group + 64 * i + lane, low + 32 * i, feed.rows > 0 && 32 * i < terms);
+        copy_16_of_many(group + 64 * i + 32 + lane, high + 32 * i, feed.rows > 8 && 32 * i < terms);
+    }
+}
+template <bool HIGH>
+static __device__ __forceinline__ void lora_ask_x(const struct lora_feed &feed, int k, uint4 *group)
+{
+    const int lane = (int)threadIdx.x % 32, terms = k - feed.k - 8 * (lane % 4);
+    const bf16 *low = feed.x + feed.k, *high = low + (size_t)8 * k;
 
-                low[i] = load_16(x + term, within && row < count);
-                high[i] = load_16(x + (size_t)8 * k + term, within && row + 8 < count);
+    group += 64 * LORA_STEPS;
+#pragma unroll
+    for (int i = 0; i < LORA_STEPS; i++) {
+        copy_16(group + 32 * i + lane, low + 32 * i, feed.count > 0 && 32 * i < terms);
+        if (HIGH)
+            copy_16(group + 32 * (LORA_STEPS + i) + lane, high + 32 * i,
+                    feed.count > 8 && 32 * i < terms);
+    }
+}
+
+/* total = the warp's chunk of the slab whose groups come next. */
+template <int GROUPS, bool HIGH>
+static __device__ __forceinline__ void
+lora_sum_chunk(float (&total)[2][4], const struct lora_join &join, const struct lora_lines *lines,
+               int begin, int end, uint4 *ring, int *slot, struct lora_feed *feed)
+{
+    const int lane = (int)threadIdx.x % 32, quarter = (end - begin) / LORA_QUARTERS;
+    int left = quarter; /* of the quarter, terms */
+    float sum[2][4] = {};
+
+    for (int at = begin; at < end; at += LORA_GROUP) {
+        uint4 *group = ring + *slot * LORA_GROUP_PIECES(HIGH), *x = group + 64 * LORA_STEPS + lane;
+
+        copies_wait_but<GROUPS - 1>();
+#pragma unroll
+        for (int i = 0; i < LORA_STEPS; i++) {
+            const uint4 low = x[32 * i];
+            const uint4 high = HIGH ? x[32 * (LORA_STEPS + i)] : make_uint4(0, 0, 0, 0);
+
+            multiply_32(sum[0], low, high, group[64 * i + lane]);
+            multiply_32(sum[1], low, high, group[64 * i + 32 + lane]);
+            left -= 32;
+            if (left > 0)
+                continue;
+            left = quarter;
+#pragma unroll
+            for (int e = 0; e < 8; e++) { /* the first quarter's sum is added to zeros */
+                total[e / 4][e % 4] += sum[e / 4][e % 4];
+                sum[e / 4][e % 4] = 0;
             }
-#pragma unroll
-            for (int i = 0; i < LORA_AHEAD; i++)
-                if (at + 32 * i < from + quarter) {
-                    uint4 *piece = ring + *slot * 64;
-
-                    copies_wait_but<STEPS - 1>();
-                    multiply_32(sum[0], low[i], high[i], piece[lane]);
-                    multiply_32(sum[1], low[i], high[i], piece[32 + lane]);
-                    lora_ask(feed, lines, blocks, begin, end, k, piece);
-                    *slot = *slot + 1 < STEPS ? *slot + 1 : 0;
-                }
         }
-        for (int n = 0; n < 2; n++)
-            for (int e = 0; e < 4; e++)
-                total[n][e] = from == begin ? sum[n][e] : total[n][e] + sum[n][e];
+        lora_ask_a(*feed, join.args.k, group);
+        lora_ask_x<HIGH>(*feed, join.args.k, group);
+        copies_commit();
+        lora_move(feed, join, lines, begin, end);
+        *slot = *slot + 1 < GROUPS ? *slot + 1 : 0;
     }
 }
 
-/* The chunks' sums, added in order, rounded and counted. By all threads: one element each. */
+/* The chunks' sums, added in order and rounded. By all threads: one element each. */
 static __device__ __forceinline__ void lora_store_slab(const struct lora_join &join,
                                                        const struct lora_line &line, int slab,
                                                        const float (&total)[2][4],
@@ -245,67 +285,93 @@ static __device__ __forceinline__ void lora_store_slab(const struct lora_join &j
         ((bf16 *)join.args.s)[(size_t)(line.first + row) * (size_t)join.args.ld +
                               (size_t)(slab * LORA_SLAB + column)] = __float2bfloat16_rn(sum);
     __syncthreads(); /* all have stored, and nobody reads the sums any more */
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(&join.turns[0], 1u);
-    }
 }
 
-/* A block that makes S: slabs blockIdx.x, + join.blocks, … */
-template <int STEPS>
-static __device__ __forceinline__ void lora_shrink(const struct lora_join &join, void *shared,
-                                                   struct lora_lines *lines)
+/* A block that makes S: slabs blockIdx.x, + join.blocks, … lines: there; RING: bytes of a warp's.
+ */
+template <int RING, bool HIGH>
+static __device__ __forceinline__ void lora_make_slabs(const struct lora_join &join, void *shared,
+                                                       const struct lora_lines *lines)
 {
     static_assert(CUDA_LORA_PARTS == LORA_WARPS, "a warp takes a chunk");
     static_assert(16 * LORA_SLAB == LORA_THREADS, "a thread adds up an element");
-    const int k = join.args.k, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    static_assert(32 * LORA_QUARTERS % LORA_GROUP == 0, "a chunk is groups");
+    constexpr int groups = LORA_GROUPS_IN(RING, HIGH), pieces = LORA_GROUP_PIECES(HIGH);
+    const int k = join.args.k, warp = (int)threadIdx.x / 32;
     const int begin = warp * lora_chunk_of(k), end = begin + lora_chunk_of(k);
-    uint4 *ring = (uint4 *)((uint8_t *)shared + LORA_SUMS_BYTES) + warp * STEPS * 64;
-    struct lora_feed feed = {};
+    uint4 *ring = (uint4 *)((uint8_t *)shared + LORA_SUMS_BYTES + warp * RING);
+    struct lora_feed feed = {0, 0, 0, 0, 0, (const bf16 *)join.args.x, (const bf16 *)join.args.x};
+    struct lora_feed of_a;
     int line = 0, slab = 0, slot = 0;
+    unsigned made = 0;
 
-    launch_next();
-    lora_list(lines, join.args, -1);
-    __syncthreads();
-    lora_aim(&feed, lines, (int)blockIdx.x, begin, k);
     lora_seek(lines, (int)blockIdx.x, &line, &slab);
-    for (int i = 0; i < STEPS; i++)
-        lora_ask(&feed, lines, join.blocks, begin, end, k, ring + i * 64);
+    if (line >= lora_used(lines))
+        return; /* without waiting: the product's blocks want the room */
+    lora_aim(&feed, join, lines, (int)blockIdx.x, begin);
+    of_a = feed;
+    for (int i = 0; i < groups; i++) {
+        lora_ask_a(of_a, k, ring + i * pieces);
+        lora_move(&of_a, join, lines, begin, end);
+    }
     launch_wait();
-    while (line < lora_used(lines)) {
-        const struct lora_line *now = &lines->line[line];
-        const bf16 *x = (const bf16 *)join.args.x + (size_t)(now->first + lane / 4) * (size_t)k +
-                        (size_t)(8 * (lane % 4));
+    for (int i = 0; i < groups; i++) {
+        lora_ask_x<HIGH>(feed, k, ring + i * pieces);
+        copies_commit(); /* the first one's also holds all of A above */
+        lora_move(&feed, join, lines, begin, end);
+    }
+    for (; line < lora_used(lines); made++) {
         float total[2][4] = {};
 
         if (begin < k)
-            lora_sum_chunk<STEPS>(total, lines, x, now->count, join.blocks, begin, end, k, ring,
-                                  &slot, &feed);
-        lora_store_slab(join, *now, slab, total, (float(*)[16][LORA_SLAB])shared);
+            lora_sum_chunk<groups, HIGH>(total, join, lines, begin, end, ring, &slot, &feed);
+        lora_store_slab(join, lines->line[line], slab, total, (float(*)[16][LORA_SLAB])shared);
         lora_seek(lines, join.blocks, &line, &slab);
     }
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(&join.turns[0], made);
+    }
+}
+
+/* MORE: the pack may have more than 8 rows. */
+template <int RING, bool MORE>
+static __device__ __forceinline__ void lora_shrink(const struct lora_join &join, void *shared,
+                                                   struct lora_lines *lines)
+{
+    const struct cuda_lora_tile tile = lora_begin_list(lines, join.args);
+
+    launch_next();
+    lora_list(lines, join.args, tile, -1);
+    __syncthreads();
+    if (MORE && (lines->high[0] | lines->high[1]))
+        lora_make_slabs<RING, true>(join, shared, lines);
+    else
+        lora_make_slabs<RING, false>(join, shared, lines);
 }
 
 /* --- S (sB)^T --- */
 
 #define LORA_ITEM (32 * 32 * 2) /* bytes of B that a warp takes at a time: 32 columns, 32 terms */
 
-/* The columns of a part that a block of the product stores, and how a warp goes through them: unit
- * u is tile u >> shift and the 32 columns u % (1 << shift). */
+/* The columns of a part that a block of the product stores, and a warp's turn among them: 32
+ * columns of every step-th tile. */
 struct lora_share {
     int module;
     int first; /* row of the part's B */
     int left;  /* rows of it from there on */
     int width; /* columns: 128 over the size of the cluster */
-    int shift;
+    int column, step;
 };
 
 /* Of `width` columns from column `first` of the weight on, which begin in one part. */
 static __device__ __forceinline__ struct lora_share lora_share_of(const struct lora_args &args,
                                                                   int first, int width)
 {
-    struct lora_share share = {args.module[0], first, args.part_n[0] - first, width, 0};
+    const int warp = (int)threadIdx.x / 32, groups = width > 64 ? 4 : width > 32 ? 2 : 1;
+    struct lora_share share = {args.module[0], first, args.part_n[0] - first, width, 0, 0};
 
+    static_assert(LORA_WARPS % 4 == 0, "a warp keeps its columns");
 #pragma unroll
     for (int i = 1; i < CUDA_PARTS_MAX; i++)
         if (i < args.part_count && first >= args.row[i]) {
@@ -313,39 +379,43 @@ static __device__ __forceinline__ struct lora_share lora_share_of(const struct l
             share.first = first - args.row[i];
             share.left = args.part_n[i] - share.first;
         }
-    share.shift = width > 64 ? 2 : width > 32 ? 1 : 0;
+    share.column = warp % groups * 32;
+    share.step = LORA_WARPS / groups;
     return share;
 }
 
-/* What a warp multiplies next: terms k … k+31 of a unit. */
+/* What a warp multiplies next: terms k … k+31 of a tile. */
 struct lora_place {
-    int unit, k;
+    int tile, k;
 };
 
-static __device__ __forceinline__ int lora_units(const struct lora_lines *lines,
-                                                 const struct lora_share &share)
-{
-    return lora_used(lines) << share.shift;
-}
-/* Units of adapters without the module are passed over. */
+/* Tiles of adapters without the module are passed over. */
 static __device__ __forceinline__ void lora_settle(const struct lora_lines *lines,
                                                    const struct lora_share &share,
                                                    struct lora_place *place)
 {
-    const int units = lora_units(lines, share);
+    const int used = lora_used(lines);
 
-    while (place->unit < units && !lines->line[place->unit >> share.shift].from)
-        place->unit += LORA_WARPS;
+    while (place->tile < used && !lines->line[place->tile].from)
+        place->tile += share.step;
+}
+static __device__ __forceinline__ struct lora_place lora_first_place(const struct lora_lines *lines,
+                                                                     const struct lora_share &share)
+{
+    struct lora_place place = {(int)threadIdx.x / 32 / (LORA_WARPS / share.step), 0};
+
+    lora_settle(lines, share, &place);
+    return place;
 }
 static __device__ __forceinline__ void lora_advance(const struct lora_lines *lines,
-                                                    const struct lora_share &share,
+                                                    const struct lora_share &share, int size,
                                                     struct lora_place *place)
 {
     place->k += 32;
-    if (place->k < lines->line[place->unit >> share.shift].size)
+    if (place->k < size)
         return;
     place->k = 0;
-    place->unit += LORA_WARPS;
+    place->tile += share.step;
     lora_settle(lines, share, place);
 }
 
@@ -355,24 +425,21 @@ static __device__ __forceinline__ void lora_ask_b(const struct lora_lines *lines
                                                   struct lora_place *place, uint4 *slot)
 {
     const int lane = (int)threadIdx.x % 32, term = place->k + 8 * (lane % 4);
+    const int column = share.column + lane / 4, columns = min(share.width, share.left) - column;
 
-    if (place->unit >= lora_units(lines, share))
+    if (place->tile >= lora_used(lines))
         return;
-    const struct lora_line *line = &lines->line[place->unit >> share.shift];
-    const int group = place->unit & ((1 << share.shift) - 1);
+    const struct lora_line *line = &lines->line[place->tile];
+    const bf16 *from = line->from;
+    const int size = line->size, at = (share.first + column) * size + term;
 
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-        const int column = 32 * group + 8 * n + lane / 4;
-        const bool valid = column < share.width && column < share.left && term < line->size;
+        const bool valid = 8 * n < columns && term < size;
 
-        copy_16(
-            slot + 32 * n + lane,
-            line->from +
-                (valid ? (size_t)(share.first + column) * (size_t)line->size + (size_t)term : 0),
-            valid);
+        copy_16(slot + 32 * n + lane, from + (valid ? at + 8 * n * size : 0), valid);
     }
-    lora_advance(lines, share, place);
+    lora_advance(lines, share, size, place);
 }
 
 /* Where the 8 terms `piece` of a row of S lie: rows of CLAAS_RANK_MAX terms, swizzled so that eight
@@ -434,26 +501,26 @@ static __device__ __forceinline__ unsigned lora_await(const struct lora_join &jo
 }
 
 /* sums[row of the pack][column of the share] = S (sB)^T, `pitch` floats apart, for the rows that
- * have a line. The warp's first DEPTH items of B are in its slots, `stride` pieces apart; `next` is
- * the place behind them. */
-template <int DEPTH>
+ * have a line. The warp's first DEPTH items of B are in its slots, `first` and then `slots`,
+ * `stride` pieces apart; `next` is the place behind them. */
+template <int DEPTH, bool HIGH>
 static __device__ __forceinline__ void
 lora_expand(const struct lora_lines *lines, const struct lora_share &share, struct lora_place next,
-            const uint4 *s, uint4 *slots, int stride, float *sums, int pitch)
+            const uint4 *s, uint4 *first_slot, uint4 *slots, int stride, float *sums, int pitch)
 {
-    const int lane = (int)threadIdx.x % 32, row = lane / 4;
-    struct lora_place now = {(int)threadIdx.x / 32, 0};
+    const int lane = (int)threadIdx.x % 32, row = lane / 4, used = lora_used(lines);
+    struct lora_place now = lora_first_place(lines, share);
     int slot = 0;
 
-    lora_settle(lines, share, &now);
-    while (now.unit < lora_units(lines, share)) {
-        const struct lora_line *line = &lines->line[now.unit >> share.shift];
-        const int first = line->first + row, column = 32 * (now.unit & ((1 << share.shift) - 1));
-        const bool low = row < line->count, high = row + 8 < line->count;
-        float *at = sums + first * pitch + column + 2 * (lane % 4), sum[4][4] = {};
+    while (now.tile < used) {
+        const struct lora_line *line = &lines->line[now.tile];
+        const int first = line->first + row, size = line->size;
+        const bool low = row < line->count, high = HIGH && row + 8 < line->count;
+        float *at = sums + first * pitch + share.column + 2 * (lane % 4), sum[4][4] = {};
 
         do {
-            const uint4 none = make_uint4(0, 0, 0, 0), *b = slots + slot * stride + lane;
+            uint4 *item = slot == 0 ? first_slot : slots + (slot - 1) * stride;
+            const uint4 none = make_uint4(0, 0, 0, 0), *b = item + lane;
             const int piece = now.k / 8 + lane % 4;
             const uint4 of_low = low ? s[lora_s_at(first, piece)] : none;
             const uint4 of_high = high ? s[lora_s_at(first + 8, piece)] : none;
@@ -462,14 +529,14 @@ lora_expand(const struct lora_lines *lines, const struct lora_share &share, stru
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 multiply_32(sum[n], of_low, of_high, b[32 * n]);
-            lora_ask_b(lines, share, &next, slots + slot * stride);
+            lora_ask_b(lines, share, &next, item);
             copies_commit();
             slot = slot + 1 == DEPTH ? 0 : slot + 1;
-            lora_advance(lines, share, &now);
+            lora_advance(lines, share, size, &now);
         } while (now.k > 0);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            if (column + 8 * n >= share.width)
+            if (share.column + 8 * n >= share.width)
                 continue;
             if (low)
                 *(float2 *)(at + 8 * n) = make_float2(sum[n][0], sum[n][1]);
