@@ -335,6 +335,21 @@ static bool take_blocks(claas_device_t *device, struct claas_sequence *seq, int 
     return true;
 }
 
+/* Adds to device->planned [count] behind the last one with the same adapter: its weights are then
+ * read once for all of its rows. */
+static void add_planned(claas_device_t *device, int count, struct claas_sequence *seq)
+{
+    struct claas_sequence **planned = device->planned;
+    int at = count;
+
+    while (at > 0 && planned[at - 1]->adapter != seq->adapter)
+        at--;
+    if (at == 0)
+        at = count;
+    memmove(planned + at + 1, planned + at, (size_t)(count - at) * sizeof(*planned));
+    planned[at] = seq;
+}
+
 /* Chooses who runs how many tokens: device->planned[0 … ret). Running sequences are walked in their
  * order, so whoever is preempted on the way was not chosen yet. */
 static int plan(claas_device_t *device)
@@ -353,7 +368,7 @@ static int plan(claas_device_t *device)
             break;
         if (seq->count - seq->computed > 1)
             budget -= seq->planned;
-        device->planned[count++] = seq;
+        add_planned(device, count++, seq);
     }
     return count;
 }

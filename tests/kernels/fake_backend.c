@@ -315,9 +315,10 @@ static void store_segment(claas_backend_t *backend, const struct claas_segment *
 
 static void count_pass(claas_backend_t *backend, const struct claas_segment *segments, int count)
 {
-    int tokens = 0, single = 0;
+    int tokens = 0, single = 0, groups = 0;
 
     for (int i = 0; i < count; i++) {
+        groups += i == 0 || segments[i].adapter != segments[i - 1].adapter;
         tokens += segments[i].count;
         single += segments[i].count == 1;
     }
@@ -325,6 +326,8 @@ static void count_pass(claas_backend_t *backend, const struct claas_segment *seg
     fake.tokens += tokens;
     fake.single_rows += single;
     fake.passes_without_decode += single == 0;
+    if (groups > fake.most_groups)
+        fake.most_groups = groups;
     if (tokens > fake.largest_pass)
         fake.largest_pass = tokens;
     if (backend->training) {

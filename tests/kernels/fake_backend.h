@@ -35,6 +35,7 @@ struct fake {
     /* Figures. */
     int passes, tokens, single_rows, passes_in_training;
     int largest_pass;          /* tokens */
+    int most_groups;           /* of neighbours with the same adapter, in a pass */
     int passes_without_decode; /* passes with a chunk of a prompt but no row of one token */
     int64_t longest_slice;     /* training, or reading back, between two passes */
     int operations_done;

@@ -200,6 +200,7 @@ static void test_batch(void **state)
     for (int i = 0; i < 24; i++)
         job_check(&jobs[i]);
     assert_true(fake.largest_pass <= 8 + 48);
+    assert_int_equal(fake.most_groups, 3); /* though they came by turns */
     claas_adapter_unref(&adapters[1]);
     claas_adapter_unref(&adapters[2]);
     free(jobs);
