@@ -115,47 +115,23 @@ static __device__ __forceinline__ uint64_t wgmma_rows(const __nv_bfloat16 *tile,
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
     "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-/* c = a b^T (+ c), both from shared memory along their columns (wgmma_columns). */
-static __device__ __forceinline__ void wgmma_nt(float (&c)[1][4], uint64_t a, uint64_t b, int add)
-{
-    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-              "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {" WGMMA_REGISTERS_4 "}, "
-              "%4, %5, p, 1, 1, 0, 0;\n}"
-              : WGMMA_4(c, 0)
-              : "l"(a), "l"(b), "r"(add));
-}
-static __device__ __forceinline__ void wgmma_nt(float (&c)[2][4], uint64_t a, uint64_t b, int add)
-{
-    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-              "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {" WGMMA_REGISTERS_8 "}, "
-              "%8, %9, p, 1, 1, 0, 0;\n}"
-              : WGMMA_8(c, 0)
-              : "l"(a), "l"(b), "r"(add));
-}
-static __device__ __forceinline__ void wgmma_nt(float (&c)[4][4], uint64_t a, uint64_t b, int add)
-{
-    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-              "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" WGMMA_REGISTERS_16 "}, "
-              "%16, %17, p, 1, 1, 0, 0;\n}"
-              : WGMMA_16(c, 0)
-              : "l"(a), "l"(b), "r"(add));
-}
-static __device__ __forceinline__ void wgmma_nt(float (&c)[8][4], uint64_t a, uint64_t b, int add)
-{
-    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-              "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_REGISTERS_32 "}, "
-              "%32, %33, p, 1, 1, 0, 0;\n}"
-              : WGMMA_32(c, 0)
-              : "l"(a), "l"(b), "r"(add));
-}
-static __device__ __forceinline__ void wgmma_nt(float (&c)[16][4], uint64_t a, uint64_t b, int add)
-{
-    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-              "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_REGISTERS_64 "}, "
-              "%64, %65, p, 1, 1, 0, 0;\n}"
-              : WGMMA_32(c, 0), WGMMA_32(c, 8)
-              : "l"(a), "l"(b), "r"(add));
-}
+/* c = a b^T (+ c), both from shared memory along their columns (wgmma_columns). x, y, z: the
+ * numbers of the asm's operands behind c's. */
+#define WGMMA_NT(tiles, columns, registers, x, y, z, ...)                                          \
+    static __device__ __forceinline__ void wgmma_nt(float(&c)[tiles][4], uint64_t a, uint64_t b,   \
+                                                    int add)                                       \
+    {                                                                                              \
+        WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %" #z ", 0;\n"                                 \
+                  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" registers     \
+                  "}, %" #x ", %" #y ", p, 1, 1, 0, 0;\n}"                                         \
+                  : __VA_ARGS__                                                                    \
+                  : "l"(a), "l"(b), "r"(add));                                                     \
+    }
+WGMMA_NT(1, 8, WGMMA_REGISTERS_4, 4, 5, 6, WGMMA_4(c, 0))
+WGMMA_NT(2, 16, WGMMA_REGISTERS_8, 8, 9, 10, WGMMA_8(c, 0))
+WGMMA_NT(4, 32, WGMMA_REGISTERS_16, 16, 17, 18, WGMMA_16(c, 0))
+WGMMA_NT(8, 64, WGMMA_REGISTERS_32, 32, 33, 34, WGMMA_32(c, 0))
+WGMMA_NT(16, 128, WGMMA_REGISTERS_64, 64, 65, 66, WGMMA_32(c, 0), WGMMA_32(c, 8))
 
 /* c += a b, a in registers, b from shared memory along its rows (wgmma_rows). */
 static __device__ __forceinline__ void wgmma_nn(float (&c)[8][4], const uint32_t (&a)[4],
