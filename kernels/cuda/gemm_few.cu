@@ -25,8 +25,9 @@
  * the rounded product before it is stored: lora_join.cuh. The kernel without is another one.
  *
  * The order of an element's sum: terms within a product of 16 (the hardware's), products along k,
- * parts. It follows from n and k (cut_k) and whether there are clusters; a column of a mma's result
- * does not see its neighbours, so m and the row's place never show. */
+ * parts. It follows from n and k (cut_k), whether there are clusters, and which of the instructions
+ * multiplies; a column of a product's result does not see its neighbours, so m and the row's place
+ * never show. */
 #include "cuda/gemm_few.h"
 #include "cuda/lora_join.cuh"
 #include "cuda/wgmma.cuh"
@@ -45,14 +46,14 @@
 #define SIZE_LEAST        256
 #define LORA_BLOCKS_LEAST 32 /* that make S, where the product has no room to spare */
 #define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
-/* Blocks that a multiprocessor has shared memory for, and a thread's registers: beside two blocks
- * with LoRA there is room for the next kernel's, if those are small. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define BLOCKS_ROOM        1
-#define REGISTERS_OF(lora) __launch_bounds__(THREADS)
+/* A thread's registers. sm_90a, with LoRA: beside two blocks there is room for those of the small
+ * kernels that follow. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define REGISTERS_OF(lora) __maxnreg__((lora) ? 96 : 128)
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define REGISTERS_OF(lora) __launch_bounds__(THREADS, 2)
 #else
-#define BLOCKS_ROOM        2
-#define REGISTERS_OF(lora) __maxnreg__((lora) ? 96 : 80)
+#define REGISTERS_OF(lora) __launch_bounds__(THREADS)
 #endif
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
@@ -81,8 +82,8 @@ template <int TILES> struct few_shape {
 /* With LoRA the last stage of k comes to lie in the ring's first slot, so that the others become
  * free one after the other while the last stages are multiplied. Then, in bytes: LoRA's sums, S,
  * and an item of B for each warp `depth` times; when the sums are made, the part behind them. The
- * first item lies behind the ring where there is room (SM90, of two blocks on a multiprocessor), so
- * that it need not wait. */
+ * first item lies behind the ring where there is room, so that it need not wait. SM90: of sm_90a,
+ * where two blocks have 227 KB; elsewhere one has 99 KB at least. */
 template <int TILES, bool SM90> struct join_shape {
     using ring = few_shape<TILES>;
     static const int stages = ring::stages;
@@ -105,11 +106,12 @@ template <int TILES, bool SM90> struct join_shape {
     static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
     static_assert(!early || end <= ring::bytes, "the first item is for itself");
     static_assert(2 * sums <= lines && lines % 16 == 0, "all has");
+    static_assert(bytes <= (SM90 ? 113 : 99) * 1024, "a multiprocessor has as much");
 };
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <int TILES> using join_here = join_shape<TILES, false>;
-#else
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <int TILES> using join_here = join_shape<TILES, true>;
+#else
+template <int TILES> using join_here = join_shape<TILES, false>;
 #endif
 
 /* --- a part of k --- */
@@ -532,7 +534,7 @@ static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
 
 static const struct {
     void (*kernel[2])(const struct few_args); /* [1]: with LoRA */
-    int tiles, bytes, join_bytes[2];          /* shared memory; with LoRA, [1]: on sm_90 */
+    int tiles, bytes, join_bytes[2];          /* shared memory; with LoRA, [1]: of sm_90a */
 } kernels[] = {
 #define KERNELS(tiles)                                                                             \
     {                                                                                              \
@@ -549,7 +551,7 @@ static const struct {
 
 static int shared_of(const struct cuda_context *context, size_t which, bool lora)
 {
-    return lora ? kernels[which].join_bytes[context->arch >= 90] : kernels[which].bytes;
+    return lora ? kernels[which].join_bytes[context->warpgroups] : kernels[which].bytes;
 }
 
 int cuda_gemm_few_open(struct cuda_context *context)
@@ -605,7 +607,7 @@ static int count_lora_blocks(const struct cuda_context *context, const struct cu
                              int splits)
 {
     int tiles = (gemm->n + B_ROWS - 1) / B_ROWS;
-    int room = context->multiprocessors * (context->arch >= 90 ? BLOCKS_ROOM : 1) - tiles * splits;
+    int room = context->multiprocessors * (context->warpgroups ? 2 : 1) - tiles * splits;
     int most = 2 * gemm->lora->weight->part_count * gemm->m;
 
     room = room > LORA_BLOCKS_LEAST ? room / splits * splits : LORA_BLOCKS_LEAST;

@@ -8,13 +8,15 @@
  * turns[0] counts the slabs that are stored.
  *
  * The product's blocks do their sums meanwhile. Towards the end of k their ring has room for the
- * rows of B that meet the block's columns, and, when turns[0] says that all of S is there, for S.
- * A warp takes the same 32 columns of one tile after another; B too comes as a lane's own pieces.
+ * rows of B that meet the block's columns (the first ones may have room of their own and come at
+ * the beginning), and, when turns[0] says that all of S is there, for S. A warp takes the same 32
+ * columns of one tile after another; B too comes as a lane's own pieces.
  *
  * Who waits: a product's block for blocks of lower number in its own grid, and those for none.
  * Blocks are handed out in the order of their numbers (which cuBLAS and CUTLASS rely on where they
  * split k), so when one waits the others run or are done. Besides, there are no more of them than
- * find room beside the product's, as long as those of the product alone do. Kernels before this one
+ * find room beside the product's, where that leaves room for 32; else the order alone has to do.
+ * Kernels before this one
  * are all running when it begins (launch.cuh) and need nothing of it; later ones begin when all of
  * its blocks run. turns[1] counts the product's blocks that have seen S; with the last of them both
  * become zero for the next launch, which counts only when this one is done. A launch that is cut
