@@ -4,9 +4,10 @@
 After every kill the server must start again. In the end every acknowledged feedback has ended done or rejected, exactly once,
 every version directory is whole, and the versions form a chain without holes.
 
-  kill9.py --claas build/tools/claas [--model random:tiny-llama] [--kills 100] [--seconds S] [--seed 1] [--set key=value]...
+  kill9.py --claas build/tools/claas [--model random:tiny-llama] [--kills 100] [--seconds S] [--seed 1] [--backlog 200] [--set key=value]...
 """
 import argparse
+import collections
 import http.client
 import json
 import os
@@ -21,28 +22,39 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "e2e"))
 
-from server import TINY, Failed, Server, ends_of
+from server import ENDED, TINY, Failed, Server, ends_of
 
 FAST = ("cycle.steps=3", "cycle.rows=4", "cycle.max_tokens=8", "log.level=warning")
 
 
 class Load:
-    """Chats and sends feedback until told to stop; what was acknowledged is remembered."""
+    """Chats and sends feedback until told to stop; what was acknowledged is remembered. Of an adapter's jobs at most `backlog` are
+    open, so that a slow device comes to their end."""
 
-    def __init__(self, server, adapters, seed):
-        self.server, self.adapters, self.random = server, adapters, random.Random(seed)
+    def __init__(self, server, adapters, seed, backlog):
+        self.server, self.adapters, self.random, self.backlog = server, adapters, random.Random(seed), backlog
         self.jobs, self.lock, self.running, self.failures = {}, threading.Lock(), True, []
         self.threads = [threading.Thread(target=self.run, args=(name,)) for name in adapters]
         for thread in self.threads:
             thread.start()
 
+    def has_room(self, open_jobs):
+        while open_jobs and self.server.job(open_jobs[0])["state"] in ENDED:
+            open_jobs.popleft()
+        return len(open_jobs) < self.backlog
+
     def run(self, name):
+        open_jobs = collections.deque()
         while self.running:
             try:
+                if len(open_jobs) >= self.backlog and not self.has_room(open_jobs):
+                    time.sleep(0.05)
+                    continue
                 answer = self.server.chat(name, f"hello {self.random.random()}", timeout=20, max_tokens=6)
                 reply = self.server.feedback(name, response_id=answer["id"], timeout=20, wait=False)
                 with self.lock:
                     self.jobs[reply["job_id"]] = name
+                open_jobs.append(reply["job_id"])
             except Failed as failed:
                 # 404: the answer was sent, but what it was had not come to the disk. Nothing else may go wrong.
                 if failed.answer.status not in (404, 503):
@@ -108,6 +120,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1e9, help="no more kills after so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--longest", type=float, default=0.6, help="longest life of a server in seconds")
+    parser.add_argument("--backlog", type=int, default=200, help="feedbacks of an adapter that may be unfinished")
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
     chance = random.Random(args.seed)
@@ -116,7 +129,7 @@ def main():
         adapters = ["a/one", "a/two", "b/three"]
         for name in adapters:
             server.init(name)
-        load, kills = Load(server, adapters, args.seed), 0
+        load, kills = Load(server, adapters, args.seed, args.backlog), 0
         try:
             end = time.monotonic() + args.seconds
             while kills < args.kills and time.monotonic() < end:
