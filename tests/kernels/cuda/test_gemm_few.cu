@@ -292,25 +292,10 @@ static void queue_calls(struct cuda_context *context, const struct timing *t)
     }
 }
 
-/* Milliseconds of a call, of those in a graph: the host's part does not count. */
+/* Milliseconds of a call. */
 static float time_calls(struct cuda_context *context, const struct timing *t)
 {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    float ms;
-
-    queue_calls(context, t); /* chooses */
-    check_cuda(cudaStreamSynchronize(context->stream), "a product");
-    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
-               "capture");
-    queue_calls(context, t);
-    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
-    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
-    ms = check_median_ms(context,
-                         [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "launch"); });
-    check_cuda(cudaGraphExecDestroy(exec), "a graph");
-    check_cuda(cudaGraphDestroy(graph), "a graph");
-    return ms / (float)t->calls;
+    return check_graph_ms(context, [&] { queue_calls(context, t); }) / (float)t->calls;
 }
 
 static void time_shape(struct cuda_context *few, struct cuda_context *library, const char *what,

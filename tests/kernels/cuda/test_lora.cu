@@ -312,28 +312,18 @@ static void time_decode(struct cuda_context *context, const char *what, int adap
 {
     static const struct dims dims = {"8B", 4096, 4096, 1024, 12288};
     static struct timed t;
-    cudaGraphExec_t exec = NULL;
-    cudaGraph_t graph = NULL;
+    const auto queue = [&] {
+        for (int l = 0; l < TIMED_LAYERS; l++)
+            for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+                const struct cuda_lora lora = timed_lora(&t, l, kind);
+
+                check_rc(cuda_lora_shrink(context, &lora), "shrink");
+                check_rc(cuda_lora_expand(context, &lora), "expand");
+            }
+    };
 
     open_timed(&t, &dims, TIMED_LAYERS, 32, adapters, rows, true);
-    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
-               "capture");
-    for (int l = 0; l < TIMED_LAYERS; l++)
-        for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
-            const struct cuda_lora lora = timed_lora(&t, l, kind);
-
-            check_rc(cuda_lora_shrink(context, &lora), "shrink");
-            check_rc(cuda_lora_expand(context, &lora), "expand");
-        }
-    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
-    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
-    check_report(
-        what,
-        check_median_ms(context,
-                        [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "a graph"); }),
-        t.bytes, 0);
-    check_cuda(cudaGraphExecDestroy(exec), "a graph");
-    check_cuda(cudaGraphDestroy(graph), "a graph");
+    check_report(what, check_graph_ms(context, queue), t.bytes, 0);
     close_timed(&t);
 }
 

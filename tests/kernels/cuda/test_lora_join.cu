@@ -344,27 +344,6 @@ static void queue_layers(struct cuda_context *context, struct timed *t, const ui
     }
 }
 
-/* The products as a graph, alone or with LoRA. */
-static double time_way(struct cuda_context *context, struct timed *t, const uint8_t *weights,
-                       uint32_t *turns, enum way way, int only)
-{
-    cudaGraphExec_t exec = NULL;
-    cudaGraph_t graph = NULL;
-    double ms = 0;
-
-    queue_layers(context, t, weights, turns, way, only); /* kernels are loaded */
-    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
-               "capture");
-    queue_layers(context, t, weights, turns, way, only);
-    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
-    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
-    ms = check_median_ms(context,
-                         [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "a graph"); });
-    check_cuda(cudaGraphExecDestroy(exec), "a graph");
-    check_cuda(cudaGraphDestroy(graph), "a graph");
-    return ms;
-}
-
 /* The products of an 8B model: alone, and with LoRA in their launches or in launches of its own; of
  * each weight by itself too, in us a product. */
 static void time_products(struct cuda_context *context, const char *what, int adapters, int rows)
@@ -383,16 +362,18 @@ static void time_products(struct cuda_context *context, const char *what, int ad
     weights = (uint8_t *)timed_memory(bytes);
     turns = (uint32_t *)timed_memory(2 * sizeof(uint32_t));
     for (int way = ALONE; way <= APART; way++) {
+        const auto time_ms = [&](int only) {
+            return check_graph_ms(
+                context, [&] { queue_layers(context, &t, weights, turns, (enum way)way, only); });
+        };
         char name[160];
         double us[CUDA_WEIGHTS];
 
         for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
-            us[kind] =
-                1e3 / TIMED_LAYERS * time_way(context, &t, weights, turns, (enum way)way, kind);
+            us[kind] = 1e3 / TIMED_LAYERS * time_ms(kind);
         snprintf(name, sizeof(name), "8B's products, r=32, %s, %s (%.1f, %.1f, %.1f, %.1f us)",
                  what, ways[way], us[CUDA_QKV], us[CUDA_O], us[CUDA_GATE_UP], us[CUDA_DOWN]);
-        check_report(name, time_way(context, &t, weights, turns, (enum way)way, -1),
-                     (double)bytes + (way == ALONE ? 0 : t.bytes), 0);
+        check_report(name, time_ms(-1), (double)bytes + (way == ALONE ? 0 : t.bytes), 0);
     }
     check_cuda(cudaFree(weights), "cudaFree");
     check_cuda(cudaFree(turns), "cudaFree");
