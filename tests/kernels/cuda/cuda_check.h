@@ -114,14 +114,36 @@ static inline bool check_leaves_out(double work, double most)
     check_state.left_out++;
     return true;
 }
+/* CLAAS_TEST_SHARD=i/n: n processes share a program's cases, and this one has the i-th, from 0 on,
+ * of each n that ask here. */
+static inline bool check_elsewhere(void)
+{
+    static int shard, shards, asked;
+    const char *text = getenv("CLAAS_TEST_SHARD");
+
+    if (!text)
+        return false;
+    if (shards == 0 &&
+        (sscanf(text, "%d/%d", &shard, &shards) != 2 || shard < 0 || shard >= shards)) {
+        printf("CLAAS_TEST_SHARD=%s: not i/n with i < n\n", text);
+        exit(1);
+    }
+    return asked++ % shards != shard;
+}
+/* CLAAS_TEST_OWN: without cases that have products of cuBLASLt in bfloat16. */
+static inline bool check_only_own(void)
+{
+    return getenv("CLAAS_TEST_OWN") != NULL;
+}
 /* CLAAS_TEST_NO_TIMES: nothing is measured. */
 static inline bool check_measures(void)
 {
     return getenv("CLAAS_TEST_NO_TIMES") == NULL;
 }
 
-/* Elements of a case of wide rows, multiplications of one of products. */
-#define CHECK_SMALL_ROWS     2e5
+/* Elements of a case of wide rows (3 of 32,000 are in: clusters of several blocks), multiplications
+ * of one of products. */
+#define CHECK_SMALL_ROWS     9.7e4
 #define CHECK_SMALL_PRODUCTS 5e8
 
 /* --- numbers --- */

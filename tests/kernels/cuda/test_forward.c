@@ -690,6 +690,22 @@ static void test_no_memory(void)
     rig_close(&rig);
 }
 
+/* CLAAS_TEST_SMALL: only what no other test's kernels do; CLAAS_TEST_OWN: without cuBLASLt's
+ * products in bfloat16. */
+enum part { ALL, SMALL, OWN };
+
+/* CLAAS_TEST_SHARD=i/n: n processes share the tests, as in cuda_check.h. */
+static bool is_mine(enum part part)
+{
+    const char *text = getenv("CLAAS_TEST_SHARD");
+    static int asked;
+    int shard = 0, shards = 1;
+
+    if ((part < SMALL && getenv("CLAAS_TEST_SMALL")) || (part < OWN && getenv("CLAAS_TEST_OWN")))
+        return false;
+    return !text || (sscanf(text, "%d/%d", &shard, &shards) == 2 && asked++ % shards == shard);
+}
+
 int main(void)
 {
     struct cuda_context context = {0};
@@ -700,27 +716,43 @@ int main(void)
     }
     cuda_context_close(&context);
     (void)setenv("CLAAS_CUDA_TUNE", "0", 1); /* timed choices differ from one opening to the next */
-    test_graphs("random:tiny-llama", "f32");
-    test_graphs("random:tiny-qwen3", "bf16");
-    test_neighbours("bf16", true, false);
-    test_ways("random:smollm2-135m");
-    test_pieces("random:smollm2-135m", true, 0);
-    if (!getenv("CLAAS_TEST_SMALL")) { /* else only what no other test's kernels do */
+    if (is_mine(OWN))
+        test_graphs("random:tiny-llama", "f32");
+    if (is_mine(SMALL))
+        test_graphs("random:tiny-qwen3", "bf16");
+    if (is_mine(SMALL))
+        test_neighbours("bf16", true, false);
+    if (is_mine(SMALL))
+        test_ways("random:smollm2-135m");
+    if (is_mine(SMALL))
+        test_pieces("random:smollm2-135m", true, 0);
+    if (is_mine(ALL))
         test_graphs("random:smollm2-135m", "bf16");
+    if (is_mine(ALL)) {
         test_neighbours("f32", false, false);
         test_neighbours("bf16", false, true);
+    }
+    if (is_mine(ALL)) {
         test_lengths("f32");
         test_lengths("bf16");
+    }
+    if (is_mine(ALL)) {
         test_pieces("random:smollm2-135m", false, 0);
         test_pieces("random:smollm2-135m", false, 4061);
+    }
+    if (is_mine(ALL)) {
         test_pieces("random:qwen3-0.6b", false, 0);
         test_fused("random:qwen3-0.6b");
         test_ways("random:qwen3-0.6b");
     }
-    test_fused("random:smollm2-135m");
-    test_pool_size();
-    test_pool_full();
-    test_no_memory();
+    if (is_mine(SMALL))
+        test_fused("random:smollm2-135m");
+    if (is_mine(SMALL))
+        test_pool_size();
+    if (is_mine(SMALL))
+        test_pool_full();
+    if (is_mine(SMALL))
+        test_no_memory();
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

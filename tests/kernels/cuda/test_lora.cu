@@ -188,6 +188,8 @@ static void run_case(struct cuda_context *context, const struct dims *dims, cons
     static struct rig r;
 
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        if (check_elsewhere())
+            continue;
         check_begin("lora %s %s, %s, %s, %s", few ? "serving" : "training",
                     check_name(context->act), dims->name, name, kind_name(kind));
         open_rig(&r, context, dims, (enum cuda_weight_kind)kind, specs, count, few, 3);
@@ -272,6 +274,8 @@ static void test_gemm_way(void)
         float *y, *dx, *grad;
         double *want;
 
+        if (check_elsewhere())
+            continue;
         check_begin("lora by cuBLASLt against grouped, %s", kind_name(kind));
         open_rig(&r, &context, &dims, (enum cuda_weight_kind)kind, spec, 1, false, 3);
         if (!r.rows.by_gemm)
@@ -387,7 +391,8 @@ int main(void)
 {
     test_type(CUDA_TYPE_F32);
     test_type(CUDA_TYPE_BF16);
-    test_gemm_way();
+    if (!check_only_own())
+        test_gemm_way();
     if (check_measures())
         time_all();
     return check_finish();

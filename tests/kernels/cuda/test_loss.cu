@@ -203,6 +203,8 @@ static void test_shapes(struct cuda_context *context)
                 struct claas_loss_config config =
                     a_config(variant, alphas[k], vocabs[i] > 100 ? 100 : 3);
 
+                if (check_elsewhere())
+                    continue;
                 config.reference_k3 = i % 2 == 0;
                 check_batch(context, &config, &b);
                 config.is_clip = 0;
@@ -224,9 +226,12 @@ static void test_selection(struct cuda_context *context)
     for (int variant = 1; variant < 3; variant++) {
         check_begin("%s by K, with ties, %s", variant_names[variant], check_name(context->act));
         for (size_t i = 0; i < 4 * 8; i++) {
-            struct batch b = batch_new(vocabs[i / 8], 2, 1.5F);
             struct claas_loss_config config = a_config(variant, i % 3 ? 0.5F : 1.0F, counts[i % 8]);
+            struct batch b;
 
+            if (check_leaves_out(vocabs[i / 8] * 2.0, CHECK_SMALL_ROWS) || check_elsewhere())
+                continue;
+            b = batch_new(vocabs[i / 8], 2, 1.5F);
             for (size_t v = 0; v < b.student.count; v++) {
                 b.student.host[v] = rintf(b.student.host[v]);
                 b.teacher.host[v] = v % 3 ? rintf(b.teacher.host[v]) : -0.0F;
@@ -315,7 +320,8 @@ static void test_plain(struct cuda_context *context)
     check_begin("full against doubles, %s", check_name(context->act));
     check_plain(context, 1000, 0);
     check_plain(context, 49152, 0);
-    check_plain(context, 151936, 0);
+    if (!check_leaves_out(151936, CHECK_SMALL_ROWS))
+        check_plain(context, 151936, 0);
     check_end();
     check_begin("a small divergence does not drown, %s", check_name(context->act));
     check_plain(context, 1000, 0.01F);
@@ -331,9 +337,12 @@ static void test_one_hot(struct cuda_context *context)
 
     check_begin("one-hot rows, %s", check_name(context->act));
     for (int i = 0; i < 5 * 3 * ALPHAS; i++) {
-        struct batch b = batch_new(40, 1, 1.0F);
         struct claas_loss_config config = a_config(i / 5 % 3, alphas[i / 15], 5);
+        struct batch b;
 
+        if (check_elsewhere())
+            continue;
+        b = batch_new(40, 1, 1.0F);
         b.student.host[3] = student[i % 5];
         b.teacher.host[3] = teacher[i % 5];
         if (i % 5 >= 2)
@@ -365,9 +374,12 @@ static void test_minus_infinity(struct cuda_context *context)
 {
     check_begin("logits of -inf, %s", check_name(context->act));
     for (int i = 0; i < 2 * 3 * ALPHAS; i++) {
-        struct batch b = batch_new(i % 2 ? 40 : 20001, 1, 2.0F);
         struct claas_loss_config config = a_config(i / 2 % 3, alphas[i / 6], 6);
+        struct batch b;
 
+        if (check_elsewhere())
+            continue;
+        b = batch_new(i % 2 ? 40 : 20001, 1, 2.0F);
         for (int v = 30; v < b.vocab; v++)
             if (v < 38 || v > 10000)
                 b.student.host[v] = b.teacher.host[v] = -INFINITY;
@@ -395,10 +407,14 @@ static void test_poison(struct cuda_context *context)
 {
     check_begin("NaN and infinity are not hidden, %s", check_name(context->act));
     for (int i = 0; i < 4 * 3 * ALPHAS; i++) {
-        struct batch b = batch_new(i % 7 ? 50 : 20000, 3, 2.0F);
         struct claas_loss_config config = a_config(i / 4 % 3, alphas[i / 12], 4);
-        struct check_array *at = i & 1 ? &b.student : &b.teacher;
+        struct check_array *at;
+        struct batch b;
 
+        if (check_elsewhere())
+            continue;
+        b = batch_new(i % 7 ? 50 : 20000, 3, 2.0F);
+        at = i & 1 ? &b.student : &b.teacher;
         config.kl_weight = 0;
         b.positions[1].token = 20;
         at->host[b.vocab + check_below(b.vocab)] = i & 2 ? INFINITY : NAN;
@@ -487,12 +503,16 @@ static void test_bits(struct cuda_context *context)
     for (int variant = 0; variant < 3; variant++) {
         check_begin("%s repeats bit for bit, %s", variant_names[variant], check_name(context->act));
         for (int i = 0; i < 3 * ALPHAS; i++) {
-            struct batch b = batch_new(vocabs[i % 3], 3, 2.0F), other = b;
             struct claas_loss_config config = a_config(variant, alphas[i / 3], 7);
-            size_t bytes = b.student.count * sizeof(float);
             struct claas_loss_result first[3];
             struct check_array grad;
+            struct batch b, other;
+            size_t bytes;
 
+            if (check_leaves_out(vocabs[i % 3] * 3.0, CHECK_SMALL_ROWS) || check_elsewhere())
+                continue;
+            other = b = batch_new(vocabs[i % 3], 3, 2.0F);
+            bytes = b.student.count * sizeof(float);
             run_device(context, &config, &b, true);
             memcpy(first, b.got, sizeof(first));
             grad = b.dlogits;
@@ -533,7 +553,8 @@ static void test_paths(struct cuda_context *context)
             struct claas_loss_config config = a_config(i % 3, alphas[i / 3], 50);
             struct batch b;
 
-            if (i / 3 != ALPHAS / 2 && check_leaves_out(single ? 0 : vocabs[2], CHECK_SMALL_ROWS))
+            if ((i / 3 != ALPHAS / 2 && check_leaves_out(single ? 0 : vocabs[2], CHECK_SMALL_ROWS)) ||
+                check_elsewhere())
                 continue;
             b = batch_new(single ? vocabs[i % 2] : vocabs[2], 2, 2.0F);
             check_batch(context, &config, &b);

@@ -209,7 +209,7 @@ static void test_draws(struct cuda_context *context)
             int vocab = vocabs[i / 4], m = vocab > 10000 ? 8 : 40;
             struct batch b;
 
-            if (check_leaves_out((double)vocab * m, CHECK_SMALL_ROWS))
+            if (check_leaves_out((double)vocab * m, CHECK_SMALL_ROWS) || check_elsewhere())
                 continue;
             b = batch_new(vocab, m, spreads[i % 4]);
             set_filter(&b, filter, i);
@@ -229,7 +229,7 @@ static void test_ties(struct cuda_context *context)
         int vocab = vocabs[i / 4], m = vocab > 10000 ? 4 : 20;
         struct batch b;
 
-        if (check_leaves_out((double)vocab * m, CHECK_SMALL_ROWS))
+        if (check_leaves_out((double)vocab * m, CHECK_SMALL_ROWS) || check_elsewhere())
             continue;
         b = batch_new(vocab, m, 1);
         for (size_t v = 0; v < b.logits.count; v++)
@@ -252,7 +252,7 @@ static void test_greedy(struct cuda_context *context)
         int vocab = vocabs[i / 3];
         struct batch b;
 
-        if (check_leaves_out(vocab * 6.0, CHECK_SMALL_ROWS))
+        if (check_leaves_out(vocab * 6.0, CHECK_SMALL_ROWS) || check_elsewhere())
             continue;
         b = batch_new(vocab, 6, 1);
         for (size_t v = 0; i % 3 && v < b.logits.count; v++)
@@ -309,7 +309,7 @@ static void test_alternatives(struct cuda_context *context)
     for (int i = 0; i < 2 * VOCABS; i++) {
         struct batch b;
 
-        if (check_leaves_out(vocabs[i / 2] * 4.0, CHECK_SMALL_ROWS))
+        if (check_leaves_out(vocabs[i / 2] * 4.0, CHECK_SMALL_ROWS) || check_elsewhere())
             continue;
         b = batch_new(vocabs[i / 2], 4, 2);
         for (size_t v = 0; i % 2 && v < b.logits.count; v++)
@@ -341,7 +341,7 @@ static void test_broken_rows(struct cuda_context *context)
         size_t first = (size_t)vocabs[i / 3];
         struct batch b;
 
-        if (check_leaves_out(vocabs[i / 3] * 3.0, CHECK_SMALL_ROWS))
+        if (check_leaves_out(vocabs[i / 3] * 3.0, CHECK_SMALL_ROWS) || check_elsewhere())
             continue;
         b = batch_new(vocabs[i / 3], 3, 2);
         if (i % 3 == 2)
@@ -372,7 +372,7 @@ static void test_paths(struct cuda_context *context)
         struct claas_sample first[3];
         struct batch b, other;
 
-        if (check_leaves_out(vocabs[i / 4] * 3.0, CHECK_SMALL_ROWS))
+        if (check_leaves_out(vocabs[i / 4] * 3.0, CHECK_SMALL_ROWS) || check_elsewhere())
             continue;
         other = b = batch_new(vocabs[i / 4], 3, 1);
         set_filter(&b, i % 4, i);
