@@ -17,9 +17,10 @@
  *           next. The mma's slots 2t, 2t+1, 2t+8, 2t+9 thus hold the elements 8t … 8t+3 of the
  *           stage: another order of k than the slots', the same for a and b
  *
- * Where n is too small to fill the card, k is split over the 2, 4 or 8 blocks of a cluster: the
- * parts are kept in shared memory, and each block adds up, in the order of k, and stores its share
- * of the tile. Without clusters (below sm_90) there is no split.
+ * Where n is too small to fill the card, k is split over the 2, 4 or 8 blocks of a cluster. Each
+ * stores a share of the tile's columns: it is sent their parts by all of them (mbarrier.cuh), into a
+ * place of the ring that its last stages leave free, and adds them up in the order of k. Without
+ * clusters (below sm_90) there is no split.
  *
  * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile, and S (sB)^T is added to
  * the rounded product before it is stored: lora_join.cuh. The kernel without is another one.
@@ -30,9 +31,9 @@
  * never show. */
 #include "cuda/gemm_few.h"
 #include "cuda/lora_join.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/wgmma.cuh"
 
-#include <cooperative_groups.h>
 #include <string.h>
 
 #define WARPS             8
@@ -57,6 +58,9 @@
 #endif
 /* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
+/* Bytes of a share's parts, a block behind the other, whose rows are four floats further apart than
+ * they are long: the most. */
+#define PARTS_BYTES(tiles) (8 * (tiles) * (B_ROWS + 4 * SPLITS_MAX) * 4)
 
 struct few_args {
     const bf16 *a, *b;
@@ -72,40 +76,55 @@ struct few_args {
     struct lora_join lora;
 };
 
-/* The ring fits twice into a multiprocessor of sm_90, and once into 99 KB (sm_86, sm_89). */
+/* The ring fits twice into a multiprocessor of sm_90, and once into 99 KB (sm_86, sm_89). The last
+ * stage of k comes to lie in its first slot, so that the others become free one after the other
+ * while the last stages are multiplied. The parts lie in the second and third one, which are free
+ * when two stages are left. */
 template <int TILES> struct few_shape {
     static const int stages = TILES <= 2 ? 5 : 4;
     static const int stage_pieces = (B_ROWS + 8 * TILES) * PIECES;
-    static const int bytes = stages * stage_pieces * 16;
+    static const int slot = stage_pieces * 16;
+    static const int ring = stages * slot;
+    static const int parts = slot;
+    static const int parts_left = 2; /* stages, when that place is free */
+    static const int barrier = ring;
+    static const int bytes = barrier + MBARRIER_BYTES;
+
+    static_assert(parts + PARTS_BYTES(TILES) <= (stages - 1) * slot, "two stages have their slots");
 };
 
-/* With LoRA the last stage of k comes to lie in the ring's first slot, so that the others become
- * free one after the other while the last stages are multiplied. Then, in bytes: LoRA's sums, S,
- * and an item of B for each warp `depth` times; when the sums are made, the part behind them. The
- * first item lies behind the ring where there is room, so that it need not wait. SM90: of sm_90a,
- * where two blocks have 227 KB; elsewhere one has 99 KB at least. */
+/* With LoRA, in bytes: its sums, S, and an item of B for each warp `depth` times. The first item
+ * lies behind the ring where there is room, so that it need not wait; then the parts have a place of
+ * their own too, which is free when one stage is left, and otherwise S's and B's when those are used
+ * up (parts_left: 0). SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at
+ * least. */
 template <int TILES, bool SM90> struct join_shape {
-    using ring = few_shape<TILES>;
-    static const int stages = ring::stages;
-    static const int slot = ring::stage_pieces * 16;
+    using few = few_shape<TILES>;
+    static const int stages = few::stages;
+    static const int slot = few::slot;
     static const int item = LORA_WARPS * LORA_ITEM;
     static const int sums = 8 * TILES * PART_PITCH * 4;
     static const int s = sums > slot ? sums : slot;
     static const int b = s + LORA_S_BYTES(8 * TILES);
     static const int depth = TILES <= 2 ? 4 : 3;
     static const bool early = SM90 && TILES <= 4;
-    static const int first = early ? ring::bytes : b; /* item of B; the others from `rest` on */
+    static const int first = early ? few::ring : b; /* item of B; the others from `rest` on */
     static const int rest = early ? b : b + item;
     static const int end = rest + (depth - 1) * item;
+    static const int parts = early ? end : sums;
+    static const int parts_left = early ? 1 : 0;
     static const int shrink_ring = SM90 ? 12288 : 8192; /* of a warp, when S is made */
     static const int shrink = LORA_SHRINK_BYTES(shrink_ring);
-    static const int joined = early ? first + item : end > ring::bytes ? end : ring::bytes;
+    static const int joined = early ? first + item : end > few::ring ? end : few::ring;
     static const int lines = joined > shrink ? joined : shrink;
-    static const int bytes = lines + (int)sizeof(struct lora_lines);
+    static const int barrier = lines + (int)sizeof(struct lora_lines);
+    static const int bytes = barrier + MBARRIER_BYTES;
 
     static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
-    static_assert(!early || end <= ring::bytes, "the first item is for itself");
-    static_assert(2 * sums <= lines && lines % 16 == 0, "all has");
+    static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "the first item is for itself");
+    static_assert(!early || sums <= slot, "LoRA's sums are not where S is");
+    static_assert(parts + PARTS_BYTES(TILES) <= lines && lines % 16 == 0, "all has");
+    static_assert(parts % 16 == 0 && barrier % MBARRIER_BYTES == 0, "all is aligned");
     static_assert(bytes <= (SM90 ? 113 : 99) * 1024, "a multiprocessor has as much");
 };
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -113,6 +132,11 @@ template <int TILES> using join_here = join_shape<TILES, true>;
 #else
 template <int TILES> using join_here = join_shape<TILES, false>;
 #endif
+template <int TILES, bool LORA> struct parts_here {
+    static const int at = LORA ? join_here<TILES>::parts : few_shape<TILES>::parts;
+    static const int left = LORA ? join_here<TILES>::parts_left : few_shape<TILES>::parts_left;
+    static const int barrier = LORA ? join_here<TILES>::barrier : few_shape<TILES>::barrier;
+};
 
 /* --- a part of k --- */
 
@@ -258,15 +282,15 @@ ask_for_lora(const struct few_args *args, struct few_lora *lora, uint4 *ring, in
 }
 
 /* The stages `first` to `end` of k, two or more. Ends with the ring free for other uses, but for
- * LoRA's B and S, which are there. */
+ * LoRA's B and S, which are there, and the parts that others send from cluster_arrive on. */
 template <int TILES, bool LORA>
 static __device__ __forceinline__ void add_up(const struct few_args *args, int first_row, int first,
                                               int end, uint4 *ring, float (&sums)[TILES][4],
                                               struct few_lora *lora)
 {
     const int stages = few_shape<TILES>::stages, pieces = few_shape<TILES>::stage_pieces;
-    /* of the ring; LORA: so that the last stage is in slot 0 */
-    int slot = LORA ? (stages - (end - 1 - first) % stages) % stages : 0;
+    const int left = parts_here<TILES, LORA>::left;
+    int slot = (stages - (end - 1 - first) % stages) % stages; /* the last stage's is 0 */
     int ahead = (slot + stages - 1) % stages;
     struct cuda_lora_tile tile = {};
 
@@ -291,6 +315,8 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         copies_wait_but<stages - 2>(); /* this thread's part of stage `index` is there */
         wgmma_publish();
         __syncthreads(); /* everybody's is, and nobody reads the one before any more */
+        if (left > 0 && args->splits > 1 && index == end - left)
+            cluster_arrive(); /* others may send their parts */
         begin_stage<TILES>(ring + slot * pieces, sums);
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
@@ -313,25 +339,13 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
 
 /* --- the parts' sum --- */
 
-/* The part that block `rank` of the cluster holds where this one has `mine`. */
-static __device__ __forceinline__ const float *part_of(float *mine, int rank, int splits)
+/* Quads of columns in a block's share of the tile, and their logarithm: splits are powers of two,
+ * and divisions would be felt here. The parts of a share lie as [block][row of a][quads + 1], in
+ * quads: the eight lanes that send the same columns of eight rows do not collide, nor those that
+ * read a row. */
+static __device__ __forceinline__ int share_shift(int splits)
 {
-#if __CUDA_ARCH__ >= 900
-    if (splits > 1)
-        return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
-#endif
-    return mine;
-}
-
-static __device__ __forceinline__ void sync_parts(int splits)
-{
-#if __CUDA_ARCH__ >= 900
-    if (splits > 1) {
-        cooperative_groups::this_cluster().sync();
-        return;
-    }
-#endif
-    __syncthreads();
+    return __ffs(B_ROWS / 4) - __ffs(splits);
 }
 
 /* part[row of a][row of b] = this block's sums. */
@@ -350,6 +364,60 @@ static __device__ __forceinline__ void keep_part(const float (&sums)[TILES][4], 
         at[8] = sums[i][2];
         at[PART_PITCH + 8] = sums[i][3];
     }
+}
+
+/* Of the four lanes l, l ^ 4, l ^ 8, l ^ 12, which have two rows of a by two columns each, in the
+ * order of keep_part: lane l gets four neighbouring columns, 8 (l / 8 % 2) + 4 (l / 16) … +3 of the
+ * warp's 16, of row 2 (l % 4) + l / 4 % 2. */
+static __device__ __forceinline__ float4 gather_quad(const float (&sum)[4])
+{
+    const bool odd = (threadIdx.x & 4) != 0, upper = (threadIdx.x & 8) != 0;
+    const float low = __shfl_xor_sync(~0u, odd ? sum[0] : sum[1], 4);
+    const float high = __shfl_xor_sync(~0u, odd ? sum[2] : sum[3], 4);
+    /* of this lane's row: two neighbours of the first eight columns, two of the others */
+    const float a = odd ? low : sum[0], b = odd ? sum[1] : low;
+    const float c = odd ? high : sum[2], d = odd ? sum[3] : high;
+    const float first = __shfl_xor_sync(~0u, upper ? a : c, 8);
+    const float second = __shfl_xor_sync(~0u, upper ? b : d, 8);
+
+    return upper ? make_float4(first, second, c, d) : make_float4(a, b, first, second);
+}
+
+/* Sends this block's sums of every share to whom it belongs: a warp's columns are of one. */
+template <int TILES>
+static __device__ __forceinline__ void push_part(const struct few_args *args, int rank,
+                                                 const float (&sums)[TILES][4], float4 *parts,
+                                                 const uint64_t *barrier)
+{
+    const int lane = (int)threadIdx.x & 31, first = (int)threadIdx.x / 32 * 4;
+    const int shift = share_shift(args->splits), quads = 1 << shift, to = first >> shift;
+    const int row = 2 * (lane % 4) + lane / 4 % 2;
+    const int quad = (first & (quads - 1)) + 2 * (lane / 8 % 2) + lane / 16;
+    uint32_t at = cluster_address(parts + (rank * args->m + row) * (quads + 1) + quad, to);
+    const uint32_t counted = cluster_address(barrier, to);
+
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        const float4 x = gather_quad(sums[i]);
+
+        if (8 * i + row < args->m)
+            push_16(at, x, counted);
+        at += 8 * (quads + 1) * (int)sizeof(x);
+    }
+}
+
+/* This block's sums, to where they are added up. */
+template <int TILES>
+static __device__ __forceinline__ void give_part(const struct few_args *args, int rank,
+                                                 const float (&sums)[TILES][4], float4 *parts,
+                                                 const uint64_t *barrier)
+{
+    if (args->splits == 1) {
+        keep_part<TILES>(sums, (float *)parts);
+        return;
+    }
+    cluster_wait(); /* all have room for them */
+    push_part<TILES>(args, rank, sums, parts, barrier);
 }
 
 static __device__ __forceinline__ float read_one(const struct few_args *args, size_t at)
@@ -412,19 +480,20 @@ static __device__ __forceinline__ void write_quad(const struct few_args *args, s
     }
 }
 
-/* The parts added in the order of k. All are asked for before the first is waited for. */
-static __device__ __forceinline__ float4 add_parts(const struct few_args *args, float *mine)
+/* The parts added in the order of k, `step` quads from one to the next. All are asked for before
+ * the first is waited for. */
+static __device__ __forceinline__ float4 add_parts(const float4 *from, int step, int splits)
 {
     float4 parts[SPLITS_MAX], sum;
 
 #pragma unroll
     for (int rank = 0; rank < SPLITS_MAX; rank++)
-        if (rank < args->splits)
-            parts[rank] = *(const float4 *)part_of(mine, rank, args->splits);
+        if (rank < splits)
+            parts[rank] = from[rank * step];
     sum = parts[0];
 #pragma unroll
     for (int rank = 1; rank < SPLITS_MAX; rank++)
-        if (rank < args->splits) {
+        if (rank < splits) {
             sum.x += parts[rank].x;
             sum.y += parts[rank].y;
             sum.z += parts[rank].z;
@@ -464,26 +533,27 @@ static __device__ __forceinline__ float4 add_lora(float4 product, const float *s
 /* This block's share of the tile, four columns a thread: the blocks of a cluster have neighbouring
  * columns. sums: LoRA's, of the share's columns and the rows that have it. */
 template <bool LORA>
-static __device__ __forceinline__ void store_share(const struct few_args *args, int first_row,
-                                                   int rank, float *part, const float *sums,
-                                                   const struct lora_lines *lines)
+static __device__ __forceinline__ void
+store_share(const struct few_args *args, int first_row, int rank, const float4 *parts,
+            const uint64_t *barrier, const float *sums, const struct lora_lines *lines)
 {
-    /* of a row, and its logarithm: splits are powers of two, and divisions would be felt here */
-    const int shift = __ffs(B_ROWS / 4) - __ffs(args->splits), quads = 1 << shift;
+    const int shift = share_shift(args->splits), quads = 1 << shift, step = args->m * (quads + 1);
 
     for (int i = (int)threadIdx.x; i < args->m * quads; i += THREADS) {
-        int row = i >> shift, within = 4 * (i & (quads - 1)), column = 4 * rank * quads + within;
+        int row = i >> shift, quad = i & (quads - 1), column = 4 * (rank * quads + quad);
         int left = args->n - first_row - column;
         size_t at = (size_t)row * (size_t)args->ldo + (size_t)first_row + (size_t)column;
         float4 out, add = make_float4(0, 0, 0, 0);
 
+        if (left > 0 && args->beta != 0.0f)
+            add = read_quad(args, at, left); /* on its way while the parts are */
+        if (args->splits > 1)
+            mbarrier_wait(barrier, 0); /* a block that stores nothing is sent parts, too */
         if (left <= 0)
             continue;
-        if (args->beta != 0.0f)
-            add = read_quad(args, at, left);
-        out = blend(args, add_parts(args, part + row * PART_PITCH + column), add);
+        out = blend(args, add_parts(parts + i + row, step, args->splits), add);
         if (LORA && lines->of[row] != LORA_NOBODY)
-            out = add_lora(out, sums + row * PART_PITCH + within);
+            out = add_lora(out, sums + row * PART_PITCH + 4 * quad);
         write_quad(args, at, left, out);
     }
 }
@@ -495,14 +565,16 @@ static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
 {
     extern __shared__ __align__(1024) uint4 ring[];
     using shape = join_here<TILES>;
+    using where = parts_here<TILES, LORA>;
     int block = (int)blockIdx.x - (LORA ? args.lora.blocks : 0);
     int rank = block % args.splits, first_row = block / args.splits * B_ROWS;
     int stages = (args.k + DEPTH - 1) / DEPTH;
-    float *part = (float *)ring + (LORA ? shape::sums / 4 : 0);
+    float4 *parts = (float4 *)((uint8_t *)ring + where::at);
+    uint64_t *barrier = (uint64_t *)((uint8_t *)ring + where::barrier);
     float sums[TILES][4] = {};
     struct few_lora lora = {};
 
-    static_assert(8 * TILES * PART_PITCH * 4 <= few_shape<TILES>::bytes, "a part fits the ring");
+    static_assert(8 * TILES * PART_PITCH * 4 <= PARTS_BYTES(TILES), "one part is less than many");
     static_assert(THREADS == LORA_THREADS, "the same blocks");
     if (LORA) {
         lora.lines = (struct lora_lines *)(ring + shape::lines / 16);
@@ -513,19 +585,28 @@ static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
         lora.share = lora_share_of(args.lora.args, first_row + rank * (B_ROWS / args.splits),
                                    B_ROWS / args.splits);
     }
+    if (args.splits > 1 && threadIdx.x == 0) {
+        mbarrier_init(barrier);
+        mbarrier_expect(barrier, args.m * B_ROWS * (int)sizeof(float));
+    }
     add_up<TILES, LORA>(&args, first_row, stages * rank / args.splits,
                         stages * (rank + 1) / args.splits, ring, sums, &lora);
+    if (where::left > 0)
+        give_part<TILES>(&args, rank, sums, parts, barrier);
     if (LORA) {
         lora_expand<shape::depth, (TILES > 1)>(
             lora.lines, lora.share, lora.next, ring + shape::s / 16, item_of_b<TILES>(ring, 0),
             item_of_b<TILES>(ring, 1), shape::item / 16, (float *)ring, PART_PITCH);
-        __syncthreads(); /* B and S are used up: the part comes to lie there */
+        __syncthreads(); /* its sums are everybody's; B and S are used up */
     }
-    keep_part<TILES>(sums, part);
-    sync_parts(args.splits);
-    store_share<LORA>(&args, first_row, rank, part, (float *)ring, lora.lines);
-    if (args.splits > 1) /* others read here until they are done */
-        sync_parts(args.splits);
+    if (where::left == 0) {
+        if (args.splits > 1)
+            cluster_arrive(); /* the parts come to lie where S and B were */
+        give_part<TILES>(&args, rank, sums, parts, barrier);
+    }
+    if (args.splits == 1)
+        __syncthreads();
+    store_share<LORA>(&args, first_row, rank, parts, barrier, (float *)ring, lora.lines);
     if (LORA && threadIdx.x == 0 && lora.turn == lora_last(args.lora))
         args.lora.turns[0] = 0; /* every block has seen S */
 }

@@ -1,6 +1,7 @@
 /* Products of few rows against sums in double: every number of rows, edge sizes of n and k, with
  * and without something added, both types of output; and that a row has the same bits whatever the
- * number of rows and its place among them. Then times, beside cuBLASLt's in the same run. */
+ * number of rows and its place among them, and whenever it is made again. Then times, beside
+ * cuBLASLt's in the same run. */
 #include "cuda_check.h"
 #include "cuda/gemm_few.h"
 
@@ -441,6 +442,49 @@ static void test_graph(struct cuda_context *context)
     check_end();
 }
 
+/* Launches one behind the other, each into memory of its own: all have the first one's bits. */
+static void test_repeats(struct cuda_context *context)
+{
+    const int repeats = 24;
+    /* on a card of sm_90 in 2, 4, 8 and 8 parts; the last tile of n is not whole */
+    static const int sizes[][2] = {{300, 320}, {576, 576}, {258, 2056}, {1002, 4104}};
+
+    for (const int *size : sizes)
+        for (int m = 1; m <= ROWS; m = m == 1 ? 7 : 3 * m) { /* 1, 7, 21, 63 */
+            struct few_case c = {size[0], size[1], 0, CUDA_TYPE_F32, WAY_ALONE};
+            const size_t bytes = (size_t)ROWS * c.n * sizeof(float);
+            struct check_array a, out;
+            struct cuda_gemm g = {};
+            struct operands o;
+
+            check_begin("few rows again and again, %d x %d x %d", m, c.n, c.k);
+            open_operands(&c, &o);
+            a = check_copy_of(CUDA_TYPE_BF16, o.a, (size_t)ROWS * o.lda);
+            out = check_blank(CUDA_TYPE_F32, (size_t)repeats * ROWS * c.n);
+            g.form = CUDA_GEMM_NT;
+            g.m = m;
+            g.n = g.ldo = c.n;
+            g.k = g.lda = g.ldb = c.k;
+            g.a = a.data;
+            g.b = o.b.data;
+            g.out_type = CUDA_TYPE_F32;
+            g.alpha = 1.0f;
+            for (int i = 0; i < repeats; i++) {
+                g.out = (uint8_t *)out.data + (size_t)i * bytes;
+                check_rc(cuda_gemm(context, &g), "cuda_gemm");
+            }
+            check_get(&out);
+            for (int i = 1; i < repeats; i++)
+                for (int row = 0; row < m; row++)
+                    compare_row(&o, "again", m, out.host + (size_t)i * ROWS * c.n, row, out.host,
+                                row);
+            check_free(&a, "a");
+            check_free(&out, "out");
+            close_operands(&o);
+            check_end();
+        }
+}
+
 int main(void)
 {
     struct cuda_context context;
@@ -450,6 +494,7 @@ int main(void)
     test_suits(&context);
     test_cases(&context);
     test_graph(&context);
+    test_repeats(&context);
     if (check_measures())
         time_all(&context);
     cuda_context_close(&context);
