@@ -22,8 +22,9 @@
  * place of the ring that its last stages leave free, and adds them up in the order of k. Without
  * clusters (below sm_90) there is no split.
  *
- * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile, and S (sB)^T is added to
- * the rounded product before it is stored: lora_join.cuh. The kernel without is another one.
+ * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile (lora_shrink.cuh), and S
+ * (sB)^T is added to the rounded product before it is stored (lora_join.cuh). The kernel without is
+ * another one.
  *
  * The order of an element's sum: terms within a product of 16 (the hardware's), products along k,
  * parts. It follows from n and k (cut_k), whether there are clusters, and which of the instructions
@@ -31,6 +32,7 @@
  * never show. */
 #include "cuda/gemm_few.h"
 #include "cuda/lora_join.cuh"
+#include "cuda/lora_shrink.cuh"
 #include "cuda/mbarrier.cuh"
 #include "cuda/wgmma.cuh"
 
