@@ -48,6 +48,7 @@
 #define STAGES_LEAST      2            /* of a part of k */
 #define SIZE_LEAST        256
 #define LORA_BLOCKS_LEAST 32 /* that make S, where the product has no room to spare */
+#define LORA_LONG         8192 /* k, from when on blocks that make S are teams */
 #define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
 /* A thread's registers. sm_90a, with LoRA: beside two blocks there is room for those of the small
  * kernels that follow. */
@@ -120,7 +121,7 @@ template <int TILES, bool SM90> struct join_shape {
     static const int joined = early ? first + item : end > few::ring ? end : few::ring;
     static const int lines = joined > shrink ? joined : shrink;
     static const int barrier = lines + (int)sizeof(struct lora_lines);
-    static const int bytes = barrier + MBARRIER_BYTES;
+    static const int bytes = barrier + 2 * MBARRIER_BYTES; /* when S is made there are two */
 
     static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
     static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "the first item is for itself");
@@ -581,7 +582,7 @@ static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
     if (LORA) {
         lora.lines = (struct lora_lines *)(ring + shape::lines / 16);
         if (block < 0) {
-            lora_shrink<shape::shrink_ring, (TILES > 1)>(args.lora, ring, lora.lines);
+            lora_shrink<shape::shrink_ring, (TILES > 1)>(args.lora, ring, lora.lines, barrier);
             return;
         }
         lora.share = lora_share_of(args.lora.args, first_row + rank * (B_ROWS / args.splits),
@@ -683,19 +684,22 @@ static int cut_k(const struct cuda_context *context, int n, int k)
     return splits;
 }
 
-/* How many blocks make S. They are handed out first and should leave room for the product's, all of
- * which run at once for most weights; beyond two for each slab of a rank of 32 they have nothing to
- * do. A function of m, n and k, as a graph wants it: not of the adapters. */
-static int count_lora_blocks(const struct cuda_context *context, const struct cuda_gemm *gemm,
-                             int splits)
+/* Who makes S. The blocks are handed out first and should leave room for the product's, all of which
+ * run at once for most weights; beyond two slabs (or their teams) for each row and part, which is a
+ * rank of 32, they have nothing to do. Where k is long and a cluster large enough, teams share a
+ * slab. A function of m, n and k, as a graph wants it: not of the adapters. */
+static void plan_lora(const struct cuda_context *context, const struct cuda_gemm *gemm, int splits,
+                      struct lora_join *join)
 {
     int tiles = (gemm->n + B_ROWS - 1) / B_ROWS;
     int room = context->multiprocessors * (context->warpgroups ? 2 : 1) - tiles * splits;
-    int most = 2 * gemm->lora->weight->part_count * gemm->m;
+    int team = splits >= LORA_TEAM && gemm->k >= LORA_LONG ? LORA_TEAM : 1;
+    int most = 2 * gemm->lora->weight->part_count * gemm->m * team;
 
     room = room > LORA_BLOCKS_LEAST ? room / splits * splits : LORA_BLOCKS_LEAST;
     most = (most + splits - 1) / splits * splits;
-    return room < most ? room : most;
+    join->blocks = room < most ? room : most;
+    join->team = team;
 }
 
 static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
@@ -724,7 +728,7 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
     if (gemm->lora) {
         args->lora.args = lora_args_of(gemm->lora);
         args->lora.turns = gemm->lora->turns;
-        args->lora.blocks = count_lora_blocks(context, gemm, args->splits);
+        plan_lora(context, gemm, args->splits, &args->lora);
     }
 }
 

@@ -1,15 +1,16 @@
 /* LoRA beside a frozen product of few rows, in the product's own launch (gemm_few.cu); the
  * arithmetic is lora_few.cuh's.
  *
- * The grid's first blocks make S (lora_shrink.cuh). turns[0] counts the slabs that are stored.
+ * The grid's first blocks make S (lora_shrink.cuh), each its slabs, or four together their parts of
+ * them. turns[0] counts what is stored.
  *
  * The product's blocks do their sums meanwhile. Towards the end of k their ring has room for the
  * rows of B that meet the block's columns (the first ones may have room of their own and come at
  * the beginning), and, when turns[0] says that all of S is there, for S. A warp takes the same 32
  * columns of one tile after another; B too comes as a lane's own pieces.
  *
- * Who waits: a product's block for blocks of lower number in its own grid, and those for none.
- * Blocks are handed out in the order of their numbers (which cuBLAS and CUTLASS rely on where they
+ * Who waits: a product's block for blocks of lower number in its own grid, and those for none but
+ * others of their cluster, all of which run at once. Blocks are handed out in the order of their numbers (which cuBLAS and CUTLASS rely on where they
  * split k), so when one waits the others run or are done. Besides, there are no more of them than
  * find room beside the product's, where that leaves room for 32; else the order alone has to do.
  * Kernels before this one are all running when it begins (launch.cuh) and need nothing of it; later
@@ -28,11 +29,13 @@
 #define LORA_THREADS (32 * LORA_WARPS)
 #define LORA_LINES   64 /* rows of a pack, so tiles too */
 #define LORA_NOBODY  0xff
+#define LORA_TEAM    4
 
 struct lora_join {
     struct lora_args args;
-    unsigned *turns; /* [2]: slabs made, blocks that have seen them all */
+    unsigned *turns; /* [2]: (blocks' parts of) slabs made, blocks that have seen them all */
     int blocks;      /* that make S, the first of the grid: whole clusters */
+    int team;        /* of them, that share a slab: 1, or LORA_TEAM of a cluster */
 };
 
 /* One tile, as those see it who make S of all the weight's parts, or add one part. */
@@ -265,7 +268,7 @@ static __device__ __forceinline__ unsigned lora_last(const struct lora_join &joi
 static __device__ __forceinline__ unsigned lora_await(const struct lora_join &join,
                                                       const struct lora_lines *lines)
 {
-    const unsigned slabs = (unsigned)(lines->slabs[0] + lines->slabs[1]);
+    const unsigned wanted = (unsigned)((lines->slabs[0] + lines->slabs[1]) * join.team);
     unsigned made, polls = 0;
 
     do
@@ -273,8 +276,8 @@ static __device__ __forceinline__ unsigned lora_await(const struct lora_join &jo
                      : "=r"(made)
                      : "l"(__cvta_generic_to_global(join.turns))
                      : "memory");
-    while (made < slabs && ++polls < LORA_POLLS_MAX);
-    if (made < slabs)
+    while (made < wanted && ++polls < LORA_POLLS_MAX);
+    if (made < wanted)
         __trap(); /* ends the context: an error instead of a grid that never does */
     return atomicInc(&join.turns[1], lora_last(join));
 }

@@ -75,6 +75,15 @@ static __device__ __forceinline__ void cluster_wait(void)
     CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+/* This block's number in its cluster. */
+static __device__ __forceinline__ int cluster_rank(void)
+{
+    int rank = 0;
+
+    CLUSTER_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
 /* Where block `rank` of the cluster has what this one has at p. */
 static __device__ __forceinline__ uint32_t cluster_address(const void *p, int rank)
 {
@@ -86,12 +95,20 @@ static __device__ __forceinline__ uint32_t cluster_address(const void *p, int ra
     return address;
 }
 
-/* Sends x to `to`, aligned to 16 bytes, and counts it at `barrier`, of the same block. */
+/* Sends x to `to`, aligned to 16 bytes (push_8: to 8), and counts it at `barrier`, of the same
+ * block. */
 static __device__ __forceinline__ void push_16(uint32_t to, const float4 &x, uint32_t barrier)
 {
     CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+                : "memory");
+}
+static __device__ __forceinline__ void push_8(uint32_t to, float x, float y, uint32_t barrier)
+{
+    CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+                "[%0], {%1, %2}, [%3];" ::"r"(to),
+                "f"(x), "f"(y), "r"(barrier)
                 : "memory");
 }
 

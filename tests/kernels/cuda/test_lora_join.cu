@@ -248,7 +248,9 @@ static void run_joined(struct cuda_context *context, const struct dims *dims, co
 {
     static struct rig r;
 
-    for (int kind = dims->inter > 4096 ? CUDA_GATE_UP : 0; kind < CUDA_WEIGHTS; kind++) {
+    int kind = dims->hidden > 1024 ? CUDA_DOWN : dims->inter > 4096 ? CUDA_GATE_UP : 0;
+
+    for (; kind < CUDA_WEIGHTS; kind++) {
         check_begin("lora joined, %s, %s, %s", dims->name, name, kind_name(kind));
         open_rig(&r, context, dims, (enum cuda_weight_kind)kind, specs, count, true, behind);
         open_product(&r);
@@ -265,6 +267,41 @@ static void run_joined(struct cuda_context *context, const struct dims *dims, co
         close_rig(&r);
         check_end();
     }
+}
+
+/* k from which on the blocks that make S are teams, cut so that the last chunk is not whole and its
+ * last quarters are empty, quarters not a multiple of a group of terms; in 8 parts (two teams in a
+ * cluster, of which one may have nothing to do) and in 4. One row of a large rank has more slabs
+ * than there are teams, as have 64 adapters. */
+static void test_teams(void)
+{
+    static const struct dims eight_parts = {"long", 256, 256, 128, 8264};
+    static const struct dims four_parts = {"long and wide", 3976, 256, 128, 8264};
+    static const struct spec small[] = {{8, ALL, 0, 1}}, large[] = {{128, ALL, 0, 1}};
+    static const struct spec without[] = {
+        {128, ALL, 1, 2}, {40, 1u << CLAAS_MODULE_K, 0, 2}, {24, SOME, 0, 3}};
+    static const struct spec shared[] = {{72, ALL, 0, 64}};
+    static struct spec many[GROUPS_MAX];
+    const struct dims *const all[] = {&eight_parts, &four_parts};
+    struct cuda_context context;
+
+    for (int i = 0; i < GROUPS_MAX; i++)
+        many[i] = {8 + 8 * (i % 5), i % 7 == 3 ? 1u << CLAAS_MODULE_K : ALL, 0, 1};
+    check_open(CUDA_TYPE_BF16, &context);
+    for (const struct dims *dims : all) {
+        if (check_leaves_out((double)GROUPS_MAX * dims->hidden * dims->inter,
+                             CHECK_SMALL_PRODUCTS))
+            continue;
+        run_joined(&context, dims, "one of rank 128", large, 1, 0);
+        run_joined(&context, dims, "three, one without", without, 3, 0);
+        run_joined(&context, dims, "64 of 64", many, GROUPS_MAX, 0);
+        if (dims == &four_parts)
+            continue;
+        run_joined(&context, dims, "one of rank 8", small, 1, 0);
+        run_joined(&context, dims, "8 of 8", many, 8, 0);
+        run_joined(&context, dims, "64 of one", shared, 1, 0);
+    }
+    cuda_context_close(&context);
 }
 
 /* Sizes for every cut of k: 2 (k = 256), 4, 8, and none (16,384 columns, of which only the long
@@ -397,6 +434,7 @@ static void time_all(void)
 int main(void)
 {
     test_joined();
+    test_teams();
     if (!getenv("CLAAS_TEST_NO_TIMES"))
         time_all();
     return check_finish();
