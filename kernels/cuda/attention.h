@@ -44,8 +44,11 @@ struct cuda_attention {
      * numbers; kv = NULL: training */
     const void *kv;
     const int32_t *tables;
-    /* serving: device memory for the parts of long rows; may be NULL where the size function gives
-     * 0 */
+    /* serving: no run reads a key that another one of the pass writes (decoding). All but a run's
+     * own keys are then there before the pass's first kernel begins, and may be read so early. */
+    bool apart;
+    /* serving: device memory for the parts of long rows, aligned to 16 bytes; may be NULL where the
+     * size function gives 0 */
     void *scratch;
     size_t scratch_bytes;
     /* decoding, or NULL: cuda_qkv_finish has not been called for this pass's rows and is done here,

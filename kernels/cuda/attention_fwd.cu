@@ -14,13 +14,19 @@
  *   sm_90. Windows are taken from the end, where rows see most keys.
  * attend_part: serving, runs of at most 16 rows (decoding). The keys of a run are cut into parts
  *   of 128 (or 256, …: at most 32 parts) positions; a block takes one part, each warp 16 keys of
- *   every tile with all 16 rows, and the warps' results are joined at the end. 68 KB, three blocks
+ *   every tile with all 16 rows, and the warps' results are joined at the end. 73 KB, three blocks
  *   on an SM. The grid is as large as the chip holds and walks over (part, run, kv head).
+ *
+ *   A warp's 16 keys are a block of the pool, which it copies itself, and its tiles are one
+ *   sequence, whatever part they are of: while it works on one, the next is on its way, and the one
+ *   behind that is asked for as soon as this one's place is free. So the memory has something to do
+ *   while warps are joined and stored, and a barrier is met twice a part, not at every tile. What
+ *   the warps leave for the join lies in their places of the part's last tile, which are as large.
  *
  *   In decoding of few rows (cuda_attention.finish) it also does what qkv_finish would: each block
  *   normalises and rotates its queries, and the one whose part holds the row's own position makes
  *   that key and value, for its tile and for the cache. All other keys are of earlier passes, so
- *   that the first tile is fetched before the q|k|v product is done.
+ *   that the first tiles are fetched before the q|k|v product is done.
  *
  * join_parts: one warp per row and head joins the parts in order.
  *
@@ -51,24 +57,26 @@ struct attend_args {
     struct cuda_qkv finish; /* if a.finish */
 };
 
-static __host__ __device__ __forceinline__ int part_keys(int end)
+/* Log 2 of the keys of a part, of a run that ends at `end`. */
+static __device__ __forceinline__ int part_shift(int end)
 {
-    int keys = PART_KEYS;
+    int shift = 7;
 
-    while ((end + keys - 1) / keys > PARTS_MAX)
-        keys *= 2;
-    return keys;
+    static_assert(PART_KEYS == 1 << 7, "parts of at least 128 keys");
+    while (end > PARTS_MAX << shift)
+        shift++;
+    return shift;
 }
 
 /* The parts a run is done in, 0: not in parts. */
 static __device__ __forceinline__ int parts_of(const struct attend_args &args,
                                                const struct cuda_attn_run &run)
 {
-    const int end = run.pos + run.count, keys = part_keys(end);
+    const int end = run.pos + run.count, shift = part_shift(end);
 
     if (!attn_in_parts(args.a, args.group, run))
         return 0;
-    return (end + keys - 1) / keys;
+    return (end + (1 << shift) - 1) >> shift;
 }
 
 /* --- one tile of keys --- */
@@ -221,10 +229,27 @@ static __global__ __launch_bounds__(ATTN_THREADS, 2) void attend(const struct at
 
 /* --- parts of keys --- */
 
-static __device__ __forceinline__ size_t part_slot(const struct attend_args &args, int run, int g,
-                                                   int part, int row)
+/* Part `index` of the `parts` of a run, for one kv head: what a block does at a time. */
+struct part {
+    int item; /* in the order of the walk; args.items or more: there is none */
+    struct cuda_attn_run run;
+    int g, index, parts;
+    int from, last; /* positions of its keys */
+    int slot;       /* of its row 0 in part_out and part_stats */
+};
+
+/* A block's shared memory. */
+template <int D> struct part_shared {
+    bf16 stages[2][2][ATTN_KEYS * D]; /* tiles by turns: keys, values */
+    bf16 q[2][PART_ROWS * D];         /* parts by turns; rows finished here: q[0] */
+    float2 stats[ATTN_WARPS][PART_ROWS];
+    bf16 own[2 * D]; /* of a row finished here: key, value */
+};
+
+static __device__ __forceinline__ int part_slot(const struct attend_args &args, int run, int g,
+                                                int part, int row)
 {
-    return ((((size_t)run * args.a.kv_heads + g) * args.parts_max + part) * args.part_rows) + row;
+    return ((run * args.a.kv_heads + g) * args.parts_max + part) * args.part_rows + row;
 }
 
 /* Row r of a run and kv head has its result. */
@@ -234,39 +259,219 @@ static __device__ __forceinline__ size_t row_head(const struct attend_args &args
     return (size_t)(run.first + r / args.group) * args.a.heads + g * args.group + r % args.group;
 }
 
-/* Joins the four warps' results of one part, in the warps' order, and stores them: as the result if
- * this is the only part. out: [4][16][D + 8], stats [4][16]. */
+/* The first part that there is, of this block's items from `item` on. */
+static __device__ __forceinline__ struct part find_part(const struct attend_args &args, int item)
+{
+    struct part part = {};
+
+    for (; item < args.items; item += (int)gridDim.x) {
+        const int rest = (uint32_t)item / (uint32_t)args.a.kv_heads;
+        const int index = (uint32_t)rest / (uint32_t)args.a.run_count;
+        const int run_index = rest - index * args.a.run_count;
+
+        part.run = args.a.runs[run_index];
+        part.parts = parts_of(args, part.run);
+        part.index = index;
+        if (index < part.parts) {
+            const int end = part.run.pos + part.run.count, shift = part_shift(end);
+
+            part.g = item - rest * args.a.kv_heads;
+            part.from = index << shift;
+            part.last = min(part.from + (1 << shift), end) - 1;
+            part.slot = part_slot(args, run_index, part.g, index, 0);
+            break;
+        }
+    }
+    part.item = item;
+    return part;
+}
+
+/* --- tiles, as they are asked for --- */
+
+/* Starts the copy of this warp's 16 keys and values of the tile at position `key`: a block of the
+ * pool, that is as it lies there. Zeros beyond position `stored`. */
+template <int D>
+static __device__ __forceinline__ void load_own_keys(const struct attend_args &args,
+                                                     const struct part &part, int key, int stored,
+                                                     bf16 (&stage)[2][ATTN_KEYS * D])
+{
+    static_assert(ATTN_KEYS / ATTN_WARPS == CUDA_KV_BLOCK, "a warp copies a block of the pool");
+    static_assert(PART_ROWS == CUDA_KV_BLOCK, "and leaves as many rows in its place");
+    constexpr int chunks = D / 8, rows = 32 / chunks;
+    const struct attn_keys<bf16> keys = attn_keys_of<bf16>(args.a, part.run, part.g);
+    const int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * CUDA_KV_BLOCK;
+    const size_t at = attn_paged_key_at(keys, min(key + row, part.last)) + (size_t)(lane * 8);
+
+#pragma unroll
+    for (int i = 0; i < CUDA_KV_BLOCK / rows; i++) {
+        const int r = row + lane / chunks + i * rows, to = place<D>(r, lane % chunks);
+        const bool valid = key + r <= stored;
+
+        copy_16(stage[0] + to, keys.k + at + (size_t)(i * rows * D), valid);
+        copy_16(stage[1] + to, keys.v + at + (size_t)(i * rows * D), valid);
+    }
+}
+
+/* The 16-byte pieces of a part's queries that this thread copies, of every rows-th tile row; at:
+ * where they are, from the part's first query and head on, so that divisions are made once. */
+template <int D> struct query_pieces {
+    static constexpr int chunks = D / 8, rows = ATTN_THREADS / chunks, count = PART_ROWS / rows;
+    int at[count];
+};
+
+template <int D>
+static __device__ __forceinline__ struct query_pieces<D> find_pieces(const struct attend_args &args)
+{
+    typedef struct query_pieces<D> pieces;
+    const int row = (int)threadIdx.x / pieces::chunks, chunk = (int)threadIdx.x % pieces::chunks;
+    pieces found;
+
+#pragma unroll
+    for (int i = 0; i < pieces::count; i++) {
+        const int r = row + i * pieces::rows;
+
+        found.at[i] = r / args.group * args.a.ldqkv + r % args.group * D + chunk * 8;
+    }
+    return found;
+}
+
+/* As load_queries does. */
+template <int D>
+static __device__ __forceinline__ void load_part_queries(const struct attend_args &args,
+                                                         const struct part &part,
+                                                         const struct query_pieces<D> &mine, bf16 *q)
+{
+    const int row = (int)threadIdx.x / mine.chunks, chunk = (int)threadIdx.x % mine.chunks;
+    const bf16 *from = (const bf16 *)args.a.qkv + (size_t)part.run.first * (size_t)args.a.ldqkv +
+                       (size_t)(part.g * args.group) * D;
+
+#pragma unroll
+    for (int i = 0; i < mine.count; i++) {
+        const int r = row + i * mine.rows;
+        const bool valid = r < part.run.count * args.group;
+
+        copy_16(q + place<D>(r, chunk), from + (valid ? mine.at[i] : 0), valid);
+    }
+}
+
+/* The next tile to ask for: of `part` from position `key` on, or the first of the part after it. */
+template <int D> struct walk {
+    struct part part;
+    int key;
+    bool first; /* nothing has been multiplied yet */
+    struct query_pieces<D> mine;
+};
+
+/* Asks for the warp's share of the next tile: a group of copies, of none if there is no part left.
+ * OWN: what a part with the row's own position has of it is not in the pool. */
+template <int D, bool OWN>
+static __device__ __forceinline__ void ask_tile(const struct attend_args &args, struct walk<D> &walk,
+                                                bf16 (&stage)[2][ATTN_KEYS * D])
+{
+    const struct part &part = walk.part;
+
+    if (part.item < args.items)
+        load_own_keys<D>(args, part, walk.key,
+                         OWN && part.index == part.parts - 1 ? part.last - 1 : part.last, stage);
+    walk.key += ATTN_KEYS;
+    copies_commit();
+}
+
+/* The same, and before it, as a group of its own, for the queries if the tile begins a part: into q,
+ * which the part before the last does not need any more. The stage is nobody's. */
+template <int D, bool OWN>
+static __device__ __forceinline__ void ask(const struct attend_args &args, struct walk<D> &walk,
+                                           bf16 (&stage)[2][ATTN_KEYS * D], bf16 *q)
+{
+    if (walk.key > walk.part.last) {
+        walk.part = find_part(args, walk.part.item + (int)gridDim.x);
+        walk.key = walk.part.from;
+        if (!OWN && walk.part.item < args.items)
+            load_part_queries<D>(args, walk.part, walk.mine, q);
+    }
+    copies_commit();
+    ask_tile<D, OWN>(args, walk, stage);
+}
+
+/* --- a part's end --- */
+
+/* Where a warp's row has columns 4 chunk … 4 chunk+3 for the join: the first half of them where its
+ * keys were, the second where its values were. In elements of the stage. */
+template <int D> static __device__ __forceinline__ int left_at(int row, int chunk)
+{
+    constexpr int half = D / 8;
+
+    return chunk / half * ATTN_KEYS * D + place<D>(row, chunk % half);
+}
+
+/* What the warp has of the part's rows, of which there are `used`, for the others to see. */
+template <int D>
+static __device__ __forceinline__ void leave_rows(const struct attend_state<D, 1> &state, int used,
+                                                  bf16 *stage,
+                                                  float2 (&stats)[ATTN_WARPS][PART_ROWS])
+{
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+
+    __syncwarp(); /* keys and values have been read by all lanes */
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = lane / 4 + 8 * half, at = left_at<D>(warp * PART_ROWS + r, lane % 4 / 2);
+        const float sum = row_sum(state.sum[0][half]);
+
+        if (r >= used)
+            continue;
+        if (lane % 4 == 0)
+            stats[warp][r] = make_float2(state.max[0][half], sum);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) { /* the swizzle is an XOR below the eighth chunk */
+            const int to = (at ^ left_at<D>(0, 2 * n % 8)) + left_at<D>(0, 2 * n / 8 * 8);
+
+            *(float2 *)((float *)(stage + to) + lane % 2 * 2) =
+                make_float2(state.out[0][n][2 * half], state.out[0][n][2 * half + 1]);
+        }
+    }
+}
+
+/* Joins what the four warps left, in the warps' order, and stores it: as the result if this is the
+ * only part. */
 template <int D>
 static __device__ __forceinline__ void
-join_warps(const struct attend_args &args, const struct cuda_attn_run &run, int run_index, int g,
-           int part, bool alone, const float *out, const float2 *stats)
+join_warps(const struct attend_args &args, const struct part &part,
+           const bf16 *stage, const float2 (&stats)[ATTN_WARPS][PART_ROWS])
 {
-    for (int i = (int)threadIdx.x; i < run.count * args.group * D; i += ATTN_THREADS) {
-        const int r = i / D, j = i % D;
-        float max = -INFINITY, seen = 0, sum = 0, value = 0;
+    constexpr int chunks = D / 4;
+
+    for (int i = (int)threadIdx.x; i < part.run.count * args.group * chunks; i += ATTN_THREADS) {
+        const int r = i / chunks, chunk = i % chunks;
+        float max = -INFINITY, seen = 0, sum = 0;
+        float4 value = {};
 
         for (int w = 0; w < ATTN_WARPS; w++)
-            max = fmaxf(max, stats[w * PART_ROWS + r].x);
+            max = fmaxf(max, stats[w][r].x);
         seen = max == -INFINITY ? 0.0f : max;
         for (int w = 0; w < ATTN_WARPS; w++) {
-            const float2 s = stats[w * PART_ROWS + r];
+            const float2 s = stats[w][r];
+            const float4 out = *(const float4 *)(stage + left_at<D>(w * PART_ROWS + r, chunk));
             const float weight = power_of_2((s.x - seen) * args.scale2);
 
             sum = fmaf(weight, s.y, sum);
-            value = fmaf(weight, out[(w * PART_ROWS + r) * (D + 8) + j], value);
+            value.x = fmaf(weight, out.x, value.x);
+            value.y = fmaf(weight, out.y, value.y);
+            value.z = fmaf(weight, out.z, value.z);
+            value.w = fmaf(weight, out.w, value.w);
         }
-        if (alone) {
-            const size_t at = row_head(args, run, g, r);
+        if (part.parts == 1) {
+            const size_t at = row_head(args, part.run, part.g, r);
+            const float one = 1.0f / sum;
 
-            ((bf16 *)args.a.out)[at * D + j] = __float2bfloat16_rn(value * (1.0f / sum));
-            if (args.a.lse && j == 0)
+            *(uint2 *)((bf16 *)args.a.out + at * D + 4 * chunk) = make_uint2(
+                pack_pair(value.x * one, value.y * one), pack_pair(value.z * one, value.w * one));
+            if (args.a.lse && chunk == 0)
                 args.a.lse[at] = max * args.a.scale + logf(sum);
         } else {
-            const size_t slot = part_slot(args, run_index, g, part, r);
-
-            args.part_out[slot * D + j] = value;
-            if (j == 0)
-                args.part_stats[slot] = make_float2(max, sum);
+            *(float4 *)(args.part_out + (size_t)(part.slot + r) * D + 4 * chunk) = value;
+            if (chunk == 0)
+                args.part_stats[part.slot + r] = make_float2(max, sum);
         }
     }
 }
@@ -318,97 +523,125 @@ static __device__ __forceinline__ void finish_row(const struct attend_args &args
     }
 }
 
-/* The row's own key and value into row `row` of their tiles, which have arrived without them; then
- * everybody's. */
+/* The row's own key and value into row `row` of its tile, which has arrived without them, by the
+ * warp whose row that is. */
 template <int D>
-static __device__ __forceinline__ void place_own(bf16 *k, bf16 *v, int row, const bf16 *own)
+static __device__ __forceinline__ void place_own(bf16 (&stage)[2][ATTN_KEYS * D], int row,
+                                                 const bf16 *own)
 {
     constexpr int chunks = D / 8;
-    const int chunk = (int)threadIdx.x % chunks;
+    const int lane = (int)threadIdx.x % 32;
 
-    if ((int)threadIdx.x < 2 * chunks)
-        *(uint4 *)(((int)threadIdx.x < chunks ? k : v) + place<D>(row, chunk)) =
-            *(const uint4 *)(own + (int)threadIdx.x * CHUNK);
-    __syncthreads();
+    if (row / CUDA_KV_BLOCK != (int)threadIdx.x / 32)
+        return;
+    if (lane < 2 * chunks)
+        *(uint4 *)(stage[lane / chunks] + place<D>(row, lane % chunks)) =
+            *(const uint4 *)(own + lane * CHUNK);
+    __syncwarp();
 }
 
+/* --- the walk --- */
+
+/* Asks for the first tile and queries. What describes the pass (runs, block numbers) is there before
+ * its first kernel begins, and so are a run's older keys if nobody else of the pass writes them;
+ * FINISH: then its own are not read from the pool at all. */
 template <int D, bool FINISH>
-static __device__ __forceinline__ void
-attend_one_part(const struct attend_args &args, const struct cuda_attn_run &run, int run_index,
-                int g, int part, int parts, bf16 *shared)
+static __device__ __forceinline__ void begin_walk(const struct attend_args &args, struct walk<D> &walk,
+                                                  struct part_shared<D> &shared)
 {
-    constexpr int tile = ATTN_KEYS * D;
-    const struct cuda_attention &a = args.a;
-    const struct attn_keys<bf16> keys = attn_keys_of<bf16>(a, run, g);
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const int end = run.pos + run.count, length = part_keys(end), from = part * length;
-    const int last = min(from + length, end) - 1, tiles = (last - from) / ATTN_KEYS + 1;
-    const bool own_key = FINISH && part == parts - 1;
-    const int stored = own_key ? last - 1 : last; /* before `from`: none */
-    bf16 *q = shared, *stages = shared + PART_ROWS * D, *own = stages + 4 * tile;
-    float *out = (float *)stages;
-    float2 *stats = (float2 *)(out + ATTN_WARPS * PART_ROWS * (D + 8));
-    struct attend_state<D, 1> state;
+    const struct part &part = walk.part;
+    const bool older =
+        args.a.apart && min(part.from + ATTN_KEYS - 1, part.last) < part.run.pos;
+
+    if (!FINISH && !older)
+        launch_wait();
+    ask_tile<D, FINISH>(args, walk, shared.stages[0]);
+    if (!FINISH) {
+        launch_wait();
+        if (part.item < args.items)
+            load_part_queries<D>(args, part, walk.mine, shared.q[0]);
+    }
+    copies_commit();
+}
+
+/* Makes the queries of a part that begins everybody's, after its first two tiles have been asked
+ * for. Those of all but a block's first part are so since the part before it ended. */
+template <int D, bool FINISH>
+static __device__ __forceinline__ void begin_part(const struct attend_args &args,
+                                                  const struct part &part, bool first,
+                                                  struct part_shared<D> &shared)
+{
+    if (FINISH)
+        finish_row<D>(args, part.run, part.g, part.index == part.parts - 1, shared.q[0],
+                      shared.own);
+    else if (first)
+        copies_wait_but<2>();
+    if (FINISH || first)
+        __syncthreads();
+}
+
+/* The tiles of a part, the first of which is on its way to stage `stage`. While one is multiplied
+ * the next of the walk is on its way to the other stage. Returns the last one's. */
+template <int D, bool FINISH>
+static __device__ __forceinline__ int
+attend_tiles(const struct attend_args &args, const struct part &part, struct walk<D> &walk, int turn,
+             int stage, struct part_shared<D> &shared, struct attend_state<D, 1> &state)
+{
+    const int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * CUDA_KV_BLOCK;
     int position[1][2];
 
     attend_begin(state);
-    for (int half = 0; half < 2; half++)
-        position[0][half] = min(run.pos + (lane / 4 + 8 * half) / args.group, end - 1);
-    if (!FINISH)
-        load_queries<D, PART_ROWS>(q, (const bf16 *)a.qkv + (size_t)(g * args.group) * D,
-                                   (size_t)a.ldqkv, run.first, run.count, args.group);
-    load_keys<D>(stages, stages + tile, keys, from, stored);
-    if (FINISH)
-        finish_row<D>(args, run, g, own_key, q, own);
-    for (int t = 0; t < tiles; t++) {
-        bf16 *k = stages + t % 2 * 2 * tile, *next = stages + (t + 1) % 2 * 2 * tile;
-        const int key = from + t * ATTN_KEYS;
+    position[0][0] = position[0][1] = part.run.pos;
+    if (part.run.count > 1)
+        for (int half = 0; half < 2; half++)
+            position[0][half] += min((lane / 4 + 8 * half) / args.group, part.run.count - 1);
+    for (int key = part.from; key <= part.last; key += ATTN_KEYS, stage ^= 1) {
+        bf16(&tile)[2][ATTN_KEYS * D] = shared.stages[stage];
 
-        copies_wait();
-        __syncthreads();
-        if (own_key && t + 1 == tiles)
-            place_own<D>(k, k + tile, last - key, own);
-        if (t + 1 < tiles)
-            load_keys<D>(next, next + tile, keys, key + ATTN_KEYS, stored);
-        attend_tile<D, 1, 2>(state, q, 0, k, k + tile, 16 * warp, key + 16 * warp, position, true,
-                             args.scale2);
+        __syncwarp(); /* the tile before this one has been read by all lanes */
+        ask<D, FINISH>(args, walk, shared.stages[stage ^ 1], shared.q[turn ^ 1]);
+        if (key == part.from)
+            begin_part<D, FINISH>(args, part, walk.first, shared);
+        walk.first = false;
+        copies_wait_but<2>(); /* what was asked for last is of the next tile */
+        __syncwarp();
+        if (FINISH && part.index == part.parts - 1 && part.last - key < ATTN_KEYS)
+            place_own<D>(tile, part.last - key, shared.own);
+        attend_tile<D, 1, 2>(state, shared.q[turn], 0, tile[0], tile[1], row, key + row, position,
+                             true, args.scale2);
     }
-    __syncthreads();
-    for (int half = 0; half < 2; half++) {
-        const int r = warp * PART_ROWS + lane / 4 + 8 * half;
-        const float sum = row_sum(state.sum[0][half]);
-
-        if (lane % 4 == 0)
-            stats[r] = make_float2(state.max[0][half], sum);
-#pragma unroll
-        for (int n = 0; n < D / 8; n++)
-            *(float2 *)(out + r * (D + 8) + 8 * n + 2 * (lane % 4)) =
-                make_float2(state.out[0][n][2 * half], state.out[0][n][2 * half + 1]);
-    }
-    __syncthreads();
-    join_warps<D>(args, run, run_index, g, part, parts == 1, out, stats);
-    __syncthreads();
+    return stage ^ 1;
 }
 
-/* FINISH: what describes the pass (runs, block numbers) and earlier keys are there before its first
- * kernel begins, so launch_wait can come after them: in finish_row, which every launch's first block
- * comes to. */
+/* The first barrier of a part: what the warps left is there; the second: it has been read, and its
+ * stage is free, and all warps' shares of the next part's queries are there. */
 template <int D, bool FINISH>
 static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const struct attend_args args)
 {
-    extern __shared__ __align__(128) bf16 shared[];
+    extern __shared__ __align__(128) unsigned char memory[];
+    struct part_shared<D> &shared = *(struct part_shared<D> *)memory;
+    struct attend_state<D, 1> state;
+    struct walk<D> walk;
+    struct part part;
+    int turn = 0, stage = 0; /* of the part's queries, of its next tile */
 
     launch_next();
-    if (!FINISH)
-        launch_wait();
-    for (int item = (int)blockIdx.x; item < args.items; item += (int)gridDim.x) {
-        const int g = item % args.a.kv_heads, rest = item / args.a.kv_heads;
-        const int run_index = rest % args.a.run_count, part = rest / args.a.run_count;
-        const struct cuda_attn_run run = args.a.runs[run_index];
-        const int parts = parts_of(args, run);
-
-        if (part < parts)
-            attend_one_part<D, FINISH>(args, run, run_index, g, part, parts, shared);
+    part = find_part(args, (int)blockIdx.x);
+    walk.part = part;
+    walk.key = part.from;
+    walk.first = true;
+    walk.mine = find_pieces<D>(args);
+    begin_walk<D, FINISH>(args, walk, shared);
+    while (part.item < args.items) {
+        stage = attend_tiles<D, FINISH>(args, part, walk, turn, stage, shared, state);
+        leave_rows<D>(state, part.run.count * args.group, shared.stages[stage][0], shared.stats);
+        __syncthreads();
+        join_warps<D>(args, part, shared.stages[stage][0], shared.stats);
+        copies_wait_but<1>(); /* all but the next tile */
+        __syncthreads();
+        part = walk.part;
+        stage ^= 1;
+        turn ^= !FINISH;
     }
 }
 
@@ -525,8 +758,7 @@ template <int D, bool FINISH>
 static int launch_parts(struct cuda_context *context, const struct attend_args &args)
 {
     static bool ready = false;
-    /* queries, two stages of keys and values, a row's own */
-    const size_t bytes = (size_t)(PART_ROWS + 4 * ATTN_KEYS + (FINISH ? 2 : 0)) * D * sizeof(bf16);
+    const size_t bytes = sizeof(struct part_shared<D>);
     const int resident = 3 * context->multiprocessors;
     const int grid = args.items < resident ? args.items : resident;
     const int rows = args.a.run_count * args.a.kv_heads * args.part_rows;
@@ -578,8 +810,9 @@ static int place_parts(struct attend_args *args)
     if (need > (a->scratch ? a->scratch_bytes : 0))
         return claas_fail(CLAAS_ERR_INTERNAL, "attention: %zu bytes of scratch, %zu are needed",
                           a->scratch ? a->scratch_bytes : (size_t)0, need);
-    args->part_stats = (float2 *)a->scratch;
-    args->part_out = (float *)(args->part_stats + (size_t)args->items * (size_t)args->part_rows);
+    args->part_out = (float *)a->scratch; /* first: what is longest is aligned best */
+    args->part_stats = (float2 *)(args->part_out + (size_t)args->items * (size_t)args->part_rows *
+                                                       (size_t)a->head_dim);
     return 0;
 }
 

@@ -185,6 +185,7 @@ struct cuda_attention cuda_attention_args(const struct cuda_pass *pass, int laye
         .lse = acts->lse,
         .kv = layer_kv(pass, layer),
         .tables = pack->tables,
+        .apart = pack->decoding,
         .scratch = pass->splits,
         .scratch_bytes = pass->split_bytes,
     };
