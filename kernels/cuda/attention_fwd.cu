@@ -645,46 +645,77 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
     }
 }
 
+/* Columns of a row that a lane of join_parts has. */
+template <int N> struct __align__(4 * N) columns {
+    float at[N];
+};
+
+/* Asks for up to JOIN_AT_ONCE parts of a row, from `part` on. slot: of part 0. */
+#define JOIN_AT_ONCE 8
+template <int N>
+static __device__ __forceinline__ void
+load_joined(const struct attend_args &args, struct columns<N> (&to)[JOIN_AT_ONCE], int slot,
+            int part, int parts)
+{
+    const struct columns<N> *from = (const struct columns<N> *)args.part_out + threadIdx.x % 32;
+
+#pragma unroll
+    for (int i = 0; i < JOIN_AT_ONCE; i++)
+        if (part + i < parts)
+            to[i] = from[(size_t)(slot + (part + i) * args.part_rows) * 32];
+}
+
+/* All values of up to JOIN_AT_ONCE parts are asked for at once, and before the maxima and sums that
+ * they are weighed by have come. */
 template <int D>
 static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct attend_args args)
 {
+    constexpr int n = D / 32;
     const int lane = (int)threadIdx.x % 32;
     const int item = (int)(blockIdx.x * ATTN_WARPS + threadIdx.x / 32);
     const int r = item % args.part_rows, rest = item / args.part_rows;
     const int g = rest % args.a.kv_heads, run_index = rest / args.a.kv_heads;
+    const int slot = part_slot(args, run_index, g, 0, r);
     float2 own = make_float2(-INFINITY, 0);
-    float max = 0, weight = 0, sum = 0, value[D / 32] = {};
+    float max = 0, weight = 0, sum = 0, value[n] = {};
+    struct columns<n> out[JOIN_AT_ONCE];
     struct cuda_attn_run run;
     int parts = 0;
 
     launch_next();
     if (run_index >= args.a.run_count)
         return;
-    launch_wait();
-    run = args.a.runs[run_index];
+    run = args.a.runs[run_index]; /* there before the pass's first kernel begins */
     parts = parts_of(args, run);
+    launch_wait();
     if (parts <= 1 || r >= run.count * args.group)
         return;
     if (lane < parts)
-        own = args.part_stats[part_slot(args, run_index, g, lane, r)];
+        own = args.part_stats[slot + lane * args.part_rows];
+    load_joined<n>(args, out, slot, 0, parts);
     max = own.x;
     for (int step = 16; step > 0; step /= 2)
         max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
     weight = power_of_2((own.x - max) * args.scale2);
-    for (int part = 0; part < parts; part++) {
-        const float w = __shfl_sync(0xffffffffu, weight, part);
-        const float *out = args.part_out + part_slot(args, run_index, g, part, r) * D;
-
-        sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part), sum);
+    for (int part = 0; part < parts; part += JOIN_AT_ONCE) {
+        if (part > 0)
+            load_joined<n>(args, out, slot, part, parts);
 #pragma unroll
-        for (int j = 0; j < D / 32; j++)
-            value[j] = fmaf(w, out[lane + 32 * j], value[j]);
+        for (int i = 0; i < JOIN_AT_ONCE; i++) {
+            const float w = __shfl_sync(0xffffffffu, weight, part + i);
+
+            sum = fmaf(w, __shfl_sync(0xffffffffu, own.y, part + i), sum); /* 0 beyond the last */
+#pragma unroll
+            for (int j = 0; j < n; j++)
+                value[j] = part + i < parts ? fmaf(w, out[i].at[j], value[j]) : value[j];
+        }
     }
-    for (int j = 0; j < D / 32; j++)
-        ((bf16 *)args.a.out)[row_head(args, run, g, r) * D + lane + 32 * j] =
-            __float2bfloat16_rn(value[j] * (1.0f / sum));
     if (args.a.lse && lane == 0)
         args.a.lse[row_head(args, run, g, r)] = max * args.a.scale + logf(sum);
+    sum = 1.0f / sum;
+    for (int j = 0; j < n; j += 2)
+        *(uint32_t *)((bf16 *)args.a.out + row_head(args, run, g, r) * D + n * lane + j) =
+            pack_pair(value[j] * sum, value[j + 1] * sum);
 }
 
 /* --- host --- */
