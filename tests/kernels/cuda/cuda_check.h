@@ -471,26 +471,34 @@ template <typename Run> static float check_median_ms(const struct cuda_context *
     return ms[CHECK_RUNS / 2];
 }
 
-/* The same of what queue() launches, in a graph: the host's part does not count. The first call, as
- * it is, chooses algorithms and loads kernels. */
+/* A graph of what queue() launches. The first call, as it is, chooses algorithms and loads kernels.
+ */
 template <typename Queue>
-static float check_graph_ms(const struct cuda_context *context, Queue queue)
+static cudaGraphExec_t check_graph(const struct cuda_context *context, Queue queue)
 {
     cudaGraphExec_t exec = NULL;
     cudaGraph_t graph = NULL;
-    float ms;
 
     queue();
-    check_cuda(cudaStreamSynchronize(context->stream), "what is timed");
+    check_cuda(cudaStreamSynchronize(context->stream), "what is captured");
     check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
                "capture");
     queue();
     check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
     check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
-    ms = check_median_ms(context,
-                         [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "a graph"); });
-    check_cuda(cudaGraphExecDestroy(exec), "a graph");
     check_cuda(cudaGraphDestroy(graph), "a graph");
+    return exec;
+}
+
+/* Times of what queue() launches, in a graph: the host's part does not count. */
+template <typename Queue>
+static float check_graph_ms(const struct cuda_context *context, Queue queue)
+{
+    cudaGraphExec_t exec = check_graph(context, queue);
+    const float ms = check_median_ms(
+        context, [&] { check_cuda(cudaGraphLaunch(exec, context->stream), "a graph"); });
+
+    check_cuda(cudaGraphExecDestroy(exec), "a graph");
     return ms;
 }
 #endif

@@ -6,6 +6,7 @@
 
 #include "cuda_check.h"
 
+#include <utility>
 #include <vector>
 
 /* --- runs --- */
@@ -13,6 +14,7 @@
 struct runs {
     int heads, kv_heads, d;
     bool paged;
+    bool apart; /* keys before a run's own may be read before the kernels in front have ended */
     int m, longest, furthest;
     std::vector<cuda_attn_run> list;
     std::vector<int> parents;   /* -1: none */
@@ -286,6 +288,7 @@ static void set_sizes(struct cuda_attention *args, const runs *r, float scale)
     args->run_count = (int)r->list.size();
     args->longest = r->longest;
     args->furthest = r->furthest;
+    args->apart = r->apart;
 }
 
 /* Windows of keys from the last to the first; what is in the upper halves is nobody's business. */
@@ -553,6 +556,48 @@ static void test_long(cuda_context *context, shape s)
     check_end();
 }
 
+/* More parts than blocks: runs of all lengths, of one row and of as many as are done in parts, and one
+ * of more. The numbers are those of as many blocks as the card holds, and of fewer runs; so they are
+ * where older keys are read early. */
+static void test_walk(cuda_context *context, shape s)
+{
+    const int all = context->multiprocessors;
+    const int queries = cuda_attention_part_queries(s.heads, s.kv_heads);
+    const double scale = 1 / sqrt((double)s.d);
+    runs r = runs_new(s.heads, s.kv_heads, s.d, true);
+
+    check_begin("walks over parts: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (int end : {1, 64, 65, 128, 129, 192, 193, 256, 8192, 4096, 4097, 700, 2})
+        add_run(&r, 1, end - 1, -1);
+    for (int pos : {0, 126, 128, 1000})
+        add_run(&r, queries, pos, -1);
+    add_run(&r, queries + 1, 300, -1);
+    add_run(&r, 1, 385, -1);
+
+    const data x = data_new(&r, context->act, 0);
+    results first;
+
+    for (int turn = 0; turn < 4; turn++) {
+        context->multiprocessors = turn < 2 ? 1 : turn < 3 ? 5 : all;
+        r.apart = turn % 2;
+
+        const results got = run_device(context, &r, &x, (float)scale);
+
+        if (turn == 0) {
+            const reference want = reference_of(&r, &x, (double)(float)scale, &got.out);
+
+            compare(&r, &x, &got, &want);
+            check_company(context, &r, {4, 8, 14, 17});
+            first = got;
+        }
+        check_same("out", got.out.data(), first.out.data(), first.out.size() * sizeof(float));
+        check_same("lse", got.lse.data(), first.lse.data(), first.lse.size() * sizeof(float));
+    }
+    context->multiprocessors = all;
+    check_company(context, &r, {2, 8, 16});
+    check_end();
+}
+
 static void test_company(cuda_context *context, shape s)
 {
     runs r = shared_prompts(s, 70), pages = runs_new(s.heads, s.kv_heads, s.d, true);
@@ -674,6 +719,7 @@ static timed timed_new(runs *r)
             for (int p = 0; p < run.pos + run.count; p += CUDA_KV_BLOCK)
                 tables.push_back((int32_t)tables.size());
         }
+        a->apart = true;
         a->kv = timed_acts(&t, tables.size() * 2 * nk * CUDA_KV_BLOCK);
         a->tables = timed_copy(&t, tables);
         a->scratch_bytes = cuda_attention_scratch_bytes(r->heads, r->kv_heads, r->d, a->run_count,
@@ -742,6 +788,7 @@ static finished run_finished(cuda_context *context, const unfinished *u, bool it
                                                       r->longest, r->furthest);
     scratch = check_buffer_new(args.scratch_bytes);
     args.scratch = scratch.data;
+    args.apart = true;
     args.finish = itself ? &finish : NULL;
     if (itself && !cuda_attention_finishes(context, &args))
         check_fail("%d rows are not finished by attention", r->m);
@@ -830,9 +877,11 @@ static void check_finished(cuda_context *context, shape s, const std::vector<int
     check_buffer_free(&device_blocks, "blocks");
 }
 
-/* Rows at the edges of blocks, of tiles and of parts, one to eight of them. */
+/* Rows at the edges of blocks, of tiles and of parts, one to eight of them; keys read early, too. */
 static void test_finished(cuda_context *context, shape s)
 {
+    const int all = context->multiprocessors;
+
     check_begin("rows finished by attention: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
     for (int kind = 0; kind < 4; kind++) {
         const bool norm = kind % 2, bias = kind / 2;
@@ -842,6 +891,9 @@ static void test_finished(cuda_context *context, shape s)
         check_finished(context, s, {300, 1, 17}, norm, bias);
         check_finished(context, s, {0, 15, 16, 63, 64, 127, 128, 129}, norm, bias);
         check_finished(context, s, {65, 191, 192, 2049, 4095, 4096, 1000, 31}, norm, bias);
+        context->multiprocessors = 1; /* blocks take one part after the other */
+        check_finished(context, s, {64, 700, 256, 0, 511, 127}, norm, bias);
+        context->multiprocessors = all;
     }
     check_end();
 }
@@ -853,7 +905,6 @@ static void test_joined(cuda_context *context, shape s)
 {
     const int rounds = 20;
     runs r = runs_new(s.heads, s.kv_heads, s.d, true), few = r;
-    cudaGraph_t graph;
     cudaGraphExec_t exec;
 
     check_begin("parts joined again and again: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
@@ -872,12 +923,10 @@ static void test_joined(cuda_context *context, shape s)
     check_rc(cuda_attention(context, &t.args), "cuda_attention");
     check_cuda(cudaStreamSynchronize(context->stream), "attention");
     check_cuda(cudaMemcpy(first.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
-    check_cuda(cudaStreamBeginCapture(context->stream, cudaStreamCaptureModeThreadLocal),
-               "capture");
-    check_rc(cuda_attention(context, &t.args), "cuda_attention while capturing");
-    check_rc(cuda_attention(context, &other.args), "cuda_attention while capturing");
-    check_cuda(cudaStreamEndCapture(context->stream, &graph), "capture");
-    check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
+    exec = check_graph(context, [&] {
+        check_rc(cuda_attention(context, &t.args), "cuda_attention");
+        check_rc(cuda_attention(context, &other.args), "cuda_attention");
+    });
     for (int round = 0; round < 2 * rounds; round++) {
         check_cuda(cudaMemsetAsync(t.args.out, 0xff, bytes, context->stream), "memset");
         if (round % 2 == 0)
@@ -889,8 +938,77 @@ static void test_joined(cuda_context *context, shape s)
         check_same(round % 2 == 0 ? "launched again" : "replayed", now.data(), first.data(), bytes);
     }
     check_cuda(cudaGraphExecDestroy(exec), "a graph");
-    check_cuda(cudaGraphDestroy(graph), "a graph");
     timed_free(&other);
+    timed_free(&t);
+    check_end();
+}
+
+/* Other runs in the place of those that a graph was captured with: one row each, of which row i is at
+ * position `far` or before it, and its blocks are anywhere in the pool. */
+static void place_runs(const timed *t, int far, int round)
+{
+    const int blocks = far / CUDA_KV_BLOCK + 1, rows = t->args.run_count;
+    std::vector<cuda_attn_run> list((size_t)rows);
+    std::vector<int32_t> tables((size_t)(rows * blocks));
+
+    for (size_t i = 0; i < tables.size(); i++)
+        tables[i] = (int32_t)i;
+    check_seed = (uint64_t)round + 1;
+    for (size_t i = tables.size() - 1; i > 0; i--)
+        std::swap(tables[i], tables[(size_t)check_below((int)i + 1)]);
+    for (int i = 0; i < rows; i++) {
+        list[(size_t)i].first = i;
+        list[(size_t)i].count = 1;
+        list[(size_t)i].pos = i < 3 ? 127 + i - round : check_below(far + 1);
+        list[(size_t)i].table = i * blocks;
+    }
+    check_cuda(cudaMemcpy((void *)t->args.runs, list.data(), list.size() * sizeof(list[0]),
+                          cudaMemcpyHostToDevice),
+               "runs");
+    check_cuda(cudaMemcpy((void *)t->args.tables, tables.data(), tables.size() * sizeof(tables[0]),
+                          cudaMemcpyHostToDevice),
+               "tables");
+    check_cuda(cudaDeviceSynchronize(), "runs");
+}
+
+/* A graph of decoding, whose blocks walk, gives at each replay what the runs that are there then give
+ * when launched: by more blocks, and with room for more parts. */
+static void test_replayed(cuda_context *context, shape s)
+{
+    const int rows = 12, far = 1199, all = context->multiprocessors;
+    runs r = runs_new(s.heads, s.kv_heads, s.d, true);
+    cudaGraphExec_t exec;
+
+    check_begin("replayed with other runs: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (int i = 0; i < rows; i++)
+        add_run(&r, 1, far, -1);
+    r.furthest = 2048; /* which the scratch is for, and no run reaches */
+
+    timed t = timed_new(&r);
+    const size_t bytes = (size_t)(r.m * r.heads * r.d) * 2;
+    std::vector<uint8_t> replayed(bytes), launched(bytes);
+
+    t.args.furthest = far + 1;
+    context->multiprocessors = 1;
+    exec = check_graph(context,
+                       [&] { check_rc(cuda_attention(context, &t.args), "cuda_attention"); });
+    context->multiprocessors = all;
+    t.args.furthest = r.furthest;
+    for (int round = 0; round < 6; round++) {
+        place_runs(&t, far, round % 3);
+        for (std::vector<uint8_t> *out : {&replayed, &launched}) {
+            check_cuda(cudaMemsetAsync(t.args.out, 0xff, bytes, context->stream), "memset");
+            if (out == &replayed)
+                check_cuda(cudaGraphLaunch(exec, context->stream), "launch");
+            else
+                check_rc(cuda_attention(context, &t.args), "cuda_attention");
+            check_cuda(cudaStreamSynchronize(context->stream), "attention");
+            check_cuda(cudaMemcpy(out->data(), t.args.out, bytes, cudaMemcpyDeviceToHost),
+                       "download");
+        }
+        check_same("replayed", replayed.data(), launched.data(), bytes);
+    }
+    check_cuda(cudaGraphExecDestroy(exec), "a graph");
     timed_free(&t);
     check_end();
 }
@@ -960,6 +1078,8 @@ static void times(cuda_context *context)
     time_serving(context, "decode 1 x 2048, 32/8 heads of 128", &r);
     r = equal_runs(large, true, 64, 1, 2047);
     time_serving(context, "decode 64 x 2048, 32/8 heads of 128", &r);
+    r = equal_runs(large, true, 64, 1, 575);
+    time_serving(context, "decode 64 x 576, 32/8 heads of 128", &r);
     r = equal_runs(large, true, 8, 1, 32767);
     time_serving(context, "decode 8 x 32768, 32/8 heads of 128", &r);
     r = equal_runs(small, true, 16, 1, 1023);
@@ -992,8 +1112,13 @@ static void test_type(enum cuda_type type)
         for (shape s : {shape{4, 2, 64}, shape{8, 2, 128}, shape{9, 3, 64}, shape{16, 1, 128},
                         shape{15, 1, 64}, shape{32, 8, 128}})
             test_finished(&context, s);
-        test_joined(&context, {8, 2, 128});
-        test_joined(&context, {9, 3, 64});
+        for (shape s : {shape{8, 2, 128}, shape{9, 3, 64}}) {
+            test_walk(&context, s);
+            test_joined(&context, s);
+            test_replayed(&context, s);
+        }
+        test_walk(&context, {4, 2, 64}); /* runs of up to 8 rows */
+        test_walk(&context, {16, 1, 128});
         test_refusals(&context);
     }
     for (shape s : plain_shapes)
