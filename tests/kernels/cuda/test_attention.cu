@@ -468,6 +468,8 @@ static void test_rows(cuda_context *context, shape s, const char *name)
 {
     const int counts[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 130, 200};
 
+    if (check_elsewhere())
+        return;
     check_begin("rows alone: %s %s, %d of %d heads of %d", name, check_name(context->act), s.heads,
                 s.kv_heads, s.d);
     for (int count : counts) {
@@ -501,6 +503,8 @@ static runs shared_prompts(shape s, int unit)
 
 static void test_shared(cuda_context *context, shape s, const char *name)
 {
+    if (check_elsewhere())
+        return;
     check_begin("shared prompts: %s %s, %d of %d heads of %d", name, check_name(context->act),
                 s.heads, s.kv_heads, s.d);
     for (int unit : {6, 70, 129}) {
@@ -515,6 +519,8 @@ static void test_large(cuda_context *context, shape s)
 {
     runs r = runs_new(s.heads, s.kv_heads, s.d, false);
 
+    if (check_elsewhere())
+        return;
     check_begin("large: %s, %d of %d heads of %d", check_name(context->act), s.heads, s.kv_heads,
                 s.d);
     add_run(&r, 333, 0, -1);
@@ -529,6 +535,8 @@ static void test_paged(cuda_context *context, shape s, const char *name)
 {
     runs r = runs_new(s.heads, s.kv_heads, s.d, true);
 
+    if (check_elsewhere())
+        return;
     check_begin("paged: %s %s, %d of %d heads of %d", name, check_name(context->act), s.heads,
                 s.kv_heads, s.d);
     for (int pos : {0, 1, 15, 16, 63, 64, 255, 256, 257, 300, 1023})
@@ -548,6 +556,8 @@ static void test_long(cuda_context *context, shape s)
 {
     runs r = runs_new(s.heads, s.kv_heads, s.d, true);
 
+    if (check_elsewhere())
+        return;
     check_begin("long contexts: %s, %d of %d heads of %d", check_name(context->act), s.heads,
                 s.kv_heads, s.d);
     for (int pos : {8191, 8192, 20000, 3})
@@ -566,6 +576,8 @@ static void test_walk(cuda_context *context, shape s)
     const double scale = 1 / sqrt((double)s.d);
     runs r = runs_new(s.heads, s.kv_heads, s.d, true);
 
+    if (check_elsewhere())
+        return;
     check_begin("walks over parts: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
     for (int end : {1, 64, 65, 128, 129, 192, 193, 256, 8192, 4096, 4097, 700, 2})
         add_run(&r, 1, end - 1, -1);
@@ -602,6 +614,8 @@ static void test_company(cuda_context *context, shape s)
 {
     runs r = shared_prompts(s, 70), pages = runs_new(s.heads, s.kv_heads, s.d, true);
 
+    if (check_elsewhere())
+        return;
     check_begin("company: %s, %d of %d heads of %d", check_name(context->act), s.heads, s.kv_heads,
                 s.d);
     check_company(context, &r, {5});
@@ -629,6 +643,8 @@ static void test_same_bits(cuda_context *context, shape s)
     const data x = data_new(&r, context->act, 0);
     const results first = run_device(context, &r, &x, 0.1f);
 
+    if (check_elsewhere())
+        return;
     check_begin("same bits twice: %s, heads of %d", check_name(context->act), s.d);
     for (int i = 0; i < 5; i++) {
         const results again = run_device(context, &r, &x, 0.1f);
@@ -644,6 +660,8 @@ static void test_refusals(cuda_context *context)
     struct cuda_attention args = {};
     struct cuda_qkv finish = {};
 
+    if (check_elsewhere())
+        return;
     check_begin("refusals");
     args.heads = 3;
     args.kv_heads = 2;
@@ -882,6 +900,8 @@ static void test_finished(cuda_context *context, shape s)
 {
     const int all = context->multiprocessors;
 
+    if (check_elsewhere())
+        return;
     check_begin("rows finished by attention: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
     for (int kind = 0; kind < 4; kind++) {
         const bool norm = kind % 2, bias = kind / 2;
@@ -907,6 +927,8 @@ static void test_joined(cuda_context *context, shape s)
     runs r = runs_new(s.heads, s.kv_heads, s.d, true), few = r;
     cudaGraphExec_t exec;
 
+    if (check_elsewhere())
+        return;
     check_begin("parts joined again and again: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
     for (int pos : {0, 127, 128, 129, 500, 1000, 2049, 4095, 4096, 9000})
         add_run(&r, 1, pos, -1);
@@ -979,6 +1001,8 @@ static void test_replayed(cuda_context *context, shape s)
     runs r = runs_new(s.heads, s.kv_heads, s.d, true);
     cudaGraphExec_t exec;
 
+    if (check_elsewhere())
+        return;
     check_begin("replayed with other runs: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
     for (int i = 0; i < rows; i++)
         add_run(&r, 1, far, -1);

@@ -157,7 +157,8 @@ static void test_shapes(struct cuda_context *context, const char *name, enum cud
             struct trial t = {};
 
             if (check_leaves_out((double)shapes[i].m * shapes[i].n * shapes[i].k,
-                                 CHECK_SMALL_PRODUCTS))
+                                 CHECK_SMALL_PRODUCTS) ||
+                check_elsewhere())
                 continue;
             t.form = (enum cuda_gemm_form)form;
             t.shape = shapes[i];

@@ -251,6 +251,8 @@ static void run_joined(struct cuda_context *context, const struct dims *dims, co
     int kind = dims->hidden > 1024 ? CUDA_DOWN : dims->inter > 4096 ? CUDA_GATE_UP : 0;
 
     for (; kind < CUDA_WEIGHTS; kind++) {
+        if (check_elsewhere())
+            continue;
         check_begin("lora joined, %s, %s, %s", dims->name, name, kind_name(kind));
         open_rig(&r, context, dims, (enum cuda_weight_kind)kind, specs, count, true, behind);
         open_product(&r);
