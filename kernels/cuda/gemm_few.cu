@@ -47,8 +47,9 @@
 #define BLOCKS_GOAL       128          /* nearly one for each multiprocessor of an H100 */
 #define STAGES_LEAST      2            /* of a part of k */
 #define SIZE_LEAST        256
-#define LORA_BLOCKS_LEAST 32 /* that make S, where the product has no room to spare */
-#define LORA_LONG         8192 /* k, from when on blocks that make S are teams */
+#define LORA_BLOCKS_LEAST 32   /* that make S, where the product has no room to spare */
+#define LORA_TEAMS_FROM   2048 /* k, from when on blocks that make S are teams if all have room */
+#define LORA_TEAMS_ALWAYS 8192 /* and in any case */
 #define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
 /* A thread's registers. sm_90a, with LoRA: beside two blocks there is room for those of the small
  * kernels that follow. */
@@ -96,24 +97,28 @@ template <int TILES> struct few_shape {
     static_assert(parts + PARTS_BYTES(TILES) <= (stages - 1) * slot, "two stages have their slots");
 };
 
-/* With LoRA, in bytes: its sums, S, and an item of B for each warp `depth` times. The first item
- * lies behind the ring where there is room, so that it need not wait; then the parts have a place of
- * their own too, which is free when one stage is left, and otherwise S's and B's when those are used
- * up (parts_left: 0). SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at
- * least. */
+/* With LoRA, in bytes: its sums, S, and an item of B for each warp `depth` times. The first item and
+ * S lie behind the ring where there is room, so that the item need not wait and S only until it is
+ * made: it takes 2 or 3 us to come from the L2 beside a product. Then the parts have a place of their
+ * own too, which is free when one stage is left, and otherwise S's and B's when those are used up
+ * (parts_left: 0). SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at least.
+ */
 template <int TILES, bool SM90> struct join_shape {
     using few = few_shape<TILES>;
     static const int stages = few::stages;
     static const int slot = few::slot;
     static const int item = LORA_WARPS * LORA_ITEM;
     static const int sums = 8 * TILES * PART_PITCH * 4;
-    static const int s = sums > slot ? sums : slot;
-    static const int b = s + LORA_S_BYTES(8 * TILES);
+    static const int s_bytes = LORA_S_BYTES(8 * TILES);
     static const int depth = TILES <= 2 ? 4 : 3;
     static const bool early = SM90 && TILES <= 4;
-    static const int first = early ? few::ring : b; /* item of B; the others from `rest` on */
-    static const int rest = early ? b : b + item;
+    static const int free = sums > slot ? sums : slot; /* of the ring, when one stage is left */
+    static const int s = early ? few::ring : free;
+    static const int first = s + s_bytes; /* item of B; the others from `rest` on */
+    static const int rest = early ? free : first + item;
     static const int end = rest + (depth - 1) * item;
+    /* stages that are left when S is asked for; before, it is waited for until it is made */
+    static const int s_left = early ? stages - 1 : 2;
     static const int parts = early ? end : sums;
     static const int parts_left = early ? 1 : 0;
     static const int shrink_ring = SM90 ? 12288 : 8192; /* of a warp, when S is made */
@@ -123,9 +128,9 @@ template <int TILES, bool SM90> struct join_shape {
     static const int barrier = lines + (int)sizeof(struct lora_lines);
     static const int bytes = barrier + 2 * MBARRIER_BYTES; /* when S is made there are two */
 
-    static_assert(b <= (stages - 1) * slot, "S has room when one stage is left");
-    static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "the first item is for itself");
-    static_assert(!early || sums <= slot, "LoRA's sums are not where S is");
+    static_assert(early || first <= (stages - 1) * slot, "S has room when one stage is left");
+    static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "S and an item are by themselves");
+    static_assert(!early || sums <= slot, "LoRA's sums are not where B is");
     static_assert(parts + PARTS_BYTES(TILES) <= lines && lines % 16 == 0, "all has");
     static_assert(parts % 16 == 0 && barrier % MBARRIER_BYTES == 0, "all is aligned");
     static_assert(bytes <= (SM90 ? 113 : 99) * 1024, "a multiprocessor has as much");
@@ -327,11 +332,11 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         }
         if (LORA && (index + stages - 1 >= end || (join_here<TILES>::early && index == first))) {
             ask_for_lora<TILES>(args, lora, ring, end - 1 - index,
-                                index == max(first + 1, end - 2));
+                                index == max(first + 1, end - join_here<TILES>::s_left));
         }
         copies_commit();
         end_stage<TILES>(ring + slot * pieces, sums);
-        if (LORA && index == max(first, end - 3) && threadIdx.x == 0)
+        if (LORA && index == max(first, end - join_here<TILES>::s_left - 1) && threadIdx.x == 0)
             lora->turn = lora_await(args->lora, lora->lines);
         ahead = slot;
         slot = slot + 1 < stages ? slot + 1 : 0;
@@ -685,21 +690,30 @@ static int cut_k(const struct cuda_context *context, int n, int k)
 }
 
 /* Who makes S. The blocks are handed out first and should leave room for the product's, all of which
- * run at once for most weights; beyond two slabs (or their teams) for each row and part, which is a
- * rank of 32, they have nothing to do. Where k is long and a cluster large enough, teams share a
- * slab. A function of m, n and k, as a graph wants it: not of the adapters. */
+ * then run at once for most weights; but if each row has an adapter of rank 32, they should have the
+ * part of the places that A is of all bytes, or the product waits for S in the end. Beyond the two
+ * slabs of each row and part that this makes they have nothing to do. Where clusters are large
+ * enough teams share a slab, if a turn is enough for all of them or k is very long. A function of m,
+ * n and k, as a graph wants it: not of the adapters. */
 static void plan_lora(const struct cuda_context *context, const struct cuda_gemm *gemm, int splits,
                       struct lora_join *join)
 {
-    int tiles = (gemm->n + B_ROWS - 1) / B_ROWS;
-    int room = context->multiprocessors * (context->warpgroups ? 2 : 1) - tiles * splits;
-    int team = splits >= LORA_TEAM && gemm->k >= LORA_LONG ? LORA_TEAM : 1;
-    int most = 2 * gemm->lora->weight->part_count * gemm->m * team;
+    const int tiles = (gemm->n + B_ROWS - 1) / B_ROWS;
+    const int places = context->multiprocessors * (context->warpgroups ? 2 : 1);
+    const int slabs = 2 * gemm->lora->weight->part_count * gemm->m;
+    const int share = places * slabs * LORA_SLAB / (slabs * LORA_SLAB + gemm->n);
+    int room = places - tiles * splits, most;
 
+    static_assert(LORA_BLOCKS_LEAST % SPLITS_MAX == 0 && SPLITS_MAX % LORA_TEAM == 0,
+                  "whole clusters of whole teams");
+    room = room > share ? room : share;
     room = room > LORA_BLOCKS_LEAST ? room / splits * splits : LORA_BLOCKS_LEAST;
-    most = (most + splits - 1) / splits * splits;
+    join->team = splits >= LORA_TEAM && gemm->k >= LORA_TEAMS_FROM &&
+                         (gemm->k >= LORA_TEAMS_ALWAYS || slabs * LORA_TEAM <= room)
+                     ? LORA_TEAM
+                     : 1;
+    most = (slabs * join->team + splits - 1) / splits * splits;
     join->blocks = room < most ? room : most;
-    join->team = team;
 }
 
 static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
