@@ -10,13 +10,13 @@
  * columns of one tile after another; B too comes as a lane's own pieces.
  *
  * Who waits: a product's block for blocks of lower number in its own grid, and those for none but
- * others of their cluster, all of which run at once. Blocks are handed out in the order of their numbers (which cuBLAS and CUTLASS rely on where they
- * split k), so when one waits the others run or are done. Besides, there are no more of them than
- * find room beside the product's, where that leaves room for 32; else the order alone has to do.
- * Kernels before this one are all running when it begins (launch.cuh) and need nothing of it; later
- * ones begin when all of its blocks run. turns[1] counts the product's blocks that have seen S; with the last of them both
- * become zero for the next launch, which counts only when this one is done. A launch that is cut
- * short leaves them wrong, but what cuts it short (a sticky error) ends the context too. */
+ * others of their cluster, all of which run at once. Blocks are handed out in the order of their
+ * numbers (which cuBLAS and CUTLASS rely on where they split k), so when one waits the others run or
+ * are done; and those that make S need nothing of a block that has no place yet. Kernels before this
+ * one are all running when it begins (launch.cuh) and need nothing of it; later ones begin when all
+ * of its blocks run. turns[1] counts the product's blocks that have seen S; with the last of them
+ * both become zero for the next launch, which counts only when this one is done. A launch that is
+ * cut short leaves them wrong, but what cuts it short (a sticky error) ends the context too. */
 #ifndef CLAAS_CUDA_LORA_JOIN_CUH
 #define CLAAS_CUDA_LORA_JOIN_CUH
 

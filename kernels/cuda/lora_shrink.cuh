@@ -35,6 +35,7 @@
 #define LORA_PLACE_BYTES           (CUDA_LORA_PARTS * 16 * LORA_TEAM_COLUMNS * 4)
 #define LORA_SUMS_BYTES            (LORA_QUARTERS_BYTES + 2 * LORA_PLACE_BYTES)
 #define LORA_SHRINK_BYTES(ring)    (LORA_SUMS_BYTES + (ring)*LORA_WARPS)
+static_assert(CUDA_LORA_PARTS * 16 * LORA_SLAB * 4 <= LORA_SUMS_BYTES, "a block's own chunks fit");
 
 /* What a warp sums of each slab that its block takes. */
 struct lora_range {
@@ -234,6 +235,7 @@ static __device__ __forceinline__ void lora_push_chunk(float (&total)[2][4], con
             total[1][2 * half] += sum.z;
             total[1][2 * half + 1] += sum.w;
         }
+    __syncwarp(); /* all lanes have read before any chunk is sent: who has them all may go on */
     place += (chunk * (HIGH ? 16 : 8) + row) * LORA_TEAM_COLUMNS + lane % 2 * 2;
 #pragma unroll
     for (int n = 0; n < 2; n++) {

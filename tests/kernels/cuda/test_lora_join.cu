@@ -206,6 +206,38 @@ static void check_chain(struct rig *r)
     free(want[1]);
 }
 
+/* Two operands and two results by turns, without waiting on the host: who takes S, sums or counts
+ * of the launch before is seen. */
+static void check_by_turns(struct rig *r)
+{
+    const void *x = r->lora.x;
+    void *y = r->lora.y;
+    float *of_other = copy_floats(&r->x), *want[2] = {run_apart(r), NULL};
+    struct check_array other_x, other_y = check_blank(r->context->act, r->y.count);
+
+    for (size_t i = 0; i < r->x.count; i++)
+        of_other[i] *= -0.5f;
+    other_x = check_copy_of(r->context->act, of_other, r->x.count);
+    r->lora.x = other_x.data;
+    want[1] = run_apart(r);
+    poison(&r->y);
+    for (int i = 0; i < 8; i++) {
+        r->lora.x = i % 2 == 0 ? x : other_x.data;
+        r->lora.y = i % 2 == 0 ? y : other_y.data;
+        queue(r, true);
+    }
+    compare_bits("by turns", &r->y, want[0], 0, r->m, r->lora.weight->n);
+    compare_bits("by turns, the other", &other_y, want[1], 0, r->m, r->lora.weight->n);
+    check_turns(r);
+    r->lora.x = x;
+    r->lora.y = y;
+    check_free(&other_x, "the other operand");
+    check_free(&other_y, "the other result");
+    free(of_other);
+    free(want[0]);
+    free(want[1]);
+}
+
 /* What a weight's shape says: n and k of 256 or more, parts that begin at multiples of 128. */
 static bool may_join(const struct cuda_weight *weight)
 {
@@ -237,6 +269,7 @@ static void check_product(struct rig *r)
     r->context->early = !r->context->early && r->context->arch >= 90;
     check_joined_alone(r, r->count / 2, y, r->y_before);
     check_replayed(r, r->count / 2);
+    check_by_turns(r);
     if (r->lora.weight->n == r->lora.weight->k)
         check_chain(r);
     free(y);
@@ -274,7 +307,8 @@ static void run_joined(struct cuda_context *context, const struct dims *dims, co
 /* k from which on the blocks that make S are teams, cut so that the last chunk is not whole and its
  * last quarters are empty, quarters not a multiple of a group of terms; in 8 parts (two teams in a
  * cluster, of which one may have nothing to do) and in 4. One row of a large rank has more slabs
- * than there are teams, as have 64 adapters. */
+ * than there are teams, as have 64 adapters; "tall" has them with a tile of more than 8 rows. k of
+ * 2,080 has teams for few rows alone. */
 static void test_teams(void)
 {
     static const struct dims eight_parts = {"long", 256, 256, 128, 8264};
@@ -283,20 +317,24 @@ static void test_teams(void)
     static const struct spec without[] = {
         {128, ALL, 1, 2}, {40, 1u << CLAAS_MODULE_K, 0, 2}, {24, SOME, 0, 3}};
     static const struct spec shared[] = {{72, ALL, 0, 64}};
-    static struct spec many[GROUPS_MAX];
-    const struct dims *const all[] = {&eight_parts, &four_parts};
+    static struct spec many[GROUPS_MAX], tall[GROUPS_MAX - 8];
+    static const struct dims shorter = {"not so long", 256, 256, 128, 2080};
+    const struct dims *const all[] = {&eight_parts, &four_parts, &shorter};
     struct cuda_context context;
 
     for (int i = 0; i < GROUPS_MAX; i++)
         many[i] = {8 + 8 * (i % 5), i % 7 == 3 ? 1u << CLAAS_MODULE_K : ALL, 0, 1};
+    for (int i = 0; i < GROUPS_MAX - 8; i++)
+        tall[i] = {128, ALL, 0, i == 0 ? 9 : 1};
     check_open(CUDA_TYPE_BF16, &context);
     for (const struct dims *dims : all) {
+        run_joined(&context, dims, "one of rank 128", large, 1, 0);
+        run_joined(&context, dims, "three, one without", without, 3, 0);
         if (check_leaves_out((double)GROUPS_MAX * dims->hidden * dims->inter,
                              CHECK_SMALL_PRODUCTS))
             continue;
-        run_joined(&context, dims, "one of rank 128", large, 1, 0);
-        run_joined(&context, dims, "three, one without", without, 3, 0);
         run_joined(&context, dims, "64 of 64", many, GROUPS_MAX, 0);
+        run_joined(&context, dims, "tall", tall, GROUPS_MAX - 8, 0);
         if (dims == &four_parts)
             continue;
         run_joined(&context, dims, "one of rank 8", small, 1, 0);
@@ -437,7 +475,7 @@ int main(void)
 {
     test_joined();
     test_teams();
-    if (!getenv("CLAAS_TEST_NO_TIMES"))
+    if (check_measures())
         time_all();
     return check_finish();
 }
