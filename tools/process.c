@@ -7,6 +7,7 @@
 #include "claas/chat_template.h"
 #include "claas/err.h"
 #include "claas/log.h"
+#include "load_progress.h"
 
 bool process_has_role(const struct process *process, const char *role)
 {
@@ -31,6 +32,7 @@ int process_open_device(struct process *process)
         .slice_ms = (int)claas_config_int(config, "device.slice"),
     };
     int64_t host_cache_mb = claas_config_int(config, "device.host_cache_mb");
+    struct load_progress loading;
     const char *warning;
     int rc;
 
@@ -44,7 +46,9 @@ int process_open_device(struct process *process)
     warning = claas_chat_template_warning(claas_model_chat_template(process->model));
     if (warning)
         claas_warning("%s", warning);
+    load_progress_begin(&loading, &device);
     rc = claas_device_open(&device, process->model, &process->device);
+    load_progress_end(&loading);
     if (rc == 0)
         claas_model_release_weights(process->model);
     return rc;

@@ -24,6 +24,9 @@ typedef struct claas_device_client claas_device_client_t;
  * event. */
 typedef struct claas_adapter claas_adapter_t;
 
+/* So many bytes of `total` of the model's file have been read; first with none, last with all. */
+typedef void claas_loading_fn(void *arg, uint64_t done, uint64_t total);
+
 struct claas_device_options {
     const char *device;    /* "auto" (or NULL: CUDA if it can be, else the CPU), "cpu", "cuda" */
     const char *precision; /* "bf16" or "f32" */
@@ -36,6 +39,8 @@ struct claas_device_options {
     int64_t host_cache;    /* bytes for images of adapters in the host's memory; 0 = none, -1 = on a
                               GPU an eighth of what this process may have (the machine's, or what
                               its control group is limited to), at most 16 GiB, else none */
+    claas_loading_fn *loading; /* NULL, or called by the thread that opens while weights are read */
+    void *loading_arg;
 };
 
 /* `model` must outlive the device; its weights are copied into the device's layout. */

@@ -2,6 +2,7 @@
  * names the functions. */
 #include "cpu/step.h"
 #include "pack/backend_common.h"
+#include "pack/loading.h"
 
 #include "claas/err.h"
 #include "claas/mem.h"
@@ -53,6 +54,7 @@ static int open_backend(const struct claas_backend_options *options, claas_model
                         claas_backend_t **ret)
 {
     CLAAS_AUTO(close_backend) claas_backend_t *backend = CLAAS_NEW(claas_backend_t);
+    struct claas_loading loading;
     bool f32 = false;
     int code = claas_backend_precision(options, &f32);
 
@@ -66,9 +68,10 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     backend->ops = claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16);
     backend->kv_blocks = options->kv_blocks;
     backend->max_tokens = options->max_tokens;
+    claas_loading_begin(&loading, options, model);
     code = claas_pool_new(options->threads, &backend->pool);
     if (code >= 0)
-        code = claas_cpu_model_load(&backend->model, backend->ops, backend->pool, model);
+        code = claas_cpu_model_load(&backend->model, backend->ops, backend->pool, model, &loading);
     if (code >= 0)
         code = open_kv(backend);
     if (code >= 0)

@@ -83,8 +83,9 @@ struct cpu_model {
     struct cpu_region panels, small; /* all panels and the embedding; float32 odds and ends */
     size_t blocks_bytes;
 };
+struct claas_loading;
 int claas_cpu_model_load(struct cpu_model *model, const struct claas_ops *ops, claas_pool_t *pool,
-                         const claas_model_t *source);
+                         const claas_model_t *source, struct claas_loading *loading);
 void claas_cpu_model_done(struct cpu_model *model);
 
 /* --- adapters --- */

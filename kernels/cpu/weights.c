@@ -4,6 +4,7 @@
  * the file are kept beside the panels for decoding: a third of the bytes per token, the same
  * values. */
 #include "cpu/step.h"
+#include "pack/loading.h"
 
 #include "claas/err.h"
 #include "claas/mem.h"
@@ -34,6 +35,7 @@ struct loader {
     const struct claas_ops *ops;
     claas_pool_t *pool;
     const claas_model_t *source;
+    struct claas_loading *loading;
     struct cpu_arena panels, small;
 };
 
@@ -92,7 +94,9 @@ static int pack_tensor(const struct loader *loader, const struct claas_tensor *t
     if (!rows)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to load %s", tensor->name);
     task.rows = rows;
+    claas_tensor_prepare(tensor);
     claas_pool_run(loader->pool, (tensor->rows + CLAAS_LANES - 1) / CLAAS_LANES, pack_panel, &task);
+    claas_loading_add(loader->loading, tensor, tensor->rows);
     return 0;
 }
 
@@ -136,6 +140,7 @@ static int load_vector(struct loader *loader, int layer, const char *name, int c
         return claas_fail(CLAAS_ERR_FORMAT, "tensor %s: %d x %d values, %d expected", tensor->name,
                           tensor->rows, tensor->columns, count);
     claas_tensor_row(tensor, 0, out);
+    claas_loading_add(loader->loading, tensor, 1);
     return 0;
 }
 
@@ -300,7 +305,9 @@ static int load_ends(struct loader *loader)
         if (!rows)
             return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to load the embedding");
         task.rows = rows;
+        claas_tensor_prepare(embedding);
         claas_pool_run(loader->pool, c->vocab, round_embedding_row, &task);
+        claas_loading_add(loader->loading, embedding, embedding->rows);
     }
     return code < 0 ? code
                     : load_vector(loader, -1, "model.norm.weight", c->hidden, model->norm_out);
@@ -322,9 +329,10 @@ static int check_shape(const struct claas_model_config *c)
 }
 
 int claas_cpu_model_load(struct cpu_model *model, const struct claas_ops *ops, claas_pool_t *pool,
-                         const claas_model_t *source)
+                         const claas_model_t *source, struct claas_loading *loading)
 {
-    struct loader loader = {.model = model, .ops = ops, .pool = pool, .source = source};
+    struct loader loader = {
+        .model = model, .ops = ops, .pool = pool, .source = source, .loading = loading};
     int code;
 
     model->config = *claas_model_config(source);

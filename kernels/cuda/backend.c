@@ -4,6 +4,7 @@
 #include "cuda/cuda_floor.h"
 #include "cuda/pass.h"
 #include "pack/backend_common.h"
+#include "pack/loading.h"
 
 #include "claas/mem.h"
 
@@ -88,6 +89,7 @@ static int open_backend(const struct claas_backend_options *options, claas_model
                         claas_backend_t **ret)
 {
     CLAAS_AUTO(close_backend) claas_backend_t *backend = CLAAS_NEW(claas_backend_t);
+    struct claas_loading loading;
     bool f32 = false;
     int code = claas_backend_precision(options, &f32);
 
@@ -103,8 +105,9 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     backend->max_sequences =
         options->max_sequences > 0 ? options->max_sequences : options->max_tokens;
     code = cuda_context_open(f32 ? CUDA_TYPE_F32 : CUDA_TYPE_BF16, &backend->context);
+    claas_loading_begin(&loading, options, model);
     if (code >= 0)
-        code = cuda_model_load(&backend->context, model, &backend->model);
+        code = cuda_model_load(&backend->context, model, &loading, &backend->model);
     if (code >= 0)
         code = open_kv(backend, options->kv_more);
     if (code >= 0)

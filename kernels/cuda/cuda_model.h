@@ -6,6 +6,7 @@
 #include "claas/model.h"
 #include "claas/adapter.h"
 #include "cuda/context.h"
+#include "pack/loading.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -43,9 +44,10 @@ struct cuda_model {
 };
 /* Values are bf16(dequantised) as on the CPU. Rows are decoded by several threads into two pinned
  * buffers that are copied while the next one fills. A random model's are made on the device, the
- * same bits that claas_tensor_row makes. On failure `ret` holds nothing. */
+ * same bits that claas_tensor_row makes. loading: told of what has been read, or NULL. On failure
+ * `ret` holds nothing. */
 int cuda_model_load(struct cuda_context *context, const claas_model_t *source,
-                    struct cuda_model *ret);
+                    struct claas_loading *loading, struct cuda_model *ret);
 void cuda_model_done(struct cuda_context *context, struct cuda_model *model);
 
 /* --- adapters --- */

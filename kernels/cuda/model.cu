@@ -48,6 +48,7 @@ struct loader {
     struct cuda_context *context;
     struct cuda_model *model;
     const claas_model_t *source;
+    struct claas_loading *loading; /* or NULL */
     claas_pool_t *pool;
     struct cuda_arena weights, small;
     float *host_small; /* what the small arena will hold */
@@ -254,10 +255,12 @@ static int load_matrix(struct loader *loader, const struct claas_tensor *tensor,
     if (at_a_time < 1)
         return claas_fail(CLAAS_ERR_UNSUPPORTED, "tensor %s: rows of %d", tensor->name,
                           tensor->columns);
+    claas_tensor_prepare(tensor);
     for (int first = 0; first < tensor->rows && rc == 0; first += at_a_time) {
         int count = tensor->rows - first < at_a_time ? tensor->rows - first : at_a_time;
 
         rc = load_rows(loader, tensor, first, count, (uint8_t *)out + (size_t)first * row_bytes);
+        claas_loading_add(loader->loading, tensor, count);
     }
     return rc;
 }
@@ -279,6 +282,7 @@ static int load_vector(struct loader *loader, int layer, const char *name, int c
         return claas_fail(CLAAS_ERR_FORMAT, "tensor %s: %d x %d values, %d expected", tensor->name,
                           tensor->rows, tensor->columns, count);
     claas_tensor_row(tensor, 0, host_place(loader, out));
+    claas_loading_add(loader->loading, tensor, 1);
     return 0;
 }
 
@@ -483,7 +487,7 @@ static void close_loader(struct loader *loader)
 }
 
 int cuda_model_load(struct cuda_context *context, const claas_model_t *source,
-                    struct cuda_model *ret)
+                    struct claas_loading *loading, struct cuda_model *ret)
 {
     struct loader loader;
     int rc;
@@ -503,6 +507,7 @@ int cuda_model_load(struct cuda_context *context, const claas_model_t *source,
     loader.context = context;
     loader.model = ret;
     loader.source = source;
+    loader.loading = loading;
     rc = claas_pool_new(0, &loader.pool);
     if (rc == 0)
         rc = load_all(&loader);

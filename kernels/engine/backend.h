@@ -44,10 +44,12 @@ struct claas_sample {
 struct claas_backend_options {
     const char *precision; /* "bf16" or "f32" */
     int threads;
-    int kv_blocks;     /* blocks of 16 positions in the shared pool */
-    bool kv_more;      /* nobody asked for that number: it may be more, as memory allows */
-    int max_tokens;    /* most tokens of one forward pack */
-    int max_sequences; /* most segments of one; 0 = max_tokens */
+    int kv_blocks;             /* blocks of 16 positions in the shared pool */
+    bool kv_more;              /* nobody asked for that number: it may be more, as memory allows */
+    int max_tokens;            /* most tokens of one forward pack */
+    int max_sequences;         /* most segments of one; 0 = max_tokens */
+    claas_loading_fn *loading; /* may be NULL */
+    void *loading_arg;
 };
 
 /* A training row as the back-end sees it: claas_train_row with its adapters resolved. */

@@ -192,6 +192,8 @@ static int open_backend(claas_device_t *device)
         .kv_more = tokens == 0,
         .max_tokens = device->options.max_batch + device->options.prefill_chunk,
         .max_sequences = device->options.max_batch,
+        .loading = device->options.loading,
+        .loading_arg = device->options.loading_arg,
     };
     size_t batch = (size_t)device->options.max_batch;
     int rc;

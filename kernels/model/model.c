@@ -117,6 +117,15 @@ const struct claas_model_config *claas_model_config(const claas_model_t *model)
     return &model->config;
 }
 
+uint64_t claas_model_weight_bytes(const claas_model_t *model)
+{
+    uint64_t bytes = 0;
+
+    for (size_t i = 0; i < model->tensor_count; i++)
+        bytes += model->tensors[i].data ? model->tensors[i].bytes : 0;
+    return bytes;
+}
+
 const char *claas_model_name(const claas_model_t *model)
 {
     return model->name;

@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #include "claas/err.h"
 #include "claas/mem.h"
 #include "claas/random.h"
@@ -306,4 +308,13 @@ void claas_tensor_row(const struct claas_tensor *tensor, int row, float *out)
                     (size_t)claas_type_block_bytes(tensor->type);
     claas_dequantize(tensor->type, tensor->data + (size_t)stored * stride, (size_t)tensor->columns,
                      out);
+}
+
+void claas_tensor_prepare(const struct claas_tensor *tensor)
+{
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)tensor->data;
+    const uintptr_t first = start / page * page;
+
+    if (tensor->data) /* without it pages come one after the other, as they are touched */
+        (void)posix_madvise((void *)first, start - first + tensor->bytes, POSIX_MADV_WILLNEED);
 }

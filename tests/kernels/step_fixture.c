@@ -27,7 +27,7 @@ int step_check(int code, const char *file, int line)
 }
 
 /* CLAAS_TEST_BACKEND=cuda runs the tests on the GPU. */
-static const struct claas_backend_ops *chosen_backend(void)
+const struct claas_backend_ops *step_backend(void)
 {
 #ifdef CLAAS_CUDA
     const char *name = getenv("CLAAS_TEST_BACKEND");
@@ -51,7 +51,7 @@ void step_open(struct step_fixture *f, const char *path, const char *precision, 
         (void)setenv("CLAAS_CPU", cpu, 1);
     else
         (void)unsetenv("CLAAS_CPU");
-    *f = (struct step_fixture){.ops = chosen_backend()};
+    *f = (struct step_fixture){.ops = step_backend()};
     CHECK(claas_model_open(&options, &f->model));
     f->config = claas_model_config(f->model);
     CHECK(f->ops->open(&backend, f->model, &f->backend));

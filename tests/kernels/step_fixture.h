@@ -14,6 +14,8 @@ struct step_fixture {
     const struct claas_backend_ops *ops;
     claas_backend_t *backend;
 };
+/* The CPU's, or what CLAAS_TEST_BACKEND names. */
+const struct claas_backend_ops *step_backend(void);
 /* `cpu`: value of CLAAS_CPU, NULL for the fastest table. */
 void step_open(struct step_fixture *f, const char *path, const char *precision, int threads,
                const char *cpu);

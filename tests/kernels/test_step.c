@@ -301,6 +301,46 @@ static void the_embedded_model_agrees(void **state)
     close_bits(&b);
 }
 
+struct told {
+    uint64_t done, total;
+    int calls;
+};
+
+static void hear(void *arg, uint64_t done, uint64_t total)
+{
+    struct told *told = arg;
+
+    assert_int_equal(done == 0, told->calls == 0);
+    assert_true(done >= told->done && done <= total);
+    *told = (struct told){done, total, told->calls + 1};
+}
+
+static void open_and_hear(const char *path, struct told *told)
+{
+    struct claas_model_options of_model = {.path = path, .chat_template = "chatml"};
+    struct claas_backend_options options = {
+        .threads = 2, .kv_blocks = 4, .max_tokens = 16, .loading = hear, .loading_arg = told};
+    claas_model_t *model = NULL;
+    claas_backend_t *backend = NULL;
+
+    assert_int_equal(claas_model_open(&of_model, &model), 0);
+    assert_int_equal(step_backend()->open(&options, model, &backend), 0);
+    assert_true(told->total == claas_model_weight_bytes(model));
+    step_backend()->free(&backend);
+    claas_model_free(&model);
+}
+
+/* Every byte of a file counts once; a random model has none. */
+static void loading_is_heard_of(void **state)
+{
+    struct told told = {0};
+
+    open_and_hear("random:tiny-llama", &told);
+    assert_int_equal(told.calls, 0);
+    open_and_hear(quantised_path, &told);
+    assert_true(told.calls > 10 && told.done == told.total);
+}
+
 static void a_new_adapter_is_the_base_model(void **state)
 {
     for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
@@ -499,6 +539,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(decode_prefill_and_training_agree),
         cmocka_unit_test(the_embedded_model_agrees),
+        cmocka_unit_test(loading_is_heard_of),
         cmocka_unit_test(a_new_adapter_is_the_base_model),
         cmocka_unit_test(runs_and_thread_counts_agree),
         cmocka_unit_test(together_is_alone),

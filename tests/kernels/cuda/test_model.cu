@@ -172,7 +172,7 @@ static void test_load(enum cuda_type act, const char *path, int layer_stride, in
     if (source) {
         before = context.bytes;
         start = now_ms();
-        rc = cuda_model_load(&context, source, &model);
+        rc = cuda_model_load(&context, source, NULL, &model);
         check_rc(rc, "cuda_model_load");
         if (rc == 0) {
             bytes = model.region.bytes;
@@ -464,7 +464,7 @@ static void test_adapters(enum cuda_type act, const char *path)
     check_open(act, &context);
     check_begin("adapters %s %s", check_name(act), path);
     source = open_model(path);
-    rc = cuda_model_load(&context, source, &model);
+    rc = cuda_model_load(&context, source, NULL, &model);
     check_rc(rc, "cuda_model_load");
     for (int rank : ranks)
         for (unsigned modules : subsets) {
@@ -523,7 +523,7 @@ static void time_adapter(void)
     check_open(CUDA_TYPE_BF16, &context);
     check_begin("adapter timing");
     source = open_model("random:qwen3-8b");
-    check_rc(cuda_model_load(&context, source, &model), "cuda_model_load");
+    check_rc(cuda_model_load(&context, source, NULL, &model), "cuda_model_load");
     image = random_image(&model.config, 32, CLAAS_MODULE_ALL, false);
     count = claas_lora_parameter_count(&model.config, &image.lora);
     check_rc(cuda_adapter_new(&context, &model, &image.lora, true, &adapter), "cuda_adapter_new");
