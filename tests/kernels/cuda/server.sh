@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole server on this machine, from what server-bundle made: the loop, the learning checks, chat beside learning, feedback
-# to served version, kill -9, and memory that ends in the middle. Each part ends within 2.5 minutes and leaves its lines.
+# to served version, kill -9 (four servers side by side), memory that ends in the middle, and reading a model's shards (7 GB are
+# written, and removed). Each part ends within 2.5 minutes and leaves its lines.
 #   server.sh [--device cuda|cpu] [--kills N] [--share X] [PART]...
-# PART: loop learn learn3 gap tenants kill9 memory (all of them by default). --kills: at most so many, as the time
+# PART: loop learn learn3 gap tenants kill9 memory load (all of them by default). --kills: at most so many, as the time
 # allows; --share: see out_of_memory.py. Logs of failed parts are printed. The last line is `N passed, N failed`.
 set -euo pipefail
 
@@ -12,12 +13,12 @@ while [ $# -gt 0 ]; do
     --device) device=$2 && shift ;;
     --kills) kills=$2 && shift ;;
     --share) share=$2 && shift ;;
-    -*) sed -n '2,6s/^# //p' "$0"; exit 64 ;;
+    -*) sed -n '2,7s/^# //p' "$0"; exit 64 ;;
     *) break ;;
     esac
     shift
 done
-[ $# -gt 0 ] || set -- loop learn learn3 gap tenants kill9 memory
+[ $# -gt 0 ] || set -- loop learn learn3 gap tenants kill9 memory load
 here=$(cd "$(dirname "$0")" && pwd)
 work=${TMPDIR:-/tmp}/claas-server-$(id -u)
 mkdir -p "$work"
@@ -57,6 +58,18 @@ on=(--claas "$claas" --model "$model" --set "device.name=$device")
 # Kills, and ends of memory, are about the server, not about what is learnt: few short steps.
 short=(--set cycle.steps=2 --set cycle.rows=4 --set cycle.max_tokens=8)
 
+# A server's life is short, so four at a time have a quarter of the kills each, and a part of the card.
+run_kill9() {
+    local seed pids=() status=0
+    for seed in 1 2 3 4; do
+        python3 "$tests/fault/kill9.py" "${on[@]}" "${short[@]}" --set device.kv_tokens=16384 --kills $((kills / 4)) --seconds 100 \
+            --longest 2 --seed $seed &
+        pids+=($!)
+    done
+    for seed in "${pids[@]}"; do wait "$seed" || status=1; done
+    return $status
+}
+
 run_part() {
     case $1 in
     loop) "$here/tools/quickstart" --once --device "$device" --claas "$claas" --model "$model" ;;
@@ -64,12 +77,13 @@ run_part() {
     learn3) python3 "$tests/e2e/learning.py" "${on[@]}" --seeds 1,2,3 ;;
     gap) python3 "$tests/bench/chat_gap.py" "${on[@]}" --streams 8 --feedbacks 4 --worst-gap 100 --most-memory 0 --json - ;;
     tenants) python3 "$tests/bench/tenants.py" "${on[@]}" --tenants 1,8 --rounds 2 ;;
-    kill9) python3 "$tests/fault/kill9.py" "${on[@]}" "${short[@]}" --kills "$kills" --seconds 90 --longest 3 ;;
+    kill9) run_kill9 ;;
     memory) python3 "$tests/fault/out_of_memory.py" --claas "$claas" --model "$model" --device "$device" --share "$share" ;;
+    load) python3 "$tests/bench/load_rate.py" --claas "$claas" --layers 12 --rounds 2 --set "device.name=$device" ;;
     *) echo "server.sh: no part $1" >&2; return 64 ;;
     esac
 }
-export -f run_part
+export -f run_part run_kill9
 export here tests claas model device share kills
 
 passed=0 failed=0
