@@ -20,8 +20,10 @@
  *   A warp's 16 keys are a block of the pool, which it copies itself, and its tiles are one
  *   sequence, whatever part they are of: while it works on one, the next is on its way, and the one
  *   behind that is asked for as soon as this one's place is free. So the memory has something to do
- *   while warps are joined and stored, and a barrier is met twice a part, not at every tile. What
- *   the warps leave for the join lies in their places of the part's last tile, which are as large.
+ *   while warps are joined and stored, and a barrier is met twice a part (three times where rows are
+ *   finished), not at every tile. What the warps leave for the join lies in their places of the
+ *   part's last tile, which are as large. Nor does a tile that has arrived wait for the address of
+ *   the next: a block looks its runs up 32 items at once, and block numbers a tile ahead.
  *
  *   In decoding of few rows (cuda_attention.finish) it also does what qkv_finish would: each block
  *   normalises and rotates its queries, and the one whose part holds the row's own position makes
@@ -229,13 +231,29 @@ static __global__ __launch_bounds__(ATTN_THREADS, 2) void attend(const struct at
 
 /* --- parts of keys --- */
 
-/* Part `index` of the `parts` of a run, for one kv head: what a block does at a time. */
+/* A part of a run's keys, for one kv head: what a block does at a time. */
 struct part {
-    int item; /* in the order of the walk; args.items or more: there is none */
-    struct cuda_attn_run run;
-    int g, index, parts;
+    int first, count, pos, table; /* the run's; count 0: there is no part */
+    int g;
     int from, last; /* positions of its keys */
     int slot;       /* of its row 0 in part_out and part_stats */
+};
+
+/* It has the run's last key, and all of them. */
+static __device__ __forceinline__ bool part_ends(const struct part &part)
+{
+    return part.last == part.pos + part.count - 1;
+}
+static __device__ __forceinline__ bool part_is_all(const struct part &part)
+{
+    return part.from == 0 && part_ends(part);
+}
+
+/* The parts that there are of the block's next 32 items, in their order. */
+struct part_list {
+    struct part parts[32];
+    int blocks[ATTN_WARPS][32]; /* the number that each warp's share of the first tile has */
+    int count, next; /* of parts; the item behind those that were looked up */
 };
 
 /* A block's shared memory. */
@@ -244,6 +262,7 @@ template <int D> struct part_shared {
     bf16 q[2][PART_ROWS * D];         /* parts by turns; rows finished here: q[0] */
     float2 stats[ATTN_WARPS][PART_ROWS];
     bf16 own[2 * D]; /* of a row finished here: key, value */
+    struct part_list list;
 };
 
 static __device__ __forceinline__ int part_slot(const struct attend_args &args, int run, int g,
@@ -252,63 +271,103 @@ static __device__ __forceinline__ int part_slot(const struct attend_args &args, 
     return ((run * args.a.kv_heads + g) * args.parts_max + part) * args.part_rows + row;
 }
 
-/* Row r of a run and kv head has its result. */
-static __device__ __forceinline__ size_t row_head(const struct attend_args &args,
-                                                  const struct cuda_attn_run &run, int g, int r)
+/* Row r of kv head g of a run that begins at row `first` has its result. */
+static __device__ __forceinline__ size_t row_head(const struct attend_args &args, int first, int g,
+                                                  int r)
 {
-    return (size_t)(run.first + r / args.group) * args.a.heads + g * args.group + r % args.group;
+    return (size_t)(first + r / args.group) * args.a.heads + g * args.group + r % args.group;
 }
 
-/* The first part that there is, of this block's items from `item` on. */
-static __device__ __forceinline__ struct part find_part(const struct attend_args &args, int item)
+/* The number of the block of the pool that is this warp's share of the tile at position `key`; of one
+ * that there is if the share is beyond the part. */
+static __device__ __forceinline__ int block_number(const struct attend_args &args,
+                                                   const struct part &part, int key)
 {
-    struct part part = {};
+    const int row = (int)threadIdx.x / 32 * CUDA_KV_BLOCK;
 
-    for (; item < args.items; item += (int)gridDim.x) {
-        const int rest = (uint32_t)item / (uint32_t)args.a.kv_heads;
-        const int index = (uint32_t)rest / (uint32_t)args.a.run_count;
-        const int run_index = rest - index * args.a.run_count;
+    return args.a.tables[part.table + min(key + row, part.last) / CUDA_KV_BLOCK];
+}
 
-        part.run = args.a.runs[run_index];
-        part.parts = parts_of(args, part.run);
-        part.index = index;
-        if (index < part.parts) {
-            const int end = part.run.pos + part.run.count, shift = part_shift(end);
+/* The part that an item below args.items is; count 0: its run has no such part. */
+static __device__ __forceinline__ struct part part_of(const struct attend_args &args, int item)
+{
+    const int rest = (uint32_t)item / (uint32_t)args.a.kv_heads;
+    const int index = (uint32_t)rest / (uint32_t)args.a.run_count;
+    const int run_index = rest - index * args.a.run_count;
+    const struct cuda_attn_run run = args.a.runs[run_index];
+    const int end = run.pos + run.count, shift = part_shift(end);
+    struct part part;
 
-            part.g = item - rest * args.a.kv_heads;
-            part.from = index << shift;
-            part.last = min(part.from + (1 << shift), end) - 1;
-            part.slot = part_slot(args, run_index, part.g, index, 0);
-            break;
-        }
-    }
-    part.item = item;
+    part.first = run.first;
+    part.pos = run.pos;
+    part.table = run.table;
+    part.g = item - rest * args.a.kv_heads;
+    part.from = index << shift;
+    part.last = min(part.from + (1 << shift), end) - 1;
+    part.slot = part_slot(args, run_index, part.g, index, 0);
+    /* A row is in the pass: no question, but by it nothing of the run is still on its way when the
+     * answer is there, for which tiles that are multiplied later would wait. */
+    part.count = 0;
+    if (attn_in_parts(args.a, args.group, run) && part.from < end && run.first < args.a.m)
+        part.count = run.count;
     return part;
+}
+
+/* Looks up the block's items from `item` on, 32 at a time until there is a part: each lane one. So
+ * all runs come in one round trip to memory, all block numbers in another, and a part's first tile
+ * can be asked for without either. The warps agree; a barrier must stand before and behind. */
+static __device__ __forceinline__ void list_parts(const struct attend_args &args, int item,
+                                                  struct part_list &list)
+{
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int step = (int)gridDim.x;
+    struct part part;
+    uint32_t there = 0;
+    int place = 0;
+
+    do {
+        const int mine = item + lane * step;
+
+        part = part_of(args, min(mine, args.items - 1));
+        there = __ballot_sync(0xffffffffu, mine < args.items && part.count > 0);
+        item += 32 * step;
+    } while (there == 0 && item < args.items);
+    place = __popc(there & ((1u << lane) - 1));
+    if (there >> lane & 1) {
+        list.blocks[warp][place] = block_number(args, part, part.from);
+        if (warp == 0)
+            list.parts[place] = part;
+    }
+    if (threadIdx.x == 0) {
+        list.count = __popc(there);
+        list.next = item;
+    }
 }
 
 /* --- tiles, as they are asked for --- */
 
-/* Starts the copy of this warp's 16 keys and values of the tile at position `key`: a block of the
- * pool, that is as it lies there. Zeros beyond position `stored`. */
+/* Starts the copy of this warp's 16 keys and values of the tile at position `key`: block `number` of
+ * the pool, as it lies there. Zeros beyond position `stored`. */
 template <int D>
-static __device__ __forceinline__ void load_own_keys(const struct attend_args &args,
-                                                     const struct part &part, int key, int stored,
+static __device__ __forceinline__ void load_own_keys(const struct attend_args &args, int g, int key,
+                                                     int number, int stored,
                                                      bf16 (&stage)[2][ATTN_KEYS * D])
 {
     static_assert(ATTN_KEYS / ATTN_WARPS == CUDA_KV_BLOCK, "a warp copies a block of the pool");
     static_assert(PART_ROWS == CUDA_KV_BLOCK, "and leaves as many rows in its place");
     constexpr int chunks = D / 8, rows = 32 / chunks;
-    const struct attn_keys<bf16> keys = attn_keys_of<bf16>(args.a, part.run, part.g);
     const int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * CUDA_KV_BLOCK;
-    const size_t at = attn_paged_key_at(keys, min(key + row, part.last)) + (size_t)(lane * 8);
+    const size_t head = (size_t)number * (size_t)(2 * args.a.kv_heads) + (size_t)g;
+    const bf16 *k = (const bf16 *)args.a.kv + head * (CUDA_KV_BLOCK * D) + lane * 8;
+    const bf16 *v = k + (size_t)args.a.kv_heads * (CUDA_KV_BLOCK * D);
 
 #pragma unroll
     for (int i = 0; i < CUDA_KV_BLOCK / rows; i++) {
         const int r = row + lane / chunks + i * rows, to = place<D>(r, lane % chunks);
         const bool valid = key + r <= stored;
 
-        copy_16(stage[0] + to, keys.k + at + (size_t)(i * rows * D), valid);
-        copy_16(stage[1] + to, keys.v + at + (size_t)(i * rows * D), valid);
+        copy_16(stage[0] + to, k + i * rows * D, valid);
+        copy_16(stage[1] + to, v + i * rows * D, valid);
     }
 }
 
@@ -342,38 +401,74 @@ static __device__ __forceinline__ void load_part_queries(const struct attend_arg
                                                          const struct query_pieces<D> &mine, bf16 *q)
 {
     const int row = (int)threadIdx.x / mine.chunks, chunk = (int)threadIdx.x % mine.chunks;
-    const bf16 *from = (const bf16 *)args.a.qkv + (size_t)part.run.first * (size_t)args.a.ldqkv +
+    const bf16 *from = (const bf16 *)args.a.qkv + (size_t)part.first * (size_t)args.a.ldqkv +
                        (size_t)(part.g * args.group) * D;
 
 #pragma unroll
     for (int i = 0; i < mine.count; i++) {
         const int r = row + i * mine.rows;
-        const bool valid = r < part.run.count * args.group;
+        const bool valid = r < part.count * args.group;
 
         copy_16(q + place<D>(r, chunk), from + (valid ? mine.at[i] : 0), valid);
     }
 }
 
-/* The next tile to ask for: of `part` from position `key` on, or the first of the part after it. */
+/* The next tile to ask for: of `part` from position `key` on, or, behind its last, the first of the
+ * list's next part. */
 template <int D> struct walk {
     struct part part;
     int key;
+    int number; /* of the warp's block of the tile, if it is of `part`: read a tile before it is used */
+    int place;  /* in the list, of the part behind this one */
     bool first; /* nothing has been multiplied yet */
     struct query_pieces<D> mine;
 };
 
+/* To the list's next part, if there is one. */
+template <int D>
+static __device__ __forceinline__ void next_part(struct walk<D> &walk, const struct part_list &list)
+{
+    if (walk.place < list.count) {
+        walk.part = list.parts[walk.place];
+        walk.number = list.blocks[threadIdx.x / 32][walk.place++];
+    } else {
+        walk.part.count = 0;
+    }
+    walk.key = walk.part.from;
+}
+
+/* Lists what is behind the list, if that has been walked through. All warps come here and see the
+ * same. */
+template <int D>
+static __device__ __forceinline__ void list_more(const struct attend_args &args,
+                                                 struct walk<D> &walk, struct part_list &list)
+{
+    const int next = list.next; /* before another warp writes it */
+
+    if (walk.place < list.count || next >= args.items)
+        return;
+    __syncthreads();
+    list_parts(args, next, list);
+    walk.place = 0;
+    __syncthreads();
+}
+
 /* Asks for the warp's share of the next tile: a group of copies, of none if there is no part left.
- * OWN: what a part with the row's own position has of it is not in the pool. */
+ * OWN: what a part with the row's own position has of it is not in the pool. The number that the
+ * tile behind it needs is asked for, too, and nobody waits for it before that tile's turn. */
 template <int D, bool OWN>
 static __device__ __forceinline__ void ask_tile(const struct attend_args &args, struct walk<D> &walk,
                                                 bf16 (&stage)[2][ATTN_KEYS * D])
 {
     const struct part &part = walk.part;
 
-    if (part.item < args.items)
-        load_own_keys<D>(args, part, walk.key,
-                         OWN && part.index == part.parts - 1 ? part.last - 1 : part.last, stage);
-    walk.key += ATTN_KEYS;
+    if (part.count > 0) {
+        load_own_keys<D>(args, part.g, walk.key, walk.number,
+                         OWN && part_ends(part) ? part.last - 1 : part.last, stage);
+        walk.key += ATTN_KEYS;
+        if (walk.key <= part.last)
+            walk.number = block_number(args, part, walk.key);
+    }
     copies_commit();
 }
 
@@ -381,12 +476,12 @@ static __device__ __forceinline__ void ask_tile(const struct attend_args &args, 
  * which the part before the last does not need any more. The stage is nobody's. */
 template <int D, bool OWN>
 static __device__ __forceinline__ void ask(const struct attend_args &args, struct walk<D> &walk,
+                                           struct part_shared<D> &shared,
                                            bf16 (&stage)[2][ATTN_KEYS * D], bf16 *q)
 {
     if (walk.key > walk.part.last) {
-        walk.part = find_part(args, walk.part.item + (int)gridDim.x);
-        walk.key = walk.part.from;
-        if (!OWN && walk.part.item < args.items)
+        next_part(walk, shared.list);
+        if (!OWN && walk.part.count > 0)
             load_part_queries<D>(args, walk.part, walk.mine, q);
     }
     copies_commit();
@@ -441,7 +536,7 @@ join_warps(const struct attend_args &args, const struct part &part,
 {
     constexpr int chunks = D / 4;
 
-    for (int i = (int)threadIdx.x; i < part.run.count * args.group * chunks; i += ATTN_THREADS) {
+    for (int i = (int)threadIdx.x; i < part.count * args.group * chunks; i += ATTN_THREADS) {
         const int r = i / chunks, chunk = i % chunks;
         float max = -INFINITY, seen = 0, sum = 0;
         float4 value = {};
@@ -460,8 +555,8 @@ join_warps(const struct attend_args &args, const struct part &part,
             value.z = fmaf(weight, out.z, value.z);
             value.w = fmaf(weight, out.w, value.w);
         }
-        if (part.parts == 1) {
-            const size_t at = row_head(args, part.run, part.g, r);
+        if (part_is_all(part)) {
+            const size_t at = row_head(args, part.first, part.g, r);
             const float one = 1.0f / sum;
 
             *(uint2 *)((bf16 *)args.a.out + at * D + 4 * chunk) = make_uint2(
@@ -483,16 +578,16 @@ join_warps(const struct attend_args &args, const struct part &part,
  * multiplied by, and where they go, does not change during the pass and is read before launch_wait. */
 template <int D>
 static __device__ __forceinline__ void finish_row(const struct attend_args &args,
-                                                  const struct cuda_attn_run &run, int g, bool key,
-                                                  bf16 *q, bf16 *own)
+                                                  const struct part &part, bf16 *q, bf16 *own)
 {
     constexpr int lanes = D / 16, at_once = ATTN_THREADS / lanes, chunks = D / 8;
     const struct cuda_qkv &a = args.finish;
+    const bool key = part_ends(part);
     const int heads = args.group + (key ? 2 : 0);
     struct kv_slot slot = {};
 
     if (key)
-        slot = find_slot(a, run.first);
+        slot = find_slot(a, part.first);
     for (int i = (int)threadIdx.x; i < (PART_ROWS - args.group) * chunks; i += ATTN_THREADS)
         *(uint4 *)(q + place<D>(args.group + i / chunks, i % chunks)) = make_uint4(0, 0, 0, 0);
     for (int first = 0; first < heads; first += at_once) { /* warps whole, for read_head */
@@ -501,14 +596,14 @@ static __device__ __forceinline__ void finish_row(const struct attend_args &args
         struct head_turn turn = {};
         struct head_place at = {};
 
-        at.row = run.first;
+        at.row = part.first;
         at.at = chunk * CHUNK;
         at.q = i < args.group;
         at.k = i == args.group;
         at.here = i < heads;
-        at.head = at.q ? g * args.group + i : a.heads + (at.k ? 0 : a.kv_heads) + g;
+        at.head = at.q ? part.g * args.group + i : a.heads + (at.k ? 0 : a.kv_heads) + part.g;
         if (at.here && (at.q || at.k))
-            load_turn(a, at, run.pos, turn);
+            load_turn(a, at, part.pos, turn);
         launch_wait();
         rstd = read_head<bf16>(a, at, lanes, low, high);
         if (at.here && (at.q || at.k))
@@ -551,14 +646,14 @@ static __device__ __forceinline__ void begin_walk(const struct attend_args &args
 {
     const struct part &part = walk.part;
     const bool older =
-        args.a.apart && min(part.from + ATTN_KEYS - 1, part.last) < part.run.pos;
+        args.a.apart && min(part.from + ATTN_KEYS - 1, part.last) < part.pos;
 
     if (!FINISH && !older)
         launch_wait();
     ask_tile<D, FINISH>(args, walk, shared.stages[0]);
     if (!FINISH) {
         launch_wait();
-        if (part.item < args.items)
+        if (part.count > 0)
             load_part_queries<D>(args, part, walk.mine, shared.q[0]);
     }
     copies_commit();
@@ -572,8 +667,7 @@ static __device__ __forceinline__ void begin_part(const struct attend_args &args
                                                   struct part_shared<D> &shared)
 {
     if (FINISH)
-        finish_row<D>(args, part.run, part.g, part.index == part.parts - 1, shared.q[0],
-                      shared.own);
+        finish_row<D>(args, part, shared.q[0], shared.own);
     else if (first)
         copies_wait_but<2>();
     if (FINISH || first)
@@ -585,31 +679,34 @@ static __device__ __forceinline__ void begin_part(const struct attend_args &args
 template <int D, bool FINISH>
 static __device__ __forceinline__ int
 attend_tiles(const struct attend_args &args, const struct part &part, struct walk<D> &walk, int turn,
-             int stage, struct part_shared<D> &shared, struct attend_state<D, 1> &state)
+             int stage, struct part_shared<D> &shared)
 {
     const int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * CUDA_KV_BLOCK;
+    struct attend_state<D, 1> state;
     int position[1][2];
 
-    attend_begin(state);
-    position[0][0] = position[0][1] = part.run.pos;
-    if (part.run.count > 1)
+    position[0][0] = position[0][1] = part.pos;
+    if (part.count > 1)
         for (int half = 0; half < 2; half++)
-            position[0][half] += min((lane / 4 + 8 * half) / args.group, part.run.count - 1);
+            position[0][half] += min((lane / 4 + 8 * half) / args.group, part.count - 1);
     for (int key = part.from; key <= part.last; key += ATTN_KEYS, stage ^= 1) {
         bf16(&tile)[2][ATTN_KEYS * D] = shared.stages[stage];
 
         __syncwarp(); /* the tile before this one has been read by all lanes */
-        ask<D, FINISH>(args, walk, shared.stages[stage ^ 1], shared.q[turn ^ 1]);
-        if (key == part.from)
+        ask<D, FINISH>(args, walk, shared, shared.stages[stage ^ 1], shared.q[turn ^ 1]);
+        if (key == part.from) {
             begin_part<D, FINISH>(args, part, walk.first, shared);
+            attend_begin(state); /* here, so that its registers are free before */
+        }
         walk.first = false;
         copies_wait_but<2>(); /* what was asked for last is of the next tile */
         __syncwarp();
-        if (FINISH && part.index == part.parts - 1 && part.last - key < ATTN_KEYS)
+        if (FINISH && part_ends(part) && part.last - key < ATTN_KEYS)
             place_own<D>(tile, part.last - key, shared.own);
         attend_tile<D, 1, 2>(state, shared.q[turn], 0, tile[0], tile[1], row, key + row, position,
                              true, args.scale2);
     }
+    leave_rows<D>(state, part.count * args.group, shared.stages[stage ^ 1][0], shared.stats);
     return stage ^ 1;
 }
 
@@ -620,21 +717,21 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
 {
     extern __shared__ __align__(128) unsigned char memory[];
     struct part_shared<D> &shared = *(struct part_shared<D> *)memory;
-    struct attend_state<D, 1> state;
-    struct walk<D> walk;
+    struct walk<D> walk = {};
     struct part part;
     int turn = 0, stage = 0; /* of the part's queries, of its next tile */
 
     launch_next();
-    part = find_part(args, (int)blockIdx.x);
-    walk.part = part;
-    walk.key = part.from;
+    list_parts(args, (int)blockIdx.x, shared.list);
+    __syncthreads();
     walk.first = true;
     walk.mine = find_pieces<D>(args);
+    next_part(walk, shared.list);
+    part = walk.part;
     begin_walk<D, FINISH>(args, walk, shared);
-    while (part.item < args.items) {
-        stage = attend_tiles<D, FINISH>(args, part, walk, turn, stage, shared, state);
-        leave_rows<D>(state, part.run.count * args.group, shared.stages[stage][0], shared.stats);
+    while (part.count > 0) {
+        list_more(args, walk, shared.list);
+        stage = attend_tiles<D, FINISH>(args, part, walk, turn, stage, shared);
         __syncthreads();
         join_warps<D>(args, part, shared.stages[stage][0], shared.stats);
         copies_wait_but<1>(); /* all but the next tile */
@@ -711,10 +808,10 @@ static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct a
         }
     }
     if (args.a.lse && lane == 0)
-        args.a.lse[row_head(args, run, g, r)] = max * args.a.scale + logf(sum);
+        args.a.lse[row_head(args, run.first, g, r)] = max * args.a.scale + logf(sum);
     sum = 1.0f / sum;
     for (int j = 0; j < n; j += 2)
-        *(uint32_t *)((bf16 *)args.a.out + row_head(args, run, g, r) * D + n * lane + j) =
+        *(uint32_t *)((bf16 *)args.a.out + row_head(args, run.first, g, r) * D + n * lane + j) =
             pack_pair(value[j] * sum, value[j + 1] * sum);
 }
 
