@@ -52,8 +52,8 @@ struct cuda_attention {
     void *scratch;
     size_t scratch_bytes;
     /* decoding, or NULL: cuda_qkv_finish has not been called for this pass's rows and is done here,
-     * but for q|k|v itself, which keeps what the product left. Each run is one row, and reads no
-     * block that another row of the pass writes. */
+     * but for q|k|v itself, which keeps what the product left. Each run is one row, and `apart`
+     * holds. */
     const struct cuda_qkv *finish;
 };
 /* Whether cuda_attention should be given rows to finish (not with CLAAS_CUDA_FUSE=0). It refuses

@@ -762,6 +762,20 @@ load_joined(const struct attend_args &args, struct columns<N> (&to)[JOIN_AT_ONCE
             to[i] = from[(size_t)(slot + (part + i) * args.part_rows) * 32];
 }
 
+/* A lane's columns of a row, times `factor`. */
+template <int N>
+static __device__ __forceinline__ void store_joined(const float (&value)[N], float factor, bf16 *to)
+{
+    const uint32_t first = pack_pair(value[0] * factor, value[1] * factor);
+
+    static_assert(N == 2 || N == 4, "heads of 64 or 128");
+    if (N == 4)
+        *(uint2 *)to =
+            make_uint2(first, pack_pair(value[N - 2] * factor, value[N - 1] * factor));
+    else
+        *(uint32_t *)to = first;
+}
+
 /* All values of up to JOIN_AT_ONCE parts are asked for at once, and before the maxima and sums that
  * they are weighed by have come. */
 template <int D>
@@ -810,9 +824,7 @@ static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct a
     if (args.a.lse && lane == 0)
         args.a.lse[row_head(args, run.first, g, r)] = max * args.a.scale + logf(sum);
     sum = 1.0f / sum;
-    for (int j = 0; j < n; j += 2)
-        *(uint32_t *)((bf16 *)args.a.out + row_head(args, run.first, g, r) * D + n * lane + j) =
-            pack_pair(value[j] * sum, value[j + 1] * sum);
+    store_joined(value, sum, (bf16 *)args.a.out + row_head(args, run.first, g, r) * D + n * lane);
 }
 
 /* --- host --- */
@@ -882,18 +894,38 @@ static int launch_windows(struct cuda_context *context, const struct attend_args
     return launch(context, "attention", attend<D, MT>, grid, dim3(ATTN_THREADS), bytes, args);
 }
 
+/* Asks once how many blocks of attend_part a multiprocessor holds: three on sm_90, fewer where it has
+ * less shared memory. */
+template <typename K>
+static int find_held(struct cuda_context *context, K kernel, size_t bytes, int *held)
+{
+    int blocks = 0, err = 0;
+
+    if (*held > 0)
+        return 0;
+    err = cuda_check(
+        context,
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, ATTN_THREADS, bytes),
+        "room for attention");
+    *held = err < 0 ? 0 : blocks > 1 ? blocks : 1;
+    return err;
+}
+
 template <int D, bool FINISH>
 static int launch_parts(struct cuda_context *context, const struct attend_args &args)
 {
     static bool ready = false;
+    static int held = 0;
     const size_t bytes = sizeof(struct part_shared<D>);
-    const int resident = 3 * context->multiprocessors;
-    const int grid = args.items < resident ? args.items : resident;
     const int rows = args.a.run_count * args.a.kv_heads * args.part_rows;
-    int err = allow_shared(context, attend_part<D, FINISH>, bytes, &ready);
+    int err = allow_shared(context, attend_part<D, FINISH>, bytes, &ready), grid = 0;
 
+    if (err == 0)
+        err = find_held(context, attend_part<D, FINISH>, bytes, &held);
     if (err < 0)
         return err;
+    grid = held * context->multiprocessors;
+    grid = args.items < grid ? args.items : grid;
     err = launch(context, "attention in parts", attend_part<D, FINISH>, dim3((unsigned)grid),
                  dim3(ATTN_THREADS), bytes, args);
     if (err < 0 || args.parts_max == 1)
@@ -938,6 +970,8 @@ static int place_parts(struct attend_args *args)
     if (need > (a->scratch ? a->scratch_bytes : 0))
         return claas_fail(CLAAS_ERR_INTERNAL, "attention: %zu bytes of scratch, %zu are needed",
                           a->scratch ? a->scratch_bytes : (size_t)0, need);
+    if (need > 0 && !aligned16(a->scratch))
+        return claas_fail(CLAAS_ERR_INTERNAL, "attention: scratch is not aligned to 16 bytes");
     args->part_out = (float *)a->scratch; /* first: what is longest is aligned best */
     args->part_stats = (float2 *)(args->part_out + (size_t)args->items * (size_t)args->part_rows *
                                                        (size_t)a->head_dim);
@@ -954,12 +988,13 @@ int attn_check(const struct cuda_attention *a)
     return 0;
 }
 
-/* Runs of one row, as many as there are rows, all of them in parts; whole pieces of 16 bytes. */
+/* Runs of one row, as many as there are rows, all of them in parts, whose older keys may be read
+ * before launch_wait, as those of rows finished here are; whole pieces of 16 bytes. */
 static bool can_finish(const struct cuda_context *context, const struct cuda_attention *a)
 {
     const struct cuda_qkv *finish = a->finish;
 
-    return attn_tiled(context, a) && a->kv && a->longest == 1 && a->m == a->run_count &&
+    return attn_tiled(context, a) && a->kv && a->apart && a->longest == 1 && a->m == a->run_count &&
            a->m <= FINISH_ROWS && a->heads / a->kv_heads <= PART_ROWS && a->kv == finish->kv &&
            a->qkv == finish->qkv && !finish->raw && !finish->rstd_q && !finish->rstd_k &&
            a->ldqkv == (a->heads + 2 * a->kv_heads) * a->head_dim && aligned16(finish->bias) &&

@@ -682,8 +682,16 @@ static void test_refusals(cuda_context *context)
     finish.kv = (void *)4096;
     args.finish = &finish;
     args.m = args.run_count = 8;
+    if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL ||
+        cuda_attention_finishes(context, &args))
+        check_fail("rows to be finished that are not apart");
+    args.apart = true;
     if (!cuda_attention_finishes(context, &args))
         check_fail("8 rows are not finished");
+    args.scratch = (void *)4104;
+    if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL)
+        check_fail("scratch aligned to 8 bytes");
+    args.scratch = (void *)4096;
     args.m = args.run_count = 9;
     if (cuda_attention(context, &args) != CLAAS_ERR_INTERNAL ||
         cuda_attention_finishes(context, &args))
