@@ -3,9 +3,11 @@
  * numbers do not depend on its company; times. */
 #include "cuda/attention.h"
 #include "cuda/cuda_rows.h"
+#include "cuda/launch.cuh"
 
 #include "cuda_check.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -846,8 +848,20 @@ static void compare_finished(const char *what, const std::vector<float> &got,
         }
 }
 
-static void check_finished(cuda_context *context, shape s, const std::vector<int> &positions,
-                           bool norm, bool bias)
+/* The block of the pool that is nobody's, or everybody's, counts as zeros. */
+static void clear_block(const unfinished *u, int32_t block, finished *got)
+{
+    const size_t size = 2 * (size_t)u->x->nk * CUDA_KV_BLOCK;
+
+    std::fill_n(got->kv.begin() + (ptrdiff_t)((size_t)block * size), size, 0.0f);
+}
+
+/* Rows at these positions, and behind them `spares` that fill up the pass: at position 0 of one
+ * block, which all of them write, so that what they come to is nobody's business. Returns the others'
+ * results. */
+static std::vector<float> check_finished(cuda_context *context, shape s,
+                                         const std::vector<int> &positions, bool norm, bool bias,
+                                         int spares = 0)
 {
     const int nqkv = (s.heads + 2 * s.kv_heads) * s.d, table = 4200;
     check_array norm_q = check_acts(CUDA_TYPE_F32, (size_t)s.d, 1);
@@ -862,12 +876,17 @@ static void check_finished(cuda_context *context, shape s, const std::vector<int
 
     for (int p : positions)
         add_run(&r, 1, p, -1);
+    for (int i = 0; i < spares; i++)
+        add_run(&r, 1, 0, -1);
 
     const data x = data_new(&r, CUDA_TYPE_BF16, 0);
+    const size_t real = positions.size() * (size_t)x.nq;
 
     u.r = &r;
     u.x = &x;
     u.blocks = make_blocks(&r, &x, &u.numbers);
+    for (int i = 0; i < spares; i++) /* tables of one number, the last ones */
+        u.numbers[u.numbers.size() - 1 - (size_t)i] = u.numbers.back();
     for (const cuda_attn_run &run : r.list) {
         pos.push_back(run.pos);
         blocks.push_back(u.numbers[(size_t)(run.table + run.pos / CUDA_KV_BLOCK)]);
@@ -887,6 +906,10 @@ static void check_finished(cuda_context *context, shape s, const std::vector<int
     u.args.blocks = (const int32_t *)device_blocks.data;
     apart = run_finished(context, &u, false);
     itself = run_finished(context, &u, true);
+    apart.out.resize(real);
+    if (spares > 0)
+        for (finished *got : {&apart, &itself})
+            clear_block(&u, u.numbers.back(), got);
     for (float value : apart.out)
         if (!isfinite(value)) {
             check_fail("out is not finite");
@@ -901,6 +924,7 @@ static void check_finished(cuda_context *context, shape s, const std::vector<int
     check_free(&angles, "angles");
     check_buffer_free(&device_pos, "pos");
     check_buffer_free(&device_blocks, "blocks");
+    return apart.out;
 }
 
 /* Rows at the edges of blocks, of tiles and of parts, one to eight of them; keys read early, too. */
@@ -926,7 +950,102 @@ static void test_finished(cuda_context *context, shape s)
     check_end();
 }
 
+/* Rows that fill up a pass do not show in the others' results, finished by attention or not. */
+static void test_filled_up(cuda_context *context, shape s)
+{
+    if (check_elsewhere())
+        return;
+    check_begin("rows that fill up a pass: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (const std::vector<int> &positions :
+         {std::vector<int>{300}, std::vector<int>{64, 511, 127}, std::vector<int>{0, 16, 700}}) {
+        check_seed = 3; /* of the weights and angles */
+
+        const std::vector<float> alone = check_finished(context, s, positions, true, true);
+
+        check_seed = 3;
+
+        const std::vector<float> filled =
+            check_finished(context, s, positions, true, true, 8 - (int)positions.size());
+
+        check_same("out", filled.data(), alone.data(), alone.size() * sizeof(float));
+    }
+    check_end();
+}
+
 /* --- parts --- */
+
+/* A row's own key and value of all heads, from another pool with the same blocks: a block for each
+ * row. The kernel behind it may begin before and waits for some time. */
+static __global__ void write_own(uint16_t *kv, const uint16_t *from, const cuda_attn_run *runs,
+                                 const int32_t *tables, int kv_heads, int d, int64_t clocks)
+{
+    const cuda_attn_run run = runs[blockIdx.x];
+    const size_t block = (size_t)tables[run.table + run.pos / CUDA_KV_BLOCK];
+    const int64_t begin = clock64();
+
+    launch_next();
+    launch_wait();
+    while (clock64() - begin < clocks)
+        continue;
+    for (int i = (int)threadIdx.x; i < 2 * kv_heads * d; i += (int)blockDim.x) {
+        const size_t head = block * 2 * (size_t)kv_heads + (size_t)(i / d);
+        const size_t at =
+            (head * CUDA_KV_BLOCK + (size_t)(run.pos % CUDA_KV_BLOCK)) * (size_t)d + (size_t)(i % d);
+
+        kv[at] = from[at];
+    }
+}
+
+static void launch_own(cuda_context *context, const timed *t, const void *from, int64_t clocks)
+{
+    const struct cuda_attention *a = &t->args;
+
+    check_rc(launch(context, "own keys", write_own, dim3((unsigned)a->run_count), dim3(128), 0,
+                    (uint16_t *)a->kv, (const uint16_t *)from, a->runs, a->tables, a->kv_heads,
+                    a->head_dim, clocks),
+             "own keys");
+}
+
+/* The kernel in front lets attention begin and writes the runs' own keys some 20 us later, NaN until
+ * then: a tile that holds one and is read too early would be seen. */
+static void test_own_late(cuda_context *context, shape s)
+{
+    const int all = context->multiprocessors;
+    runs r = runs_new(s.heads, s.kv_heads, s.d, true);
+
+    if (check_elsewhere())
+        return;
+    check_begin("own keys written late: %d of %d heads of %d", s.heads, s.kv_heads, s.d);
+    for (int pos : {62, 63, 64, 127, 128, 0, 1, 191, 192, 300})
+        add_run(&r, 1, pos, -1);
+
+    timed t = timed_new(&r);
+    /* of q|k|v, of the result, of the pool */
+    const size_t bytes = (size_t)(r.m * r.heads * r.d) * 2, pool = t.buffers[2].bytes;
+    void *kept = timed_array(&t, pool), *blank = timed_array(&t, pool);
+    std::vector<uint8_t> first(bytes), now(bytes);
+
+    check_cuda(cudaMemcpy(kept, t.args.kv, pool, cudaMemcpyDeviceToDevice), "a copy");
+    check_cuda(cudaMemset(blank, 0xff, pool), "memset");
+    check_cuda(cudaDeviceSynchronize(), "a copy");
+    check_rc(cuda_attention(context, &t.args), "cuda_attention");
+    check_cuda(cudaStreamSynchronize(context->stream), "attention");
+    check_cuda(cudaMemcpy(first.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
+    for (int round = 0; round < 6; round++) {
+        context->multiprocessors = round % 2 ? 1 : all;
+        launch_own(context, &t, blank, 0);
+        check_cuda(cudaMemsetAsync(t.args.out, 0xff, bytes, context->stream), "memset");
+        check_cuda(cudaStreamSynchronize(context->stream), "blanks");
+        launch_own(context, &t, kept, 40000);
+        check_rc(cuda_attention(context, &t.args), "cuda_attention");
+        check_cuda(cudaStreamSynchronize(context->stream), "attention");
+        check_cuda(cudaMemcpy(now.data(), t.args.out, bytes, cudaMemcpyDeviceToHost), "download");
+        check_same("out", now.data(), first.data(), bytes);
+    }
+    context->multiprocessors = all;
+    timed_free(&t);
+    check_end();
+}
 
 /* Parts are joined again and again with the same scratch: launched, then replayed in a graph beside a call of fewer parts; always the first call's bits. */
 static void test_joined(cuda_context *context, shape s)
@@ -1148,6 +1267,8 @@ static void test_type(enum cuda_type type)
             test_walk(&context, s);
             test_joined(&context, s);
             test_replayed(&context, s);
+            test_own_late(&context, s);
+            test_filled_up(&context, s);
         }
         test_walk(&context, {4, 2, 64}); /* runs of up to 8 rows */
         test_walk(&context, {16, 1, 128});
