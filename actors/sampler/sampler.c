@@ -70,6 +70,9 @@ static cJSON *device_object(const struct sampler *sampler)
     claas_json_set_int(device, "host_cache_adapters", (int64_t)stats.host_cache_images);
     claas_json_set_int(device, "host_cache_found", (int64_t)stats.host_cache_found);
     claas_json_set_int(device, "host_cache_missed", (int64_t)stats.host_cache_missed);
+    claas_json_set_int(device, "teacher_bytes", (int64_t)stats.teacher_bytes);
+    claas_json_set_int(device, "teacher_found", (int64_t)stats.teacher_found);
+    claas_json_set_int(device, "teacher_missed", (int64_t)stats.teacher_missed);
     set_adapters(sampler, device);
     return device;
 }

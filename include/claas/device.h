@@ -69,6 +69,9 @@ struct claas_device_stats {
     uint64_t clones;           /* copies of adapters made on the device */
     uint64_t host_cache_bytes; /* images of adapters in the host's memory, and room for more */
     uint64_t host_cache_images, host_cache_found, host_cache_missed;
+    /* Evaluations whose teacher is the base: its rows kept in the host's memory, found there, or
+     * computed. */
+    uint64_t teacher_bytes, teacher_found, teacher_missed;
 };
 void claas_device_stats(const claas_device_t *device, struct claas_device_stats *ret);
 

@@ -1,6 +1,7 @@
 /* One training step, or the same figures without an update:
  *
- *   teacher's rows   forward, final hidden rows of the trained positions kept
+ *   teacher's rows   forward, final hidden rows of the trained positions kept; or copied, where an
+ *                    evaluation like this one left them
  *   base's rows      forward, log-probs of the tokens kept (only if the loss has a KL term)
  *   student's rows   batch by batch: forward with activations kept, loss in chunks, backward
  *   update           per adapter: global norm, clip, AdamW, panels again
@@ -32,13 +33,33 @@ static int infer_batch(struct cpu_step_space *space, const struct claas_plan_bat
     return claas_cpu_infer(&space->pass, &space->infer, space->hidden);
 }
 
+static void leave_teacher(struct claas_teacher_kept *kept, const void *rows, size_t bytes)
+{
+    if (bytes > kept->limit)
+        return;
+    kept->rows = claas_alloc(bytes, 1);
+    if (!kept->rows)
+        return;
+    memcpy(kept->rows, rows, bytes);
+    kept->bytes = bytes;
+    kept->filled = true;
+}
+
 static int run_teacher(claas_backend_t *backend, const struct claas_plan *plan)
 {
+    struct claas_teacher_kept *kept = plan->request->kept;
     struct cpu_step_space space;
     size_t row = (size_t)backend->model.config.hidden * backend->ops->act_bytes;
+    size_t bytes = (size_t)plan->position_count * row;
 
     claas_cpu_space_enter(backend, plan, CPU_STAGE_TEACHER, &space);
-    memset(space.teacher_hidden, 0, (size_t)plan->position_count * row);
+    if (kept && kept->filled) {
+        if (kept->bytes != bytes)
+            return claas_fail(CLAAS_ERR_INTERNAL, "the teacher's rows are another request's");
+        memcpy(space.teacher_hidden, kept->rows, bytes);
+        return 0;
+    }
+    memset(space.teacher_hidden, 0, bytes);
     for (int i = 0; i < plan->teacher.batch_count; i++) {
         const struct claas_plan_batch *batch = &plan->teacher.batches[i];
         int code = infer_batch(&space, batch);
@@ -49,6 +70,8 @@ static int run_teacher(claas_backend_t *backend, const struct claas_plan *plan)
             memcpy((uint8_t *)space.teacher_hidden + (size_t)batch->scored_index[j] * row,
                    (const uint8_t *)space.hidden + (size_t)batch->scored_tail[j] * row, row);
     }
+    if (kept)
+        leave_teacher(kept, space.teacher_hidden, bytes);
     return 0;
 }
 

@@ -1,6 +1,7 @@
 /* One training step, or the same figures without an update:
  *
- *   teacher's rows   forward, final hidden rows of the trained positions kept
+ *   teacher's rows   forward, final hidden rows of the trained positions kept; or copied, where an
+ *                    evaluation like this one left them
  *   base's rows      forward, log-probs of the tokens kept (only if the loss has a KL term)
  *   student's rows   batch by batch: forward with activations kept, loss in chunks, backward
  *   update           per adapter: global norm, clip, AdamW, the act view again
@@ -182,16 +183,45 @@ static void place_gradients(struct cuda_step *step)
     }
 }
 
+static size_t teacher_bytes(const struct cuda_step *step)
+{
+    return (size_t)step->plan.position_count * (size_t)step->backend->model.config.hidden *
+           step->backend->context.act_bytes;
+}
+
+static int copy_kept(struct cuda_step *step, const struct claas_teacher_kept *kept)
+{
+    struct cuda_context *context = &step->backend->context;
+
+    if (kept->bytes != teacher_bytes(step))
+        return claas_fail(CLAAS_ERR_INTERNAL, "the teacher's rows are another request's");
+    return cuda_check(context,
+                      cudaMemcpyAsync(step->space.teacher_hidden, kept->rows, kept->bytes,
+                                      cudaMemcpyHostToDevice, context->stream),
+                      "the teacher's rows");
+}
+
+/* Pinning memory may wait for the device, so it is done while the device has nothing to do yet. */
+static void make_kept(const struct cuda_step *step, struct claas_teacher_kept *kept)
+{
+    kept->bytes = teacher_bytes(step);
+    kept->rows = kept->bytes <= kept->limit ? cuda_host_new(kept->bytes) : NULL;
+}
+
 static int run_teacher(struct cuda_step *step)
 {
     struct cuda_context *context = &step->backend->context;
-    size_t bytes = (size_t)step->plan.position_count * (size_t)step->backend->model.config.hidden *
-                   context->act_bytes;
+    struct claas_teacher_kept *kept = step->plan.request->kept;
+    size_t bytes = teacher_bytes(step);
     int code;
 
     cuda_space_enter(step, CUDA_STAGE_TEACHER);
     place_gradients(step);
+    if (kept && !kept->filled)
+        make_kept(step, kept);
     code = send_plan(step);
+    if (code >= 0 && kept && kept->filled)
+        return copy_kept(step, kept);
     if (code >= 0)
         code = cuda_check(context,
                           cudaMemsetAsync(step->space.teacher_hidden, 0, bytes, context->stream),
@@ -322,11 +352,26 @@ static int measure_gradients(struct cuda_step *step, struct cuda_learned *learne
                       "the gradients' norms");
 }
 
+/* The last of the stream's work before the wait, so that no step ends with the copy under way: its
+ * memory may go then. */
+static int leave_teacher(struct cuda_step *step, const struct claas_teacher_kept *kept)
+{
+    struct cuda_context *context = &step->backend->context;
+
+    if (!kept || kept->filled || !kept->rows)
+        return 0;
+    return cuda_check(context,
+                      cudaMemcpyAsync(kept->rows, step->space.teacher_hidden, kept->bytes,
+                                      cudaMemcpyDeviceToHost, context->stream),
+                      "the teacher's rows");
+}
+
 /* Waits for the step: its only wait. */
 static int fetch_figures(struct cuda_step *step, struct claas_train_result *ret)
 {
     struct cuda_context *context = &step->backend->context;
     const struct claas_plan *plan = &step->plan;
+    struct claas_teacher_kept *kept = plan->request->kept;
     size_t n = (size_t)plan->position_count;
     CLAAS_AUTO_FREE struct claas_loss_result *results =
         CLAAS_NEW_ARRAY(struct claas_loss_result, n + 1);
@@ -344,9 +389,13 @@ static int fetch_figures(struct cuda_step *step, struct claas_train_result *ret)
                                           cudaMemcpyDeviceToHost, context->stream),
                           "the losses");
     if (code >= 0)
+        code = leave_teacher(step, kept);
+    if (code >= 0)
         code = cuda_wait(context);
     if (code < 0)
         return code;
+    if (kept)
+        kept->filled = kept->rows != NULL;
     claas_plan_collect(plan, results, ret);
     for (int i = 0; i < plan->learner_count && plan->request->update; i++) {
         ret->finite = ret->finite && isfinite(learned[i].norm);

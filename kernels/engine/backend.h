@@ -68,6 +68,16 @@ typedef void claas_turn_fn(void *arg);
  * forward(). */
 typedef void claas_room_fn(void *arg);
 
+/* The teacher's final hidden rows of a request, in the host's memory: in the order in which its
+ * trained positions are numbered, those without a teacher being zeros. Whoever owns this frees the
+ * rows. */
+struct claas_teacher_kept {
+    void *rows;   /* from host_new where the back-end has it, else from claas_alloc */
+    size_t bytes; /* of the rows */
+    size_t limit; /* they are not to be more */
+    bool filled;
+};
+
 struct claas_backend_train {
     const struct claas_backend_row *rows;
     size_t row_count;
@@ -78,6 +88,11 @@ struct claas_backend_train {
     /* May be NULL. Called when the device has no room for the step, which then asks once more. */
     claas_room_fn *make_room;
     void *yield_arg; /* of both */
+    /* May be NULL. Filled: the rows of a request that differed in nothing that the teacher's rows
+     * and their numbers follow from, so the teacher is not run. Empty: it is, and its rows are left
+     * here, unless there is no memory for them, or they are more than the limit: that fails no
+     * step. What a step that fails left here is of no use. */
+    struct claas_teacher_kept *kept;
 };
 
 struct claas_backend_memory {

@@ -214,6 +214,8 @@ static int open_backend(claas_device_t *device)
     if (rc >= 0)
         rc = claas_host_cache_new(device->ops, device->backend, host_cache_budget(device),
                                   &device->host_cache);
+    if (rc >= 0)
+        rc = claas_teacher_cache_new(device->ops, device->backend, &device->teachers);
     if (rc < 0)
         return rc;
     claas_copy_text(device->stats.name, sizeof(device->stats.name),
@@ -336,6 +338,7 @@ void claas_device_free(claas_device_t **ref)
     if (device->backend != NULL) {
         claas_adapters_close(device);
         claas_host_cache_free(&device->host_cache);
+        claas_teacher_cache_free(&device->teachers);
         device->ops->free(&device->backend);
     }
     claas_kv_free(&device->kv);

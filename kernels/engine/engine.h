@@ -21,6 +21,7 @@
 #include "engine/fault.h"
 #include "engine/host_cache.h"
 #include "engine/kv.h"
+#include "engine/teacher_cache.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
 /* The same of rollouts: the most cycles at the same time (64) of the largest steps (272). Chats are
@@ -195,6 +196,7 @@ struct claas_device {
 
     /* The compute thread's own: */
     claas_kv_t *kv;
+    claas_teacher_cache_t *teachers;     /* of evaluations */
     struct claas_queue waiting, running; /* sequences, by priority, then age */
     struct claas_queue lane;             /* training, copies, saves, by age */
     uint64_t lane_scan;

@@ -349,6 +349,19 @@ static bool try_again(claas_device_t *device, struct claas_training *training, i
     return true;
 }
 
+static void count_training(claas_device_t *device, const struct claas_train_result *trained)
+{
+    struct claas_teacher_cache_stats teachers;
+
+    claas_teacher_cache_stats(device->teachers, &teachers);
+    pthread_mutex_lock(&device->lock);
+    device->stats.tokens_trained += (uint64_t)trained->tokens;
+    device->stats.teacher_bytes = teachers.bytes;
+    device->stats.teacher_found = teachers.found;
+    device->stats.teacher_missed = teachers.missed;
+    pthread_mutex_unlock(&device->lock);
+}
+
 static void run_training(claas_device_t *device, struct claas_training *training)
 {
     struct claas_event_node *last = training->request.last;
@@ -360,6 +373,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
     training->train.yield = yield_to_generation;
     training->train.make_room = make_room;
     training->train.yield_arg = device;
+    claas_teacher_cache_begin(device->teachers, &training->train);
     device->current = training;
     device->slice_start = device->last_yield = device->now();
     mark_training(training, true);
@@ -369,6 +383,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
         rc = device->ops->train(device->backend, &training->train, &last->trained);
     mark_training(training, false);
     device->current = NULL;
+    claas_teacher_cache_end(device->teachers, &training->train, rc == 0 && last->trained.finite);
     if (rc < 0 ? rc != CLAAS_ERR_CANCELLED : last->trained.finite)
         mark_changed(training);
     if (rc < 0) {
@@ -379,9 +394,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
         claas_request_fail(&training->request, rc);
         return;
     }
-    pthread_mutex_lock(&device->lock);
-    device->stats.tokens_trained += (uint64_t)last->trained.tokens;
-    pthread_mutex_unlock(&device->lock);
+    count_training(device, &last->trained);
     last->kind = CLAAS_EVENT_TRAINED;
     claas_request_finish(&training->request);
 }

@@ -441,7 +441,7 @@ int claas_plan_new(const struct claas_model_config *config,
         code = make_batches(&plan.student,
                             request->update ? limits->train_tokens : limits->infer_tokens,
                             !limits->mixed);
-    if (code >= 0)
+    if (code >= 0 && !(request->kept && request->kept->filled))
         code = make_batches(&plan.teacher, limits->infer_tokens, false);
     if (code >= 0)
         code = make_batches(&plan.base, limits->infer_tokens, false);

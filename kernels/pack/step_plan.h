@@ -96,6 +96,7 @@ struct claas_plan_position {
 
 struct claas_plan {
     const struct claas_backend_train *request;
+    /* The teacher's has no batches where its rows were kept by another request. */
     struct claas_plan_side student, teacher, base;
     struct claas_plan_learner *learners;
     int learner_count;

@@ -361,6 +361,16 @@ static uint64_t decoded(const struct rig *rig)
     return stats.tokens_decoded;
 }
 
+/* The second gate of a cycle asked the teacher what the first one had asked. */
+static void expect_teacher_kept(const struct rig *rig)
+{
+    struct claas_device_stats stats;
+
+    claas_device_stats(rig->device, &stats);
+    assert_int_equal(stats.teacher_missed, 1);
+    assert_int_equal(stats.teacher_found, 1);
+}
+
 static void end(struct rig *rig, const char *id)
 {
     cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_END, about_cycle(id), NULL, 0));
@@ -381,6 +391,7 @@ static void test_steps_begun_ahead(void **state)
     of_first = decoded(rig) - before;
     second = step(rig, "plain", 2, NULL);
     of_both = decoded(rig) - before;
+    expect_teacher_kept(rig);
     end(rig, "plain");
     for (int i = 0; i < 2; i++) {
         CLAAS_AUTO_FREE char *again = NULL, *ahead = NULL;

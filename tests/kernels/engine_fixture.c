@@ -13,6 +13,7 @@ struct rig rig_open_on(const struct claas_backend_ops *ops, struct claas_device_
     struct rig rig = {0};
 
     fake_reset();
+    fake.pins = ops->host_new != NULL;
     assert_int_equal(claas_model_open(&model, &rig.model), 0);
     assert_int_equal(claas_device_open_with(ops, fake_now, &options, rig.model, &rig.device), 0);
     assert_int_equal(claas_device_client_new(rig.device, &rig.client), 0);

@@ -35,6 +35,7 @@ void fake_reset(void)
     fake.operation_ns = 10000000;
     fake.train_operations = 3;
     fake.fewest_operations = INT32_MAX;
+    fake.teacher_bytes = 64;
 }
 
 int64_t fake_now(void)
@@ -390,6 +391,53 @@ static bool lacks_room(void)
     return fake.train_room > 0 && atomic_load(&adapters_alive) > fake.train_room;
 }
 
+/* What the teacher's rows and their order follow from, as one number. */
+static uint64_t hash_teacher(const struct claas_backend_train *request)
+{
+    uint64_t hash = 3;
+
+    for (size_t i = 0; i < request->row_count; i++) {
+        const struct claas_train_row *row = &request->rows[i].row;
+
+        hash = mix(hash, row->teacher_count);
+        hash = mix(hash, request->rows[i].student == request->rows[0].student);
+        for (size_t t = 0; t < row->student_count; t++)
+            hash = mix(hash, (uint64_t)row->student_prompt[t]);
+        for (size_t t = 0; t < row->teacher_count; t++)
+            hash = mix(hash, (uint64_t)row->teacher_prompt[t]);
+        for (size_t t = 0; t < row->response_count; t++)
+            hash = mix(mix(hash, (uint64_t)row->response[t]), row->mask == NULL || row->mask[t]);
+    }
+    return hash;
+}
+
+/* Before anything of the step can fail: what the engine keeps of one that did shows. */
+static void run_teacher(claas_backend_t *backend, const struct claas_backend_train *request)
+{
+    struct claas_teacher_kept *kept = request->kept;
+    uint64_t hash = hash_teacher(request);
+
+    if (kept == NULL)
+        return;
+    if (kept->filled) {
+        fake.broken += request->update || kept->bytes != fake.teacher_bytes ||
+                       memcmp(kept->rows, &hash, sizeof(hash)) != 0;
+        fake.teachers_taken++;
+        return;
+    }
+    fake.broken += request->update || kept->rows != NULL;
+    if (fake.teacher_bytes > kept->limit)
+        return;
+    kept->rows =
+        fake.pins ? host_new(backend, fake.teacher_bytes) : claas_alloc(fake.teacher_bytes, 1);
+    if (kept->rows == NULL)
+        return;
+    memcpy(kept->rows, &hash, sizeof(hash));
+    kept->bytes = fake.teacher_bytes;
+    kept->filled = true;
+    fake.teachers_left++;
+}
+
 static int train(claas_backend_t *backend, const struct claas_backend_train *request,
                  struct claas_train_result *ret)
 {
@@ -408,6 +456,7 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     pthread_mutex_unlock(&fake.lock);
     if (is_full)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device is full");
+    run_teacher(backend, request);
     begin_work(backend);
     for (int i = 0; i < operations; i++) {
         operate(backend);

@@ -31,7 +31,9 @@ struct fake {
     int64_t operation_ns;    /* of the test's clock */
     int64_t pass_ns, token_ns;
     bool report_nonfinite;
-    bool fail_host_new; /* no memory can be pinned */
+    bool fail_host_new;   /* no memory can be pinned */
+    bool pins;            /* the back-end has memory of its own, so rows it leaves are pinned */
+    size_t teacher_bytes; /* of the teacher's rows of a step */
     /* Figures. */
     int passes, tokens, single_rows, passes_in_training;
     int largest_pass;          /* tokens */
@@ -42,6 +44,8 @@ struct fake {
     int fewest_operations; /* between two turns of generation in training */
     int adapters_refused;  /* for want of room */
     int trains_refused;    /* the same of steps */
+    int teachers_left,
+        teachers_taken; /* steps that left their teacher's rows, or were given them */
     _Atomic int uploads, host_blocks;
     int broken; /* rules of backend.h that the engine broke */
 };

@@ -276,6 +276,43 @@ static void test_loss_falls(void **state)
     rig_close(&rig);
 }
 
+/* The gate's way: an evaluation of the same texts after each step. The first device evaluates after
+ * every step, so that all but the first time the teacher's rows are those of before; the second one
+ * after the last step alone. */
+static void test_teacher_is_kept(void **state)
+{
+    enum { STEPS = 3 };
+    static struct answer answer;
+    struct claas_train_row_result rows[2][2];
+    struct claas_device_stats stats;
+
+    for (int device = 0; device < 2; device++) {
+        struct rig rig = rig_open("bf16", (struct claas_device_options){0});
+        claas_adapter_t *adapter = adapter_new(&rig);
+        struct claas_device_event event;
+
+        ask(&rig, &answer, 3, NULL);
+        collect(&rig, &answer, 1);
+        for (int i = 1; i <= STEPS; i++) {
+            step(&rig, adapter, &answer, true);
+            finish_step(&rig);
+            if (device == 1 && i < STEPS)
+                continue;
+            step(&rig, adapter, &answer, false);
+            event = wait_for(&rig, CLAAS_EVENT_TRAINED);
+            memcpy(rows[device], event.trained.rows, sizeof(rows[device]));
+            claas_device_event_done(&event);
+        }
+        claas_device_stats(rig.device, &stats);
+        assert_int_equal(stats.teacher_missed, 1);
+        assert_int_equal(stats.teacher_found, device == 0 ? STEPS - 1 : 0);
+        claas_adapter_unref(&adapter);
+        rig_close(&rig);
+    }
+    assert_true(rows[0][0].forward_kl > 0);
+    assert_memory_equal(rows[0], rows[1], sizeof(rows[0]));
+}
+
 /* Ten steps at once, and ten steps with a save, a load in another device and a copy between them.
  */
 static void test_continue(void **state)
@@ -350,6 +387,7 @@ int main(void)
         cmocka_unit_test(test_alone_and_together_bf16),
         cmocka_unit_test(test_alone_and_together_f32),
         cmocka_unit_test(test_loss_falls),
+        cmocka_unit_test(test_teacher_is_kept),
         cmocka_unit_test(test_continue),
         cmocka_unit_test(test_open_errors),
     };

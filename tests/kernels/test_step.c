@@ -361,6 +361,90 @@ static void a_new_adapter_is_the_base_model(void **state)
     }
 }
 
+/* --- a teacher that answered before --- */
+
+static struct claas_train_result evaluate(struct bits *b, struct claas_backend_row *rows,
+                                          size_t count, struct claas_teacher_kept *kept)
+{
+    struct claas_backend_train request = {.rows = rows,
+                                          .row_count = count,
+                                          .loss = {.variant = CLAAS_LOSS_FULL, .kl_weight = 0.1f},
+                                          .kept = kept};
+    struct claas_train_result result = {0};
+
+    CHECK(b->f.ops->train(b->f.backend, &request, &result));
+    assert_true(result.finite);
+    return result;
+}
+
+static void expect_same_figures(const struct claas_train_result *a,
+                                const struct claas_train_result *b)
+{
+    assert_int_equal(a->tokens, b->tokens);
+    assert_int_equal(a->row_count, b->row_count);
+    assert_memory_equal(&a->loss, &b->loss, sizeof(a->loss));
+    assert_memory_equal(a->rows, b->rows, a->row_count * sizeof(a->rows[0]));
+}
+
+/* Computed and not kept, computed and kept, not kept for want of room, and given three times. Some
+ * rows share their teacher's prompt, one has no teacher, one is trained in parts. */
+static void check_kept_teacher(struct bits *b)
+{
+    struct claas_teacher_kept kept = {.limit = SIZE_MAX}, none = {.limit = 1};
+    struct claas_teacher_kept *const places[] = {&kept, &none, &kept, &kept, &kept};
+    struct claas_backend_row rows[5 * ADAPTERS];
+    size_t count = make_rows(b, 0, rows);
+    uint8_t mask[LENGTH] = {0, 1, 1, 0, 1};
+    struct claas_train_result first;
+
+    rows[3].row.teacher_prompt = NULL;
+    rows[3].row.teacher_count = 0;
+    rows[4].row.mask = mask;
+    /* Twice, since a GPU times products when they first come. */
+    free(evaluate(b, rows, count, NULL).rows);
+    first = evaluate(b, rows, count, NULL);
+    for (size_t i = 0; i < CLAAS_COUNT(places); i++) {
+        struct claas_train_result result = evaluate(b, rows, count, places[i]);
+
+        expect_same_figures(&result, &first);
+        assert_true(kept.filled);
+        assert_false(none.filled);
+        free(result.rows);
+    }
+    /* That they are used shows with others in their place. */
+    memset(kept.rows, 0, kept.bytes);
+    for (int i = 0; i < 2; i++) {
+        struct claas_train_result result = evaluate(b, rows, count, i == 0 ? &kept : NULL);
+
+        if (i == 0)
+            assert_true(memcmp(&result.rows[0], &first.rows[0], sizeof(first.rows[0])) != 0);
+        else
+            expect_same_figures(&result, &first);
+        free(result.rows);
+    }
+    free(first.rows);
+    if (b->f.ops->host_free)
+        b->f.ops->host_free(b->f.backend, kept.rows);
+    else
+        free(kept.rows);
+}
+
+static void a_kept_teacher_is_a_computed_one(void **state)
+{
+    static const char *const models[] = {"random:tiny-llama", "random:tiny-qwen3"};
+
+    for (size_t m = 0; m < CLAAS_COUNT(models); m++)
+        for (size_t v = 0; v < CLAAS_COUNT(variants); v++) {
+            struct bits b;
+
+            open_bits(&b, models[m], variants[v].precision, 2, variants[v].cpu);
+            for (int a = 0; a < ADAPTERS; a++)
+                step_score(&b.f, b.adapters[a], b.tokens[a], LENGTH, 1, 0, b.scores[a]);
+            check_kept_teacher(&b);
+            close_bits(&b);
+        }
+}
+
 /* --- the same again --- */
 
 /* Adapters after a few steps over rows of both. */
@@ -541,6 +625,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(the_embedded_model_agrees),
         cmocka_unit_test(loading_is_heard_of),
         cmocka_unit_test(a_new_adapter_is_the_base_model),
+        cmocka_unit_test(a_kept_teacher_is_a_computed_one),
         cmocka_unit_test(runs_and_thread_counts_agree),
         cmocka_unit_test(together_is_alone),
         cmocka_unit_test(saved_and_loaded_goes_on_as_never_stopped),

@@ -1,0 +1,41 @@
+/* The teacher's final hidden rows of evaluations, in the host's memory: after every step of a cycle
+ * the gate asks the same base model about the same texts, and half of its evaluation is the
+ * answer that was there before.
+ *
+ * The one idea: an entry is found by the rows of the request themselves, all tokens compared, so
+ * that no caller names it and nobody has to say when it is stale. Only the base's answers are kept,
+ * since its weights are the one teacher that never changes. Bounded in number and bytes, the least
+ * recently used goes first; those of the request under way come on top until it ends.
+ *
+ * Used by the compute thread only, for one request at a time. */
+#ifndef CLAAS_ENGINE_TEACHER_CACHE_H
+#define CLAAS_ENGINE_TEACHER_CACHE_H
+
+#include "engine/backend.h"
+
+#define CLAAS_TEACHER_ENTRIES 16
+#define CLAAS_TEACHER_BYTES   ((size_t)64 << 20) /* rows and tokens of all entries */
+
+typedef struct claas_teacher_cache claas_teacher_cache_t;
+
+/* `backend` outlives it. */
+int claas_teacher_cache_new(const struct claas_backend_ops *ops, claas_backend_t *backend,
+                            claas_teacher_cache_t **ret);
+void claas_teacher_cache_free(claas_teacher_cache_t **cache);
+
+/* Before a request runs: request->kept becomes the rows of an equal one, or an empty place for its
+ * own, or NULL where there is nothing to keep. */
+void claas_teacher_cache_begin(claas_teacher_cache_t *cache, struct claas_backend_train *request);
+/* After it ran, whatever came of it; `good`: it ended well, and all figures are finite. Else what
+ * it filled is dropped. */
+void claas_teacher_cache_end(claas_teacher_cache_t *cache, struct claas_backend_train *request,
+                             bool good);
+
+struct claas_teacher_cache_stats {
+    uint64_t bytes;         /* of rows and tokens */
+    uint64_t found, missed; /* requests that ended well, of those that could have been there */
+};
+void claas_teacher_cache_stats(const claas_teacher_cache_t *cache,
+                               struct claas_teacher_cache_stats *ret);
+
+#endif
