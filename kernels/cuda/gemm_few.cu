@@ -48,8 +48,7 @@
 #define STAGES_LEAST      2            /* of a part of k */
 #define SIZE_LEAST        256
 #define LORA_BLOCKS_LEAST 32   /* that make S, where the product has no room to spare */
-#define LORA_TEAMS_FROM   2048 /* k, from when on blocks that make S are teams if all have room */
-#define LORA_TEAMS_ALWAYS 8192 /* and in any case */
+#define LORA_LONG         8192 /* k, from when on blocks that make S are teams */
 #define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
 /* A thread's registers. sm_90a, with LoRA: beside two blocks there is room for those of the small
  * kernels that follow. */
@@ -308,6 +307,8 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         launch_wait();
     for (int i = 0; i < stages - 1 && first + i < end; i++)
         load_weights(args, first_row, first + i, ring + (slot + i) % stages * pieces);
+    if (LORA) /* reads what was there before the pass, so not behind the wait */
+        lora_list(lora->lines, args->lora.args, tile, lora->share.module);
     if (args->frozen)
         launch_wait();
     for (int i = 0; i < stages - 1; i++) {
@@ -315,8 +316,6 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
             load_rows<TILES>(args, first + i, ring + (slot + i) % stages * pieces);
         copies_commit(); /* the first one's also holds all of the weights above */
     }
-    if (LORA)
-        lora_list(lora->lines, args->lora.args, tile, lora->share.module);
     for (int index = first; index < end; index++) {
         if (index == max(first, end - LAST_STAGES))
             launch_next();
@@ -692,9 +691,9 @@ static int cut_k(const struct cuda_context *context, int n, int k)
 /* Who makes S. The blocks are handed out first and should leave room for the product's, all of which
  * then run at once for most weights; but if each row has an adapter of rank 32, they should have the
  * part of the places that A is of all bytes, or the product waits for S in the end. Beyond the two
- * slabs of each row and part that this makes they have nothing to do. Where clusters are large
- * enough teams share a slab, if a turn is enough for all of them or k is very long. A function of m,
- * n and k, as a graph wants it: not of the adapters. */
+ * slabs of each row and part that this makes they have nothing to do. Where k is long and clusters
+ * are large enough, teams share a slab; a shorter one is made sooner by one block. A function of m, n
+ * and k, as a graph wants it: not of the adapters. */
 static void plan_lora(const struct cuda_context *context, const struct cuda_gemm *gemm, int splits,
                       struct lora_join *join)
 {
@@ -708,10 +707,7 @@ static void plan_lora(const struct cuda_context *context, const struct cuda_gemm
                   "whole clusters of whole teams");
     room = room > share ? room : share;
     room = room > LORA_BLOCKS_LEAST ? room / splits * splits : LORA_BLOCKS_LEAST;
-    join->team = splits >= LORA_TEAM && gemm->k >= LORA_TEAMS_FROM &&
-                         (gemm->k >= LORA_TEAMS_ALWAYS || slabs * LORA_TEAM <= room)
-                     ? LORA_TEAM
-                     : 1;
+    join->team = splits >= LORA_TEAM && gemm->k >= LORA_LONG ? LORA_TEAM : 1;
     most = (slabs * join->team + splits - 1) / splits * splits;
     join->blocks = room < most ? room : most;
 }
