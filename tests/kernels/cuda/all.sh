@@ -7,16 +7,17 @@
 #     steps      test_step* of the CPU's suite on the card (240)
 #     agree      whole steps against the CPU back-end (300)
 #     bench      the training steps, prefill, decode and cycles of the target table, one JSON line each (500)
-#     bench-NAME one group of them: bench-step, bench-many, bench-decode, bench-prefill, bench-cycle (200)
+#     bench-NAME one group of them: bench-step, bench-many, bench-decode, bench-prefill, bench-cycle (200), and bench-share: what
+#                adapters leave of decoding's tokens, with and without by turns, in three pairs (one of 64 adapters)
 #     peers      the same steps in PyTorch (500); peers-ROW: one row of peers.sh
 #     sanitize   the kernel tests under memcheck, racecheck and initcheck, a line for each (580); sanitize-TOOL: one of the three;
 #                sanitize-NAME: the tests whose names have that (280)
-# Output also goes to $OUT/PART.txt if OUT is set; the last line of each part is `PART: passed|FAILED, SECONDS s`. The exit status is 0 only if
-# every part passed.
+# Output also goes to $OUT/PART.txt if OUT is set; the last line of each part is `PART: passed|FAILED, SECONDS s`. The exit status is
+# 0 only if every part passed.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# -gt 0 ] || { sed -n '2,16s/^# //p' "$0"; exit 64; }
+[ $# -gt 0 ] || { sed -n '2,17s/^# //p' "$0"; exit 64; }
 
 paths=$here/lib
 for place in /usr/local/cuda/lib64 /usr/local/cuda/targets/*/lib /usr/local/lib/python3*/*-packages/nvidia/*/lib \
@@ -65,6 +66,29 @@ bench_prefill() {
     bench 60 prefill --model random:qwen3-8b --batch 4 --prompt 2048 --chunk 2048
 }
 
+# share ROWS ADAPTERS PAIRS: decoding with adapters and without, by turns, and a line with the median of the pairs' shares.
+share() {
+    local pair with without iterations=3 shares=()
+    if [ "$2" -gt 8 ]; then iterations=1; fi
+    for ((pair = 0; pair < $3; pair++)); do
+        without=$(bench 60 decode --model random:qwen3-8b --batch "$1" --prompt 512 --tokens 96 --iters 3)
+        with=$(bench 90 decode --model random:qwen3-8b --batch "$1" --prompt 512 --tokens 96 --iters $iterations --adapters "$2" --rank 32)
+        printf '%s\n' "$without" "$with"
+        without=$(sed -n 's/.*"tok_s":\([0-9.]*\).*/\1/p' <<<"$without") with=$(sed -n 's/.*"tok_s":\([0-9.]*\).*/\1/p' <<<"$with")
+        if [ -z "$with" ] || [ -z "$without" ]; then bench_failed=1; return; fi
+        shares+=("$(awk -v a="$with" -v b="$without" 'BEGIN { print 100 * a / b }')")
+    done
+    printf '{"bench": "share", "batch": %d, "adapters": %d, "percent": [%s], "median": %s}\n' "$1" "$2" "$(IFS=,; echo "${shares[*]}")" \
+        "$(printf '%s\n' "${shares[@]}" | sort -n | sed -n "$((($3 + 1) / 2))p")"
+}
+
+bench_share() {
+    share 8 8 3
+    share 64 1 3
+    share 1 1 3
+    share 64 64 1
+}
+
 bench_decode() {
     bench 90 decode --model random:qwen3-8b --batch 1,8,64 --prompt 512 --tokens 128
     bench 90 decode --model random:qwen3-8b --batch 8 --prompt 512 --tokens 128 --adapters 8 --rank 32
@@ -108,7 +132,7 @@ part() {
     steps) CLAAS_TEST_BACKEND=cuda "$here/run" "$here/steps" "$here/golden" ;;
     agree) "$here/run" "$here/agree" ;;
     bench) part_bench step many prefill decode cycle ;;
-    bench-step | bench-many | bench-prefill | bench-decode | bench-cycle) part_bench "${1#bench-}" ;;
+    bench-step | bench-many | bench-prefill | bench-decode | bench-share | bench-cycle) part_bench "${1#bench-}" ;;
     peers) "$here/peers.sh" ;;
     peers-*) "$here/peers.sh" "${1#peers-}" ;;
     errors) part_errors ;;
