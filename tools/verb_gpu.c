@@ -102,9 +102,10 @@ static int print_device(const cJSON *device)
 {
     static const struct {
         const char *key, *title;
-    } uses[] = {{"bytes_weights", "weights"},      {"bytes_kv", "keys and values"},
-                {"bytes_adapters", "adapters"},    {"bytes_workspace", "workspace"},
-                {"bytes_peak", "at most, in all"}, {"host_cache_bytes", "in host memory"}};
+    } uses[] = {{"bytes_weights", "weights"},       {"bytes_kv", "keys and values"},
+                {"bytes_adapters", "adapters"},     {"bytes_workspace", "workspace"},
+                {"bytes_peak", "at most, in all"},  {"host_cache_bytes", "in host memory"},
+                {"teacher_bytes", "teacher's rows"}};
     static const struct table_column columns[] = {{"name", "ADAPTER", TABLE_TEXT},
                                                   {"use", "USE", TABLE_TEXT},
                                                   {"bytes", "BYTES", TABLE_NUMBER}};

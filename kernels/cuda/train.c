@@ -520,6 +520,8 @@ int cuda_train(claas_backend_t *backend, const struct claas_backend_train *reque
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     if (code >= 0)
         code = run_step(&step, &result);
+    if (code < 0 && request->kept) /* nothing is copied from or to its memory any more */
+        (void)cuda_wait(&backend->context);
     if (code < 0)
         return code;
     for (int i = 0; i < step.plan.learner_count; i++)

@@ -8,6 +8,10 @@
 #include "claas/err.h"
 #include "claas/mem.h"
 
+/* 2,000 rows of a model 4,096 wide in bfloat16; a cycle's gate has some 400 to 1,000. */
+#define CYCLE_BYTES  ((size_t)16 << 20)
+#define CYCLES_LEAST 4
+
 struct entry {
     struct claas_teacher_kept kept;
     int32_t *key; /* [length]; NULL: the entry is free */
@@ -20,6 +24,7 @@ struct claas_teacher_cache {
     claas_backend_t *backend;
     struct entry entries[CLAAS_TEACHER_ENTRIES];
     struct entry fresh; /* of the request that runs, if none was found */
+    size_t limit;
     uint64_t uses, bytes, found, missed;
 };
 
@@ -59,7 +64,7 @@ static int32_t *put_response(int32_t *at, const struct claas_train_row *row)
  * sides, since trained positions are numbered along the student's, by adapter and prompt; and which
  * rows have the same student, but not who it is. Lengths come first, so that equal keys are equal
  * requests. No rows without room: false. */
-static bool make_key(const struct claas_backend_train *request, struct entry *ret)
+static bool make_key(const struct claas_backend_train *request, size_t limit, struct entry *ret)
 {
     size_t length = 0;
     int32_t *at;
@@ -69,7 +74,7 @@ static bool make_key(const struct claas_backend_train *request, struct entry *re
 
         length += 4 + row->student_count + row->teacher_count + row->response_count;
     }
-    if (length > CLAAS_TEACHER_BYTES / sizeof(int32_t))
+    if (length > limit / sizeof(int32_t))
         return false;
     at = ret->key = CLAAS_NEW_ARRAY(int32_t, length);
     if (at == NULL)
@@ -147,7 +152,7 @@ static void keep(claas_teacher_cache_t *cache, struct entry *fresh)
     size_t bytes = key_bytes(fresh) + fresh->kept.bytes;
     struct entry *place;
 
-    while (cache->bytes + bytes > CLAAS_TEACHER_BYTES)
+    while (cache->bytes + bytes > cache->limit)
         evict(cache, find_oldest(cache, true));
     place = find_oldest(cache, false);
     if (place->key != NULL)
@@ -160,6 +165,11 @@ static void keep(claas_teacher_cache_t *cache, struct entry *fresh)
 
 /* --- the whole --- */
 
+size_t claas_teacher_cache_limit(const struct claas_backend_ops *ops)
+{
+    return CYCLE_BYTES * (size_t)(ops->cycles > CYCLES_LEAST ? ops->cycles : CYCLES_LEAST);
+}
+
 int claas_teacher_cache_new(const struct claas_backend_ops *ops, claas_backend_t *backend,
                             claas_teacher_cache_t **ret)
 {
@@ -169,6 +179,7 @@ int claas_teacher_cache_new(const struct claas_backend_ops *ops, claas_backend_t
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     cache->ops = ops;
     cache->backend = backend;
+    cache->limit = claas_teacher_cache_limit(ops);
     *ret = cache;
     return 0;
 }
@@ -190,7 +201,7 @@ void claas_teacher_cache_begin(claas_teacher_cache_t *cache, struct claas_backen
     struct entry *fresh = &cache->fresh, *entry;
 
     request->kept = NULL;
-    if (!can_be_kept(request) || !make_key(request, fresh))
+    if (!can_be_kept(request) || !make_key(request, cache->limit, fresh))
         return;
     entry = find(cache, fresh);
     if (entry != NULL) {
@@ -199,7 +210,7 @@ void claas_teacher_cache_begin(claas_teacher_cache_t *cache, struct claas_backen
         request->kept = &entry->kept;
         return;
     }
-    fresh->kept.limit = CLAAS_TEACHER_BYTES - key_bytes(fresh);
+    fresh->kept.limit = cache->limit - key_bytes(fresh);
     request->kept = &fresh->kept;
 }
 

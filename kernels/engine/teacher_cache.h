@@ -13,10 +13,13 @@
 
 #include "engine/backend.h"
 
-#define CLAAS_TEACHER_ENTRIES 16
-#define CLAAS_TEACHER_BYTES   ((size_t)64 << 20) /* rows and tokens of all entries */
+#define CLAAS_TEACHER_ENTRIES 32
 
 typedef struct claas_teacher_cache claas_teacher_cache_t;
+
+/* Most bytes of rows and tokens, of all entries together: as cycles take turns, each entry must
+ * still be there when its cycle's next gate comes, so there is room for one of each. */
+size_t claas_teacher_cache_limit(const struct claas_backend_ops *ops);
 
 /* `backend` outlives it. */
 int claas_teacher_cache_new(const struct claas_backend_ops *ops, claas_backend_t *backend,

@@ -245,24 +245,44 @@ static void test_too_many(void **state)
     rig_close(&rig);
 }
 
+/* As many cycles as the device takes at the same time, each with rows of its own: all find theirs
+ * when their turn comes again. */
+static void test_turns(void **state)
+{
+    const size_t limit = (size_t)64 << 20;
+    struct claas_backend_ops many = fake_backend_with_memory;
+    struct rig rig;
+
+    many.cycles = 0;
+    assert_true(claas_teacher_cache_limit(&many) == limit);
+    many.cycles = 8;
+    assert_true(claas_teacher_cache_limit(&many) == 2 * limit);
+    rig = rig_open_on(&many, (struct claas_device_options){0});
+    fake.teacher_bytes = limit / 5; /* 13 MB: a model 8,192 wide */
+    for (int i = 0; i < 3 * many.cycles; i++)
+        assert_int_equal(run_variant(&rig, i % many.cycles), i < many.cycles ? LEFT : TAKEN);
+    rig_close(&rig);
+}
+
 static void test_too_large(void **state)
 {
+    const size_t limit = claas_teacher_cache_limit(&fake_backend_with_memory);
     struct rig rig = rig_open_on(&fake_backend_with_memory, (struct claas_device_options){0});
 
-    fake.teacher_bytes = CLAAS_TEACHER_BYTES / 3 - 1000;
+    fake.teacher_bytes = limit / 3 - 1000;
     for (int i = 0; i < 3; i++)
         assert_int_equal(run_variant(&rig, i), LEFT);
     assert_int_equal(run_variant(&rig, 0), TAKEN);
     assert_int_equal(run_variant(&rig, 3), LEFT);
     assert_int_equal(atomic_load(&fake.host_blocks), 3);
-    assert_in_range(stats_of(&rig).teacher_bytes, 3 * fake.teacher_bytes, CLAAS_TEACHER_BYTES);
+    assert_in_range(stats_of(&rig).teacher_bytes, 3 * fake.teacher_bytes, limit);
     assert_int_equal(run_variant(&rig, 2), TAKEN);
     assert_int_equal(run_variant(&rig, 0), TAKEN);
     assert_int_equal(run_variant(&rig, 1), LEFT);
-    fake.teacher_bytes = CLAAS_TEACHER_BYTES; /* the tokens come on top: more than all may have */
+    fake.teacher_bytes = limit; /* the tokens come on top: more than all may have */
     assert_int_equal(run_variant(&rig, 4), ALONE);
     assert_int_equal(atomic_load(&fake.host_blocks), 3);
-    fake.teacher_bytes = CLAAS_TEACHER_BYTES - 1000; /* all others go for it */
+    fake.teacher_bytes = limit - 1000; /* all others go for it */
     assert_int_equal(run_variant(&rig, 5), LEFT);
     assert_int_equal(atomic_load(&fake.host_blocks), 1);
     assert_int_equal(run_variant(&rig, 5), TAKEN);
@@ -347,6 +367,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_same_teacher),    cmocka_unit_test(test_other_teacher),
         cmocka_unit_test(test_nothing_to_keep), cmocka_unit_test(test_too_many),
+        cmocka_unit_test(test_turns),           cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_too_large),       cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_bad_ends),
     };
