@@ -68,18 +68,19 @@ bench_prefill() {
 
 # share ROWS ADAPTERS PAIRS: decoding with adapters and without, by turns, and a line with the median of the pairs' shares.
 share() {
-    local pair with without iterations=3 shares=()
+    local pair with without iterations=3 shares=() on=(--model random:qwen3-8b --batch "$1" --prompt 512 --tokens 96)
     if [ "$2" -gt 8 ]; then iterations=1; fi
     for ((pair = 0; pair < $3; pair++)); do
-        without=$(bench 60 decode --model random:qwen3-8b --batch "$1" --prompt 512 --tokens 96 --iters 3)
-        with=$(bench 90 decode --model random:qwen3-8b --batch "$1" --prompt 512 --tokens 96 --iters $iterations --adapters "$2" --rank 32)
+        without=$(bench 60 decode "${on[@]}" --iters 3 && exit $bench_failed) || bench_failed=1
+        with=$(bench 90 decode "${on[@]}" --iters $iterations --adapters "$2" --rank 32 && exit $bench_failed) || bench_failed=1
         printf '%s\n' "$without" "$with"
-        without=$(sed -n 's/.*"tok_s":\([0-9.]*\).*/\1/p' <<<"$without") with=$(sed -n 's/.*"tok_s":\([0-9.]*\).*/\1/p' <<<"$with")
+        without=$(sed -n 's/.*"tok_s":\([0-9.]*\).*/\1/p' <<<"$without")
+        with=$(sed -n 's/.*"tok_s":\([0-9.]*\).*/\1/p' <<<"$with")
         if [ -z "$with" ] || [ -z "$without" ]; then bench_failed=1; return; fi
         shares+=("$(awk -v a="$with" -v b="$without" 'BEGIN { print 100 * a / b }')")
     done
-    printf '{"bench": "share", "batch": %d, "adapters": %d, "percent": [%s], "median": %s}\n' "$1" "$2" "$(IFS=,; echo "${shares[*]}")" \
-        "$(printf '%s\n' "${shares[@]}" | sort -n | sed -n "$((($3 + 1) / 2))p")"
+    printf '{"bench": "share", "batch": %d, "adapters": %d, "percent": [%s], "median": %s}\n' "$1" "$2" \
+        "$(IFS=, && echo "${shares[*]}")" "$(printf '%s\n' "${shares[@]}" | sort -n | sed -n "$((($3 + 1) / 2))p")"
 }
 
 bench_share() {
