@@ -99,7 +99,7 @@ int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_t
     measure_model(rig);
     load_progress_begin(&loading, &options);
     rc = claas_device_open(&options, rig->model, &rig->device);
-    load_progress_end(&loading);
+    load_progress_end(&loading, rc == 0);
     if (rc == 0)
         rc = claas_device_client_new(rig->device, &rig->client);
     if (rc < 0)

@@ -14,7 +14,7 @@ struct load_progress {
 
 /* Has the opening of a device with these options report here. */
 void load_progress_begin(struct load_progress *loading, struct claas_device_options *options);
-/* After claas_device_open, whether or not it succeeded. */
-void load_progress_end(struct load_progress *loading);
+/* After claas_device_open; opened: it succeeded. */
+void load_progress_end(struct load_progress *loading, bool opened);
 
 #endif

@@ -157,7 +157,7 @@ static int measure(const char *path, const struct options *wanted, claas_model_t
         return claas_fail_context(rc, "%s: ", path);
     load_progress_begin(&loading, &device_options);
     rc = claas_device_open(&device_options, *ret_model, &device);
-    load_progress_end(&loading);
+    load_progress_end(&loading, rc == 0);
     if (rc < 0)
         return rc;
     progress_begin(&progress);

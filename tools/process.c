@@ -48,7 +48,7 @@ int process_open_device(struct process *process)
         claas_warning("%s", warning);
     load_progress_begin(&loading, &device);
     rc = claas_device_open(&device, process->model, &process->device);
-    load_progress_end(&loading);
+    load_progress_end(&loading, rc == 0);
     if (rc == 0)
         claas_model_release_weights(process->model);
     return rc;

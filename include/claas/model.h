@@ -111,8 +111,8 @@ const struct claas_model_config *claas_model_config(const claas_model_t *model);
 const struct claas_tensor *claas_model_tensor(const claas_model_t *model, const char *name);
 /* One row, in Hugging Face's order, decoded to float32: out[columns]. */
 void claas_tensor_row(const struct claas_tensor *tensor, int row, float *out);
-/* All of its rows will be read soon: the disk may begin. */
-void claas_tensor_prepare(const struct claas_tensor *tensor);
+/* These rows, of which some may not exist, will be read soon: the disk may begin. */
+void claas_tensor_prepare(const struct claas_tensor *tensor, int first, int count);
 /* Bytes of all tensors in the file; 0 of a random model. */
 uint64_t claas_model_weight_bytes(const claas_model_t *model);
 /* "SmolLM2-135M-Instruct": the file's or directory's name without quantisation, else general.name;

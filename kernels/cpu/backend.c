@@ -68,8 +68,9 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     backend->ops = claas_ops_pick(f32 ? CLAAS_PRECISION_F32 : CLAAS_PRECISION_BF16);
     backend->kv_blocks = options->kv_blocks;
     backend->max_tokens = options->max_tokens;
-    claas_loading_begin(&loading, options, model);
     code = claas_pool_new(options->threads, &backend->pool);
+    if (code >= 0)
+        claas_loading_begin(&loading, options, model);
     if (code >= 0)
         code = claas_cpu_model_load(&backend->model, backend->ops, backend->pool, model, &loading);
     if (code >= 0)

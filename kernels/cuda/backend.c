@@ -105,7 +105,8 @@ static int open_backend(const struct claas_backend_options *options, claas_model
     backend->max_sequences =
         options->max_sequences > 0 ? options->max_sequences : options->max_tokens;
     code = cuda_context_open(f32 ? CUDA_TYPE_F32 : CUDA_TYPE_BF16, &backend->context);
-    claas_loading_begin(&loading, options, model);
+    if (code >= 0)
+        claas_loading_begin(&loading, options, model);
     if (code >= 0)
         code = cuda_model_load(&backend->context, model, &loading, &backend->model);
     if (code >= 0)

@@ -21,6 +21,7 @@
 #include <string.h>
 
 #define STAGING_BYTES ((size_t)32 << 20)
+#define AHEAD         3     /* buffers' worth of a file that the disk is told of */
 #define TASK_ELEMENTS 32768 /* what a thread decodes at a time: long beside handing it out */
 #define FILL_THREADS  256
 #define FILL_BLOCKS   16 /* per multiprocessor */
@@ -255,10 +256,11 @@ static int load_matrix(struct loader *loader, const struct claas_tensor *tensor,
     if (at_a_time < 1)
         return claas_fail(CLAAS_ERR_UNSUPPORTED, "tensor %s: rows of %d", tensor->name,
                           tensor->columns);
-    claas_tensor_prepare(tensor);
+    claas_tensor_prepare(tensor, 0, AHEAD * at_a_time);
     for (int first = 0; first < tensor->rows && rc == 0; first += at_a_time) {
         int count = tensor->rows - first < at_a_time ? tensor->rows - first : at_a_time;
 
+        claas_tensor_prepare(tensor, first + AHEAD * at_a_time, at_a_time);
         rc = load_rows(loader, tensor, first, count, (uint8_t *)out + (size_t)first * row_bytes);
         claas_loading_add(loader->loading, tensor, count);
     }

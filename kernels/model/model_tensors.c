@@ -310,11 +310,19 @@ void claas_tensor_row(const struct claas_tensor *tensor, int row, float *out)
                      out);
 }
 
-void claas_tensor_prepare(const struct claas_tensor *tensor)
+/* Without it pages come one after the other, as they are touched. In small steps: of a longer one
+ * Linux takes what it reads ahead at a time, often 128 KB, and forgets the rest. */
+void claas_tensor_prepare(const struct claas_tensor *tensor, int first, int count)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)tensor->data;
-    const uintptr_t first = start / page * page;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), step = (size_t)128 << 10;
+    const size_t row = tensor->bytes / (size_t)tensor->rows;
+    const int last = tensor->rows - first < count ? tensor->rows : first + count;
+    uintptr_t at, end;
 
-    if (tensor->data) /* without it pages come one after the other, as they are touched */
-        (void)posix_madvise((void *)first, start - first + tensor->bytes, POSIX_MADV_WILLNEED);
+    if (!tensor->data || first >= last)
+        return;
+    at = ((uintptr_t)tensor->data + (size_t)first * row) / page * page;
+    end = (uintptr_t)tensor->data + (size_t)last * row;
+    for (; at < end; at += step)
+        (void)posix_madvise((void *)at, end - at < step ? end - at : step, POSIX_MADV_WILLNEED);
 }

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import statistics
 import struct
 import sys
@@ -166,6 +167,7 @@ def main():
     parser.add_argument("--folder", help="where the model is written, and removed again")
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the folder is removed
     with tempfile.TemporaryDirectory(prefix="claas-load-", dir=args.folder) as name:
         folder = pathlib.Path(name) / "model"
         folder.mkdir()

@@ -1,4 +1,6 @@
 """The server as a process: its lines, signals, locks, restarts, and what it says about wrong settings."""
+import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +33,18 @@ def test_starts_and_stops(make_server):
     server.start()
     server.process.send_signal(signal.SIGINT)
     assert server.wait() == 0
+
+
+def test_says_what_it_read(make_server, tmp_path):
+    """A line in the log for the weights of a file, none for those of a random model; and no bar where there is no terminal."""
+    server = make_server().start()
+    assert server.stop() == 0
+    assert "weights:" not in server.log()
+    model = pathlib.Path(__file__).resolve().parents[1] / "golden/step/quantised.gguf"
+    server = make_server(tmp_path / "file", model=str(model), settings=("chat_template=chatml",)).start()
+    assert server.stop() == 0
+    assert re.search(r"weights: [0-9]+ MB read in [0-9.]+ s, [0-9.]+ GB/s", server.log()), server.log()
+    assert "[#" not in server.log() and "\r" not in server.log()
 
 
 def test_restart_keeps(make_server):
