@@ -14,16 +14,18 @@
  *   sm_90. Windows are taken from the end, where rows see most keys.
  * attend_part: serving, runs of at most 16 rows (decoding). The keys of a run are cut into parts
  *   of 128 (or 256, …: at most 32 parts) positions; a block takes one part, each warp 16 keys of
- *   every tile with all 16 rows, and the warps' results are joined at the end. 73 KB, three blocks
- *   on an SM. The grid is as large as the chip holds and walks over (part, run, kv head).
+ *   every tile with all 16 rows, and the warps' results are joined at the end. 74.5 KB for D = 128,
+ *   three blocks on an SM. The grid is as large as the chip holds and walks over
+ *   (part, run, kv head).
  *
  *   A warp's 16 keys are a block of the pool, which it copies itself, and its tiles are one
  *   sequence, whatever part they are of: while it works on one, the next is on its way, and the one
  *   behind that is asked for as soon as this one's place is free. So the memory has something to do
- *   while warps are joined and stored, and a barrier is met twice a part (three times where rows are
- *   finished), not at every tile. What the warps leave for the join lies in their places of the
- *   part's last tile, which are as large. Nor does a tile that has arrived wait for the address of
- *   the next: a block looks its runs up 32 items at once, and block numbers a tile ahead.
+ *   while warps are joined and stored, and a barrier is met twice a part (once more where rows are
+ *   finished) and twice more where the next 32 items are looked up, not at every tile. What the
+ *   warps leave for the join lies in their places of the part's last tile, which are as large. Nor
+ *   does a tile that has arrived wait for the address of the next: a block looks its runs up 32
+ *   items at once, and block numbers a tile ahead.
  *
  *   In decoding of few rows (cuda_attention.finish) it also does what qkv_finish would: each block
  *   normalises and rotates its queries, and the one whose part holds the row's own position makes
@@ -45,7 +47,8 @@
 #define PARTS_MAX 32
 /* Rows up to which attend_part finishes q, k and v itself. The launch saved, and keys that need not
  * wait for it, are some 3 us a layer; every part of a row pays its queries again, about 0.3 us more
- * than fetching them, and items are five deep on the card at 8 rows of 4,096 positions. Prediction. */
+ * than fetching them, and items are five deep on the card at 8 rows of 4,096 positions. Prediction.
+ */
 #define FINISH_ROWS 8
 
 struct attend_args {
@@ -278,8 +281,8 @@ static __device__ __forceinline__ size_t row_head(const struct attend_args &args
     return (size_t)(first + r / args.group) * args.a.heads + g * args.group + r % args.group;
 }
 
-/* The number of the block of the pool that is this warp's share of the tile at position `key`; of one
- * that there is if the share is beyond the part. */
+/* The number of the block of the pool that is this warp's share of the tile at position `key`; of
+ * one that there is if the share is beyond the part. */
 static __device__ __forceinline__ int block_number(const struct attend_args &args,
                                                    const struct part &part, int key)
 {
@@ -346,8 +349,8 @@ static __device__ __forceinline__ void list_parts(const struct attend_args &args
 
 /* --- tiles, as they are asked for --- */
 
-/* Starts the copy of this warp's 16 keys and values of the tile at position `key`: block `number` of
- * the pool, as it lies there. Zeros beyond position `stored`. */
+/* Starts the copy of this warp's 16 keys and values of the tile at position `key`: block `number`
+ * of the pool, as it lies there. Zeros beyond position `stored`. */
 template <int D>
 static __device__ __forceinline__ void load_own_keys(const struct attend_args &args, int g, int key,
                                                      int number, int stored,
@@ -418,7 +421,8 @@ static __device__ __forceinline__ void load_part_queries(const struct attend_arg
 template <int D> struct walk {
     struct part part;
     int key;
-    int number; /* of the warp's block of the tile, if it is of `part`: read a tile before it is used */
+    /* of the warp's block of the tile, if it is of `part`: read a tile before it is used */
+    int number;
     int place;  /* in the list, of the part behind this one */
     bool first; /* nothing has been multiplied yet */
     struct query_pieces<D> mine;
@@ -472,8 +476,8 @@ static __device__ __forceinline__ void ask_tile(const struct attend_args &args, 
     copies_commit();
 }
 
-/* The same, and before it, as a group of its own, for the queries if the tile begins a part: into q,
- * which the part before the last does not need any more. The stage is nobody's. */
+/* The same, and before it, as a group of its own, for the queries if the tile begins a part: into
+ * q, which the part before the last does not need any more. The stage is nobody's. */
 template <int D, bool OWN>
 static __device__ __forceinline__ void ask(const struct attend_args &args, struct walk<D> &walk,
                                            struct part_shared<D> &shared,
@@ -575,7 +579,8 @@ join_warps(const struct attend_args &args, const struct part &part,
 
 /* The queries of a run of one row into tile rows 0 …, and, if the part has the row's own key, that
  * and its value into own [2][D] and into the cache. The same bits as qkv_finish's. What they are
- * multiplied by, and where they go, does not change during the pass and is read before launch_wait. */
+ * multiplied by, and where they go, does not change during the pass and is read before launch_wait.
+ */
 template <int D>
 static __device__ __forceinline__ void finish_row(const struct attend_args &args,
                                                   const struct part &part, bf16 *q, bf16 *own)
@@ -637,9 +642,9 @@ static __device__ __forceinline__ void place_own(bf16 (&stage)[2][ATTN_KEYS * D]
 
 /* --- the walk --- */
 
-/* Asks for the first tile and queries. What describes the pass (runs, block numbers) is there before
- * its first kernel begins, and so are a run's older keys if nobody else of the pass writes them;
- * FINISH: then its own are not read from the pool at all. */
+/* Asks for the first tile and queries. What describes the pass (runs, block numbers) is there
+ * before its first kernel begins, and so are a run's older keys if nobody else of the pass writes
+ * them; FINISH: then its own are not read from the pool at all. */
 template <int D, bool FINISH>
 static __device__ __forceinline__ void begin_walk(const struct attend_args &args, struct walk<D> &walk,
                                                   struct part_shared<D> &shared)
@@ -894,8 +899,8 @@ static int launch_windows(struct cuda_context *context, const struct attend_args
     return launch(context, "attention", attend<D, MT>, grid, dim3(ATTN_THREADS), bytes, args);
 }
 
-/* Asks once how many blocks of attend_part a multiprocessor holds: three on sm_90, fewer where it has
- * less shared memory. */
+/* Asks once how many blocks of attend_part a multiprocessor holds: three on sm_90, fewer where it
+ * has less shared memory. */
 template <typename K>
 static int find_held(struct cuda_context *context, K kernel, size_t bytes, int *held)
 {
