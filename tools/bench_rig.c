@@ -82,7 +82,6 @@ int bench_floor(const struct bench_args *args, struct claas_device_floor *ret)
 int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens)
 {
     struct claas_device_options options = options_of(args);
-    struct load_progress loading;
     int rc;
 
     options.kv_tokens = kv_tokens;
@@ -97,9 +96,7 @@ int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_t
     rig->config = claas_model_config(rig->model);
     claas_copy_text(rig->name, sizeof(rig->name), claas_model_name(rig->model));
     measure_model(rig);
-    load_progress_begin(&loading, &options);
-    rc = claas_device_open(&options, rig->model, &rig->device);
-    load_progress_end(&loading, rc == 0);
+    rc = load_progress_open(&options, rig->model, &rig->device);
     if (rc == 0)
         rc = claas_device_client_new(rig->device, &rig->client);
     if (rc < 0)

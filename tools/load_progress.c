@@ -5,6 +5,13 @@
 
 #include "claas/clock.h"
 #include "claas/log.h"
+#include "progress.h"
+
+struct loading {
+    struct progress progress;
+    int64_t began_ns, ended_ns;
+    uint64_t bytes; /* of the file */
+};
 
 /* In MB below a GB. */
 static const char *in_units(double bytes, double total, char *text, size_t size)
@@ -23,7 +30,7 @@ static const char *unit_of(uint64_t total)
 
 static void show(void *arg, uint64_t done, uint64_t total)
 {
-    struct load_progress *loading = arg;
+    struct loading *loading = arg;
     char of_done[16], of_total[16];
 
     if (done == 0)
@@ -38,23 +45,25 @@ static void show(void *arg, uint64_t done, uint64_t total)
         progress_end(&loading->progress); /* what is opened then may have something to say */
 }
 
-void load_progress_begin(struct load_progress *loading, struct claas_device_options *options)
+int load_progress_open(const struct claas_device_options *options, claas_model_t *model,
+                       claas_device_t **ret)
 {
-    *loading = (struct load_progress){0};
-    progress_begin(&loading->progress);
-    options->loading = show;
-    options->loading_arg = loading;
-}
-
-void load_progress_end(struct load_progress *loading, bool opened)
-{
-    double seconds = (double)(loading->ended_ns - loading->began_ns) * 1e-9;
-    double bytes = (double)loading->bytes;
+    struct claas_device_options seen = *options;
+    struct loading loading = {0};
+    double seconds, bytes;
     char text[16];
+    int rc;
 
-    progress_end(&loading->progress);
-    if (opened && bytes > 0 && seconds > 0)
+    seen.loading = show;
+    seen.loading_arg = &loading;
+    progress_begin(&loading.progress);
+    rc = claas_device_open(&seen, model, ret);
+    progress_end(&loading.progress);
+    seconds = (double)(loading.ended_ns - loading.began_ns) * 1e-9;
+    bytes = (double)loading.bytes;
+    if (rc == 0 && bytes > 0 && seconds > 0)
         claas_info("weights: %s %s read in %.1f s, %.2f GB/s",
-                   in_units(bytes, bytes, text, sizeof(text)), unit_of(loading->bytes), seconds,
+                   in_units(bytes, bytes, text, sizeof(text)), unit_of(loading.bytes), seconds,
                    bytes * 1e-9 / seconds);
+    return rc;
 }

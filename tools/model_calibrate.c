@@ -149,15 +149,12 @@ static int measure(const char *path, const struct options *wanted, claas_model_t
     struct claas_device_options device_options = {
         .device = "cpu", .precision = "bf16", .threads = wanted->threads, .kv_tokens = KV_TOKENS};
     claas_device_t *device = NULL;
-    struct load_progress loading;
     struct progress progress;
     int rc = claas_model_open(&model_options, ret_model);
 
     if (rc < 0)
         return claas_fail_context(rc, "%s: ", path);
-    load_progress_begin(&loading, &device_options);
-    rc = claas_device_open(&device_options, *ret_model, &device);
-    load_progress_end(&loading, rc == 0);
+    rc = load_progress_open(&device_options, *ret_model, &device);
     if (rc < 0)
         return rc;
     progress_begin(&progress);

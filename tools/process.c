@@ -32,7 +32,6 @@ int process_open_device(struct process *process)
         .slice_ms = (int)claas_config_int(config, "device.slice"),
     };
     int64_t host_cache_mb = claas_config_int(config, "device.host_cache_mb");
-    struct load_progress loading;
     const char *warning;
     int rc;
 
@@ -46,9 +45,7 @@ int process_open_device(struct process *process)
     warning = claas_chat_template_warning(claas_model_chat_template(process->model));
     if (warning)
         claas_warning("%s", warning);
-    load_progress_begin(&loading, &device);
-    rc = claas_device_open(&device, process->model, &process->device);
-    load_progress_end(&loading, rc == 0);
+    rc = load_progress_open(&device, process->model, &process->device);
     if (rc == 0)
         claas_model_release_weights(process->model);
     return rc;

@@ -38,19 +38,13 @@ static __device__ __forceinline__ attn_keys<T> attn_keys_of(const struct cuda_at
     return keys;
 }
 
-/* Of the key at position p; the second: of runs in blocks or in rows of the pack. */
-template <typename T>
-static __device__ __forceinline__ size_t attn_paged_key_at(const struct attn_keys<T> &keys, int p)
-{
-    return (size_t)keys.table[p / CUDA_KV_BLOCK] * keys.stride +
-           (size_t)(p % CUDA_KV_BLOCK) * (size_t)keys.head_dim;
-}
-
+/* Of the key at position p. */
 template <typename T>
 static __device__ __forceinline__ size_t attn_key_at(const struct attn_keys<T> &keys, int p)
 {
     if (keys.table)
-        return attn_paged_key_at(keys, p);
+        return (size_t)keys.table[p / CUDA_KV_BLOCK] * keys.stride +
+               (size_t)(p % CUDA_KV_BLOCK) * (size_t)keys.head_dim;
     return (size_t)(p < keys.pos ? keys.parent + p : keys.own + p - keys.pos) * keys.stride;
 }
 
