@@ -57,10 +57,16 @@ static int find_tensor(const struct loader *loader, int layer, const char *name,
 
 #define AHEAD_BYTES ((size_t)64 << 20) /* of a file, that the disk is told of */
 
+static int rows_ahead(const struct claas_tensor *tensor)
+{
+    const size_t rows = AHEAD_BYTES / (tensor->bytes / (size_t)tensor->rows + 1);
+
+    return rows < (size_t)tensor->rows ? (int)rows : tensor->rows;
+}
+
 struct pack_task {
     const struct claas_ops *ops;
     const struct claas_tensor *tensor;
-    int ahead; /* rows that the disk is told of */
     void *panels;
     float *rows; /* [members][16][K] */
     claas_pool_t *pool;
@@ -74,7 +80,7 @@ static void pack_panel(void *arg, int panel)
     float *buffer = task->rows + (size_t)claas_pool_member(task->pool) * CLAAS_LANES * k;
     const float *rows[CLAAS_LANES];
 
-    claas_tensor_prepare(tensor, panel * CLAAS_LANES + task->ahead, CLAAS_LANES);
+    claas_tensor_prepare(tensor, panel * CLAAS_LANES + rows_ahead(tensor), CLAAS_LANES);
     for (int j = 0; j < CLAAS_LANES; j++) {
         int row = panel * CLAAS_LANES + j;
 
@@ -85,13 +91,6 @@ static void pack_panel(void *arg, int panel)
         }
     }
     task->ops->pack_panel(task->panels, tensor->columns, panel, rows);
-}
-
-static int rows_ahead(const struct claas_tensor *tensor)
-{
-    const size_t rows = AHEAD_BYTES / (tensor->bytes / (size_t)tensor->rows + 1);
-
-    return rows < (size_t)tensor->rows ? (int)rows : tensor->rows;
 }
 
 static int pack_tensor(const struct loader *loader, const struct claas_tensor *tensor, void *panels)
@@ -105,8 +104,7 @@ static int pack_tensor(const struct loader *loader, const struct claas_tensor *t
     if (!rows)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to load %s", tensor->name);
     task.rows = rows;
-    task.ahead = rows_ahead(tensor);
-    claas_tensor_prepare(tensor, 0, task.ahead);
+    claas_tensor_prepare(tensor, 0, rows_ahead(tensor));
     claas_pool_run(loader->pool, (tensor->rows + CLAAS_LANES - 1) / CLAAS_LANES, pack_panel, &task);
     claas_loading_add(loader->loading, tensor, tensor->rows);
     return 0;
@@ -274,7 +272,6 @@ static int load_layer(struct loader *loader, int l)
 struct embed_task {
     const struct claas_ops *ops;
     const struct claas_tensor *tensor;
-    int ahead;
     uint8_t *out;
     float *rows; /* [members][D] */
     claas_pool_t *pool;
@@ -287,7 +284,7 @@ static void round_embedding_row(void *arg, int row)
     float *buffer = task->rows + (size_t)claas_pool_member(task->pool) * k;
 
     if (row % CLAAS_LANES == 0)
-        claas_tensor_prepare(task->tensor, row + task->ahead, CLAAS_LANES);
+        claas_tensor_prepare(task->tensor, row + rows_ahead(task->tensor), CLAAS_LANES);
     claas_tensor_row(task->tensor, row, buffer);
     task->ops->to_act(buffer, task->out + (size_t)row * k * task->ops->act_bytes, k);
 }
@@ -320,8 +317,7 @@ static int load_ends(struct loader *loader)
         if (!rows)
             return claas_fail(CLAAS_ERR_NO_MEMORY, "no memory to load the embedding");
         task.rows = rows;
-        task.ahead = rows_ahead(embedding);
-        claas_tensor_prepare(embedding, 0, task.ahead);
+        claas_tensor_prepare(embedding, 0, rows_ahead(embedding));
         claas_pool_run(loader->pool, c->vocab, round_embedding_row, &task);
         claas_loading_add(loader->loading, embedding, embedding->rows);
     }
