@@ -11,6 +11,7 @@
 #define CLAAS_CUDA_CHECK_H
 
 #include "cuda/context.h"
+#include "shard.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -113,22 +114,6 @@ static inline bool check_leaves_out(double work, double most)
         return false;
     check_state.left_out++;
     return true;
-}
-/* CLAAS_TEST_SHARD=i/n: n processes share a program's cases, and this one has the i-th, from 0 on,
- * of each n that ask here. */
-static inline bool check_elsewhere(void)
-{
-    static int shard, shards, asked;
-    const char *text = getenv("CLAAS_TEST_SHARD");
-
-    if (!text)
-        return false;
-    if (shards == 0 &&
-        (sscanf(text, "%d/%d", &shard, &shards) != 2 || shard < 0 || shard >= shards)) {
-        printf("CLAAS_TEST_SHARD=%s: not i/n with i < n\n", text);
-        exit(1);
-    }
-    return asked++ % shards != shard;
 }
 /* CLAAS_TEST_OWN: without cases that have products of cuBLASLt in bfloat16. */
 static inline bool check_only_own(void)

@@ -227,6 +227,7 @@ static void times(cuda_context *context)
     r = equal_runs(large, true, 1, 512, 8192);
     time_serving(context, "512 queries behind 8192, 32/8 heads of 128", &r);
 }
+
 static void test_type(enum cuda_type type)
 {
     cuda_context context = {};
@@ -257,6 +258,7 @@ static void test_type(enum cuda_type type)
         times(&context);
     cuda_context_close(&context);
 }
+
 int main(void)
 {
     test_type(CUDA_TYPE_BF16);

@@ -479,6 +479,7 @@ static void times(cuda_context *context)
     r = equal_runs(small, true, 16, 1, 1023);
     time_serving(context, "decode 16 x 1024, 9/3 heads of 64", &r);
 }
+
 /* Parts are of bfloat16 alone. */
 int main(void)
 {

@@ -8,6 +8,7 @@
 #include "cuda/cuda_backend.h"
 #include "cuda/pass.h"
 #include "engine/engine.h"
+#include "shard.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -694,16 +695,11 @@ static void test_no_memory(void)
  * products in bfloat16. */
 enum part { ALL, SMALL, OWN };
 
-/* CLAAS_TEST_SHARD=i/n: n processes share the tests, as in cuda_check.h. */
 static bool is_mine(enum part part)
 {
-    const char *text = getenv("CLAAS_TEST_SHARD");
-    static int asked;
-    int shard = 0, shards = 1;
-
     if ((part < SMALL && getenv("CLAAS_TEST_SMALL")) || (part < OWN && getenv("CLAAS_TEST_OWN")))
         return false;
-    return !text || (sscanf(text, "%d/%d", &shard, &shards) == 2 && asked++ % shards == shard);
+    return !check_elsewhere();
 }
 
 int main(void)
