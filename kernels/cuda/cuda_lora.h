@@ -68,6 +68,32 @@ int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_ro
 struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
                                      int tile_rows, int tiles);
 
+/* S of the launches that make it beside the product (gemm_few.cu), each of which takes one of two
+ * buffers by turns. An element is CUDA_LORA_MISSING until it is made, which is how the launch
+ * itself knows, and each launch makes the rows of the other buffer missing for the next one. So
+ * within a pass
+ *
+ *   - cuda_lora_begin comes first, for the most rows that a launch has;
+ *   - the rows never become more from one of these launches to the next (they may become fewer: the
+ *     tail);
+ *   - no kernel between two of them is done before the work queued before it (launch.cuh): some
+ *     block of each calls launch_wait before it ends, or it is launched the ordinary way.
+ *
+ * The turn is the host's, so that a captured pass has it in its arguments. */
+struct cuda_lora_pair {
+    void *s; /* device, bfloat16 [2][CUDA_LORA_PAIR_ROWS][CUDA_LORA_PAIR_LD] */
+    unsigned turn;
+};
+#define CUDA_LORA_PAIR_ROWS  64
+#define CUDA_LORA_PAIR_LD    (3 * CLAAS_RANK_MAX) /* of every weight: a row's place is the same */
+#define CUDA_LORA_PAIR_BYTES (2 * CUDA_LORA_PAIR_ROWS * CUDA_LORA_PAIR_LD * 2)
+/* A NaN that rounding never gives: of every NaN __float2bfloat16_rn makes 0x7fff. */
+#define CUDA_LORA_MISSING 0xffff
+
+/* Queues that m rows of both become missing; the first launch takes the first. No kernel: it can be
+ * captured, but the kernel behind it does not start early. Nothing where no launch may join. */
+int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, int m);
+
 /* One weight of one layer over those rows. What an operation does not name above may be NULL. */
 struct cuda_lora {
     const struct cuda_lora_rows *rows;
@@ -81,8 +107,8 @@ struct cuda_lora {
     const void *dy;
     void *ds;
     void *dx;
-    float *sums;     /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
-    uint32_t *turns; /* few, beside the product: device [2], zero between launches */
+    float *sums;                 /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
+    struct cuda_lora_pair *pair; /* few, beside the product, in place of s; or NULL */
 };
 /* The few ways read the lists of rows and the adapters before launch_wait: whoever wrote those must
  * have been followed by a copy to the device on the stream, as at the beginning of every pass. */

@@ -73,7 +73,8 @@ static void place(claas_backend_t *backend, struct cuda_arena *arena)
     space->pass.lora_sums =
         cuda_take(arena, CUDA_LORA_PARTS * (m < CUDA_LORA_FEW ? m : CUDA_LORA_FEW) *
                              (size_t)space->pass.lds[CUDA_QKV] * sizeof(float));
-    space->pass.lora_turns = cuda_take(arena, 2 * sizeof(uint32_t));
+    space->lora_pair.s = cuda_take(arena, CUDA_LORA_PAIR_BYTES);
+    space->pass.lora_pair = &space->lora_pair;
     space->pass.split_bytes = cuda_attention_scratch_bytes(c->heads, c->kv_heads, c->head_dim,
                                                            most_runs(backend), (int)m, c->context);
     space->pass.splits = cuda_take(arena, space->pass.split_bytes);

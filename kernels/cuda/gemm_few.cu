@@ -97,8 +97,8 @@ template <int TILES> struct few_shape {
 };
 
 /* With LoRA, in bytes: its sums, S, and an item of B for each warp `depth` times. The first item and
- * S lie behind the ring where there is room, so that the item need not wait and S only until it is
- * made: it takes 2 or 3 us to come from the L2 beside a product. Then the parts have a place of their
+ * S lie behind the ring where there is room, so that they may be asked for early: either takes 2 or
+ * 3 us to come from the L2 beside a product. Then the parts have a place of their
  * own too, which is free when one stage is left, and otherwise S's and B's when those are used up
  * (parts_left: 0). SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at least.
  */
@@ -116,8 +116,7 @@ template <int TILES, bool SM90> struct join_shape {
     static const int first = s + s_bytes; /* item of B; the others from `rest` on */
     static const int rest = early ? free : first + item;
     static const int end = rest + (depth - 1) * item;
-    /* stages that are left when S is asked for; before, it is waited for until it is made */
-    static const int s_left = early ? stages - 1 : 2;
+    static const int s_left = early ? stages - 1 : 2; /* stages, when S is asked for */
     static const int parts = early ? end : sums;
     static const int parts_left = early ? 1 : 0;
     static const int shrink_ring = SM90 ? 12288 : 8192; /* of a warp, when S is made */
@@ -253,7 +252,6 @@ struct few_lora {
     struct lora_share share;
     struct lora_place next; /* of B, that this warp asks for */
     int items;              /* of B that it has asked for */
-    unsigned turn;          /* thread 0: how many blocks had seen all of S before */
 };
 
 /* Where this warp's item of B number `item` comes to lie; item 1 and those behind it are together.
@@ -267,15 +265,16 @@ template <int TILES> static __device__ __forceinline__ uint4 *item_of_b(uint4 *r
 }
 
 /* What LoRA needs, into the slots of the ring that are free when `left` stages are to come behind
- * the one that is there. S only if `made`. */
+ * the one that is there. with_s: S too, once. */
 template <int TILES>
-static __device__ __forceinline__ void
-ask_for_lora(const struct few_args *args, struct few_lora *lora, uint4 *ring, int left, bool made)
+static __device__ __forceinline__ void ask_for_lora(const struct few_args *args,
+                                                    struct few_lora *lora, uint4 *ring, int left,
+                                                    bool with_s)
 {
     using shape = join_here<TILES>;
 
-    if (made)
-        lora_ask_s(args->lora.args, lora->lines, ring + shape::s / 16);
+    if (with_s)
+        lora_ask_s(args->lora, lora->lines, ring + shape::s / 16);
     if (lora->items == 0)
         lora->next = lora_first_place(lora->lines, lora->share);
     for (; lora->items < shape::depth; lora->items++) {
@@ -316,6 +315,8 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
             load_rows<TILES>(args, first + i, ring + (slot + i) % stages * pieces);
         copies_commit(); /* the first one's also holds all of the weights above */
     }
+    if (LORA) /* while the first rows are on their way */
+        lora_clear_next(args->lora);
     for (int index = first; index < end; index++) {
         if (index == max(first, end - LAST_STAGES))
             launch_next();
@@ -335,12 +336,13 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         }
         copies_commit();
         end_stage<TILES>(ring + slot * pieces, sums);
-        if (LORA && index == max(first, end - join_here<TILES>::s_left - 1) && threadIdx.x == 0)
-            lora->turn = lora_await(args->lora, lora->lines);
         ahead = slot;
         slot = slot + 1 < stages ? slot + 1 : 0;
     }
-    copies_wait_but<0>();
+    if (LORA)
+        lora_receive_s<8 * TILES>(args->lora, lora->lines, ring + join_here<TILES>::s / 16);
+    else
+        copies_wait_but<0>();
     __syncthreads();
 }
 
@@ -614,8 +616,6 @@ static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
     if (args.splits == 1)
         __syncthreads();
     store_share<LORA>(&args, first_row, rank, parts, barrier, (float *)ring, lora.lines);
-    if (LORA && threadIdx.x == 0 && lora.turn == lora_last(args.lora))
-        args.lora.turns[0] = 0; /* every block has seen S */
 }
 
 /* --- launching --- */
@@ -674,7 +674,7 @@ bool cuda_gemm_few_adds(const struct cuda_context *context, const struct cuda_ge
             return false;
     return cuda_lora_may_join(context, lora) && gemm->out_type == CUDA_TYPE_BF16 &&
            lora->rows->m == gemm->m && lora->rows->tile_count == gemm->m && weight->n == gemm->n &&
-           weight->k == gemm->k && lora->x == gemm->a && gemm->lda == gemm->k && lora->s;
+           weight->k == gemm->k && lora->x == gemm->a && gemm->lda == gemm->k;
 }
 
 /* How many blocks share k: enough to fill the card, each with some stages. Not a matter of m. */
@@ -705,11 +705,19 @@ static void plan_lora(const struct cuda_context *context, const struct cuda_gemm
 
     static_assert(LORA_BLOCKS_LEAST % SPLITS_MAX == 0 && SPLITS_MAX % LORA_TEAM == 0,
                   "whole clusters of whole teams");
+    static_assert(CUDA_LORA_PAIR_ROWS == CUDA_GEMM_FEW_ROWS && LORA_LINES == CUDA_GEMM_FEW_ROWS &&
+                      CUDA_LORA_PAIR_LD >= CUDA_PARTS_MAX * CLAAS_RANK_MAX,
+                  "all rows and terms have a place");
     room = room > share ? room : share;
     room = room > LORA_BLOCKS_LEAST ? room / splits * splits : LORA_BLOCKS_LEAST;
     join->team = splits >= LORA_TEAM && gemm->k >= LORA_LONG ? LORA_TEAM : 1;
     most = (slabs * join->team + splits - 1) / splits * splits;
     join->blocks = room < most ? room : most;
+}
+
+static bf16 *pair_at(const struct cuda_lora_pair *pair, unsigned turn)
+{
+    return (bf16 *)pair->s + turn * CUDA_LORA_PAIR_ROWS * CUDA_LORA_PAIR_LD;
 }
 
 static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
@@ -736,8 +744,11 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
     args->quads = gemm->n % 4 == 0 && gemm->ldo % 4 == 0 &&
                   ((uintptr_t)gemm->out | (uintptr_t)add) % quad == 0;
     if (gemm->lora) {
+        const struct cuda_lora_pair *pair = gemm->lora->pair;
+
         args->lora.args = lora_args_of(gemm->lora);
-        args->lora.turns = gemm->lora->turns;
+        args->lora.s = pair_at(pair, pair->turn);
+        args->lora.next = pair_at(pair, pair->turn ^ 1);
         plan_lora(context, gemm, args->splits, &args->lora);
     }
 }
@@ -750,6 +761,8 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     unsigned tiles;
 
     fill_args(context, gemm, &args);
+    if (with)
+        gemm->lora->pair->turn ^= 1;
     while (8 * kernels[which].tiles < gemm->m)
         which++;
     tiles = (unsigned)((gemm->n + B_ROWS - 1) / B_ROWS);

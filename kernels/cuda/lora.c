@@ -284,7 +284,21 @@ bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora
 
 bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lora *lora)
 {
-    return cuda_lora_is_few(context, lora) && lora->turns && !is_wished("apart");
+    return cuda_lora_is_few(context, lora) && lora->pair && !is_wished("apart");
+}
+
+int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, int m)
+{
+    const size_t row = CUDA_LORA_PAIR_LD * 2; /* bytes */
+
+    pair->turn = 0;
+    if (is_wished("apart"))
+        return 0;
+    return cuda_check(context,
+                      cudaMemset2DAsync(pair->s, CUDA_LORA_PAIR_ROWS * row,
+                                        CUDA_LORA_MISSING & 0xff, (size_t)m * row, 2,
+                                        context->stream),
+                      "LoRA");
 }
 
 /* Nothing to do for the only adapter: it has none of the weight's modules. */

@@ -2,21 +2,26 @@
  * arithmetic is lora_few.cuh's.
  *
  * The grid's first blocks make S (lora_shrink.cuh), each its slabs, or four together their parts of
- * them. turns[0] counts what is stored.
+ * them. S itself says what is there: an element is CUDA_LORA_MISSING until it is stored, once.
  *
  * The product's blocks do their sums meanwhile. Towards the end of k their ring has room for the
  * rows of B that meet the block's columns (the first ones may have room of their own and come at
- * the beginning), and, when turns[0] says that all of S is there, for S. A warp takes the same 32
- * columns of one tile after another; B too comes as a lane's own pieces.
+ * the beginning), and for S, which is asked for whether it is made or not. Behind the sums each
+ * thread looks at the pieces of S that it copied, and asks again for those in which something is
+ * missing. An element that is there is the last word on itself and says nothing of others, so
+ * neither a fence nor an order of loads is needed. A warp takes the same 32 columns of one tile
+ * after another; B too comes as a lane's own pieces.
+ *
+ * Behind launch_wait the product's blocks make all of the next launch's S missing: whoever read it,
+ * the launch before, is done, and whoever stores or reads it next waits for this launch (cuda_lora.h,
+ * struct cuda_lora_pair).
  *
  * Who waits: a product's block for blocks of lower number in its own grid, and those for none but
  * others of their cluster, all of which run at once. Blocks are handed out in the order of their
  * numbers (which cuBLAS and CUTLASS rely on where they split k), so when one waits the others run or
  * are done; and those that make S need nothing of a block that has no place yet. Kernels before this
  * one are all running when it begins (launch.cuh) and need nothing of it; later ones begin when all
- * of its blocks run. turns[1] counts the product's blocks that have seen S; with the last of them
- * both become zero for the next launch, which counts only when this one is done. A launch that is
- * cut short leaves them wrong, but what cuts it short (a sticky error) ends the context too. */
+ * of its blocks run. */
 #ifndef CLAAS_CUDA_LORA_JOIN_CUH
 #define CLAAS_CUDA_LORA_JOIN_CUH
 
@@ -33,9 +38,10 @@
 
 struct lora_join {
     struct lora_args args;
-    unsigned *turns; /* [2]: (blocks' parts of) slabs made, blocks that have seen them all */
-    int blocks;      /* that make S, the first of the grid: whole clusters */
-    int team;        /* of them, that share a slab: 1, or LORA_TEAM of a cluster */
+    bf16 *s;    /* [m][CUDA_LORA_PAIR_LD]; args.s is not used */
+    bf16 *next; /* likewise: the next launch's */
+    int blocks; /* that make S, the first of the grid: whole clusters */
+    int team;   /* of them, that share a slab: 1, or LORA_TEAM of a cluster */
 };
 
 /* One tile, as those see it who make S of all the weight's parts, or add one part. */
@@ -45,11 +51,10 @@ struct lora_line {
     int size;         /* rows of A, or terms of a row of B: the rank */
     int column;       /* of S, which B's first term meets */
 };
-/* In shared memory. used and slabs are counted by halves of the list. */
+/* In shared memory. used is counted by halves of the list. */
 struct lora_lines {
     struct lora_line line[LORA_LINES];
     int used[2];            /* tiles that there are: the first ones */
-    int slabs[2];           /* of S, of all the weight's parts */
     int high[2];            /* whether there are tiles of more than 8 rows */
     uint8_t of[LORA_LINES]; /* the line that a row of the pack has, or LORA_NOBODY */
 };
@@ -59,13 +64,13 @@ static __device__ __forceinline__ int lora_slabs_of(int width)
     return (width + LORA_SLAB - 1) / LORA_SLAB;
 }
 
-/* The line of a tile, and how many slabs the tile has. module: B's, or -1: A. */
-static __device__ __forceinline__ int lora_read_line(struct lora_line *line,
-                                                     const struct lora_args &args,
-                                                     const struct cuda_lora_tile &tile, int module)
+/* The line of a tile. module: B's, or -1: A. */
+static __device__ __forceinline__ void lora_read_line(struct lora_line *line,
+                                                      const struct lora_args &args,
+                                                      const struct cuda_lora_tile &tile, int module)
 {
     if (tile.count == 0)
-        return 0;
+        return;
     const struct cuda_lora_group *group = &args.groups[tile.group];
     const bf16 *view = (const bf16 *)group->view + (size_t)args.layer * group->layer;
     const int width = group->parts[args.kind] * group->rank;
@@ -80,7 +85,6 @@ static __device__ __forceinline__ int lora_read_line(struct lora_line *line,
         line->size = group->rank;
         line->column = group->index[module] * group->rank;
     }
-    return lora_slabs_of(width);
 }
 
 /* The list is made by the last two warps, since the first ones ask for the product's rows, in two
@@ -107,23 +111,20 @@ static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
 {
     const int t = (int)threadIdx.x - (LORA_THREADS - LORA_LINES);
     struct lora_line line = {};
-    int slabs = 0;
 
     if (t < 0)
         return;
-    slabs = lora_read_line(&line, args, tile, module);
+    lora_read_line(&line, args, tile, module);
     asm volatile("bar.sync 1, %0;" ::"n"(LORA_LINES) : "memory"); /* nobody is in all of `of` */
     lines->line[t] = line;
     for (int row = 0; row < line.count && line.from; row++)
         lines->of[line.first + row] = (uint8_t)t;
-    slabs = __reduce_add_sync(~0u, slabs);
     const unsigned used = __ballot_sync(~0u, line.count > 0);
     const unsigned high = __ballot_sync(~0u, line.count > 8);
 
     if (t % 32 == 0) {
         lines->high[t / 32] = high != 0;
         lines->used[t / 32] = __popc(used);
-        lines->slabs[t / 32] = slabs;
     }
 }
 
@@ -224,22 +225,39 @@ static __device__ __forceinline__ void lora_ask_b(const struct lora_lines *lines
     lora_advance(lines, share, size, place);
 }
 
-/* Where the 8 terms `piece` of a row of S lie: rows of CLAAS_RANK_MAX terms, swizzled so that eight
- * lanes that read four pieces of two rows do not collide. */
+/* --- S --- */
+
+#define LORA_S_PIECES      (CLAAS_RANK_MAX / 8) /* of 16 bytes, of a row: one part's terms */
+#define LORA_S_BYTES(rows) ((rows)*LORA_S_PIECES * 16)
+#define LORA_POLLS_MAX     (1u << 26) /* of one waiting thread: half a minute and more */
+
+/* Where the 8 terms `piece` of a row of S lie in shared memory: swizzled so that eight lanes that
+ * read four pieces of two rows do not collide. */
 static __device__ __forceinline__ int lora_s_at(int row, int piece)
 {
-    return row * (CLAAS_RANK_MAX / 8) + (piece ^ (row & 1) << 2);
+    return row * LORA_S_PIECES + (piece ^ (row & 1) << 2);
 }
-#define LORA_S_BYTES(rows) ((rows)*CLAAS_RANK_MAX * 2)
 
-/* Starts the copy of the rows of S, as many terms as the rank and zeros up to a multiple of 32. */
-static __device__ __forceinline__ void lora_ask_s(const struct lora_args &args,
+/* The next launch's S becomes missing. By all threads of the product's blocks, behind launch_wait:
+ * of those that make S some leave before. */
+static __device__ __forceinline__ void lora_clear_next(const struct lora_join &join)
+{
+    const int pieces = join.args.m * (CUDA_LORA_PAIR_LD / 8), blocks = (int)gridDim.x - join.blocks;
+    const uint32_t word = CUDA_LORA_MISSING * 0x10001u;
+
+#pragma unroll 1 /* hardly ever more than once */
+    for (int i = ((int)blockIdx.x - join.blocks) * LORA_THREADS + (int)threadIdx.x; i < pieces;
+         i += blocks * LORA_THREADS)
+        ((uint4 *)join.next)[i] = make_uint4(word, word, word, word);
+}
+
+/* Starts the copy of the rows of S, as they are by now: as many terms as the rank, which is whole
+ * pieces of 8 (cuda_lora_layout), and zeros up to a multiple of 32. */
+static __device__ __forceinline__ void lora_ask_s(const struct lora_join &join,
                                                   const struct lora_lines *lines, uint4 *s)
 {
-    const int pieces = CLAAS_RANK_MAX / 8;
-
-    for (int i = (int)threadIdx.x; i < args.m * pieces; i += LORA_THREADS) {
-        const int row = i / pieces, piece = i % pieces, of = lines->of[row];
+    for (int i = (int)threadIdx.x; i < join.args.m * LORA_S_PIECES; i += LORA_THREADS) {
+        const int row = i / LORA_S_PIECES, piece = i % LORA_S_PIECES, of = lines->of[row];
 
         if (of == LORA_NOBODY)
             continue;
@@ -248,39 +266,84 @@ static __device__ __forceinline__ void lora_ask_s(const struct lora_args &args,
 
         if (8 * piece < (line->size + 31) / 32 * 32)
             copy_16(s + lora_s_at(row, piece),
-                    (const bf16 *)args.s + (size_t)row * (size_t)args.ld +
-                        (size_t)(line->column + (valid ? 8 * piece : 0)),
+                    join.s + row * CUDA_LORA_PAIR_LD + line->column + (valid ? 8 * piece : 0),
                     valid);
     }
 }
 
-#define LORA_POLLS_MAX (1u << 26) /* of one waiting thread: half a minute and more */
-
-/* The number of the product's last block among them. */
-static __device__ __forceinline__ unsigned lora_last(const struct lora_join &join)
+/* Some of the 8 terms are missing: a half of a word is ones where that of ~word is zero. */
+static __device__ __forceinline__ bool lora_misses(const uint4 &terms)
 {
-    return gridDim.x - (unsigned)join.blocks - 1;
+    const uint32_t words[4] = {terms.x, terms.y, terms.z, terms.w};
+    uint32_t found = 0;
+
+    static_assert(CUDA_LORA_MISSING == 0xffff, "ones are missing");
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        found |= (~words[i] - 0x00010001u) & words[i];
+    return (found & 0x80008000u) != 0;
 }
 
-/* Waits until all of S is there, by one thread of a block of the product; a barrier lets the others
- * read it. Returns how many blocks have waited before this one; with the last turns[1] begins anew.
- * (Nothing waits for the result here; atomicAdd's would be waited for, being made a warp's.) */
-static __device__ __forceinline__ unsigned lora_await(const struct lora_join &join,
-                                                      const struct lora_lines *lines)
+/* 8 terms of S as they are now, each of them old or new as a whole. */
+static __device__ __forceinline__ uint4 lora_load_s(const bf16 *from)
 {
-    const unsigned wanted = (unsigned)((lines->slabs[0] + lines->slabs[1]) * join.team);
-    unsigned made, polls = 0;
+    uint4 terms;
 
-    do
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(made)
-                     : "l"(__cvta_generic_to_global(join.turns))
-                     : "memory");
-    while (made < wanted && ++polls < LORA_POLLS_MAX);
-    if (made < wanted)
-        __trap(); /* ends the context: an error instead of a grid that never does */
-    return atomicInc(&join.turns[1], lora_last(join));
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(terms.x), "=r"(terms.y), "=r"(terms.z), "=r"(terms.w)
+                 : "l"(__cvta_generic_to_global(from))
+                 : "memory");
+    return terms;
 }
+
+/* Waits for all copies of this thread, and until no term of S is missing in those that lora_ask_s
+ * started; a barrier makes S everybody's. ROWS: the pack has no more. */
+template <int ROWS>
+static __device__ __forceinline__ void lora_receive_s(const struct lora_join &join,
+                                                      const struct lora_lines *lines, uint4 *s)
+{
+    constexpr int step = LORA_THREADS / LORA_S_PIECES, most = (ROWS + step - 1) / step;
+    const int row = (int)threadIdx.x / LORA_S_PIECES, piece = (int)threadIdx.x % LORA_S_PIECES;
+    unsigned missing = 0, polls = 0; /* missing: as far as is known */
+    uint4 terms[most];
+    int from[most];
+
+    static_assert(step % 2 == 0, "a thread's pieces are a whole number of rows apart");
+    static_assert(most * step <= LORA_LINES, "all rows have a place in the list");
+    s += lora_s_at(row, piece);
+#pragma unroll
+    for (int n = 0; n < most; n++) {
+        const int of = lines->of[row + n * step];
+        const struct lora_line *line = &lines->line[of == LORA_NOBODY ? 0 : of];
+
+        from[n] = (row + n * step) * CUDA_LORA_PAIR_LD + line->column + 8 * piece;
+        if (of != LORA_NOBODY && 8 * piece < line->size)
+            missing |= 1u << n;
+    }
+    copies_wait_but<0>();
+#pragma unroll
+    for (int n = 0; n < most; n++)
+        if (missing >> n & 1)
+            terms[n] = s[n * step * LORA_S_PIECES];
+    for (;;) {
+#pragma unroll
+        for (int n = 0; n < most; n++)
+            if (missing >> n & 1 && !lora_misses(terms[n])) {
+                s[n * step * LORA_S_PIECES] = terms[n];
+                missing &= ~(1u << n);
+            }
+        if (missing == 0)
+            break;
+        if (++polls == LORA_POLLS_MAX)
+            __trap(); /* ends the context: an error instead of a grid that never does */
+#pragma unroll
+        for (int n = 0; n < most; n++) /* all are on their way before the first is looked at */
+            if (missing >> n & 1)
+                terms[n] = lora_load_s(join.s + from[n]);
+    }
+}
+
+/* --- their product --- */
 
 /* sums[row of the pack][column of the share] = S (sB)^T, `pitch` floats apart, for the rows that
  * have a line. The warp's first DEPTH items of B are in its slots, `first` and then `slots`,

@@ -185,13 +185,17 @@ lora_sum_range(float (&total)[2][4], const struct lora_join &join, const struct 
     }
 }
 
+/* Stored as a whole, in no order with anything else. */
 static __device__ __forceinline__ void lora_store_sum(const struct lora_join &join,
                                                       const struct lora_line &line, int row,
                                                       int column, float sum)
 {
+    bf16 *to = join.s + (line.first + row) * CUDA_LORA_PAIR_LD + column;
+
     if (row < line.count && column < line.size)
-        ((bf16 *)join.args.s)[(size_t)(line.first + row) * (size_t)join.args.ld + (size_t)column] =
-            __float2bfloat16_rn(sum);
+        asm volatile("st.relaxed.gpu.global.b16 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+                     "h"(__bfloat16_as_ushort(__float2bfloat16_rn(sum)))
+                     : "memory");
 }
 
 /* The chunks' sums, added in order and rounded. By all threads: one element each. */
@@ -339,11 +343,6 @@ static __device__ __forceinline__ void lora_make_slabs(const struct lora_join &j
         else
             lora_store_slab(join, lines->line[line], slab, total, (float(*)[16][LORA_SLAB])shared);
         lora_seek(lines, range.step, &line, &slab);
-    }
-    __syncthreads(); /* all have stored */
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(&join.turns[0], made);
     }
 }
 

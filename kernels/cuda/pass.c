@@ -95,7 +95,7 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
         .s = s,
         .y = out,
         .sums = pass->lora_sums,
-        .turns = pass->lora_turns,
+        .pair = pass->lora_pair,
     };
     struct cuda_gemm gemm = {
         .form = CUDA_GEMM_NT,
@@ -279,14 +279,29 @@ static int infer_tail(const struct cuda_pass *pass, struct cuda_infer *infer, vo
     return code;
 }
 
+/* For the rows that may have LoRA beside their products: all, or of a larger pack the tail. */
+static int begin_lora(const struct cuda_pass *pass, int tail_count)
+{
+    struct cuda_context *context = &pass->backend->context;
+    const struct cuda_lora_rows *rows = &pass->pack.rows;
+    const int m = rows->m <= CUDA_LORA_PAIR_ROWS ? rows->m : tail_count;
+
+    if (!pass->lora_pair || rows->group_count == 0 || rows->tile_rows != CUDA_LORA_FEW_ROWS ||
+        context->act != CUDA_TYPE_BF16 || m < 1 || m > CUDA_LORA_PAIR_ROWS)
+        return 0;
+    return cuda_lora_begin(context, pass->lora_pair, m);
+}
+
 int cuda_infer(const struct cuda_pass *pass, struct cuda_infer *infer, void *out)
 {
     claas_backend_t *backend = pass->backend;
     const struct claas_model_config *c = &backend->model.config;
     const struct cuda_pack *pack = &pass->pack;
-    int code = cuda_embed(&backend->context, pack->m, c->hidden, backend->model.embedding,
-                          pack->tokens, infer->acts.x_in);
+    int code = begin_lora(pass, infer->tail_count);
 
+    if (code >= 0)
+        code = cuda_embed(&backend->context, pack->m, c->hidden, backend->model.embedding,
+                          pack->tokens, infer->acts.x_in);
     for (int l = 0; l < c->layers && code >= 0; l++) {
         code = cuda_attention_half(pass, l, &infer->acts);
         if (code >= 0 && l < c->layers - 1)

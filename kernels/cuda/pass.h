@@ -79,11 +79,11 @@ struct cuda_acts {
 struct cuda_pass {
     claas_backend_t *backend;
     struct cuda_pack pack;
-    int lds[CUDA_WEIGHTS]; /* row length of acts->s: parts * R of the widest adapter */
-    void *xn, *h;          /* act [m][D], [m][F] */
-    float *lora_sums;      /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
-    uint32_t *lora_turns;  /* [2], see cuda_lora: serving only */
-    void *splits;          /* scratch of attention: serving only */
+    int lds[CUDA_WEIGHTS];            /* row length of acts->s: parts * R of the widest adapter */
+    void *xn, *h;                     /* act [m][D], [m][F] */
+    float *lora_sums;                 /* [CUDA_LORA_PARTS][few rows][widest lds]: serving only */
+    struct cuda_lora_pair *lora_pair; /* serving only */
+    void *splits;                     /* scratch of attention: serving only */
     size_t split_bytes;
     uint8_t *kv; /* serving: block 0 of layer 0 */
     size_t kv_layer_bytes;
@@ -141,6 +141,7 @@ struct cuda_forward_space {
     struct cuda_upload upload;
     struct claas_pack pack;
     struct cuda_pass pass;
+    struct cuda_lora_pair lora_pair; /* the pass's */
     struct cuda_infer infer;
     struct cuda_graphs graphs;
     int32_t spare; /* the block behind the pool: of rows that fill up a pass */

@@ -35,7 +35,8 @@ struct rig {
     struct cuda_lora lora;
     struct check_array x, s, y, dy, ds, dx, sums;
     struct check_array w, residual; /* of a frozen product, and what is added to it */
-    struct check_buffer turns;
+    struct check_buffer pair_memory;
+    struct cuda_lora_pair pair;
     float *y_before, *dx_before, *grads_before[GROUPS_MAX];
 };
 

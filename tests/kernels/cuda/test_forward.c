@@ -308,12 +308,34 @@ static void start_group(const struct rig *rig, struct seq *seqs, claas_backend_a
     }
 }
 
+#define TAIL 3
+
+/* Log-probs of the last TAIL of a sequence's first `count` tokens: of a pass the last layer's
+ * second half has fewer rows than what comes before, if these are not too many for LoRA beside
+ * products. */
+static void score_tail(const struct rig *rig, const struct seq *seq,
+                       claas_backend_adapter_t *adapter, int count, float *out)
+{
+    struct claas_segment segment = {.tokens = seq->tokens,
+                                    .count = count,
+                                    .blocks = seq->blocks,
+                                    .adapter = adapter,
+                                    .wanted = TAIL};
+    struct claas_sample samples[TAIL] = {0};
+
+    for (int i = 0; i < TAIL; i++)
+        samples[i].given = i + 1;
+    must(rig->ops->forward(rig->backend, &segment, 1, samples), "a prompt's end");
+    for (int i = 0; i < TAIL; i++)
+        out[i] = samples[i].logprob;
+}
+
 /* LoRA in the launches of the products gives the bits that it has in launches of its own: launched,
- * captured, replayed. */
+ * captured, replayed again and again, and beside the ends of prompts. */
 static void test_ways(const char *model)
 {
-    static const int all[GROUP] = {0, 1, 2, 3, 4, 5, 6, 7};
-    float apart[GROUP], other[GROUP];
+    static const int all[GROUP] = {0, 1, 2, 3, 4, 5, 6, 7}, lengths[] = {20, 64, 100};
+    float apart[GROUP], other[GROUP], tails[2][CLAAS_COUNT(lengths)][TAIL];
     char name[128];
 
     for (int way = 0; way < 2; way++) {
@@ -324,11 +346,16 @@ static void test_ways(const char *model)
         (void)setenv("CLAAS_CUDA_LORA", way == 0 ? "apart" : "", 1);
         rig = rig_open(model, "bf16", GROUP * 16);
         start_group(&rig, seqs, adapters, true);
-        for (int round = 0; round < 3; round++) {
+        for (int round = 0; round < 6; round++) {
             score(&rig, seqs, all, GROUP, adapters, way == 0 ? apart : other);
             for (int i = 0; i < GROUP && way == 1; i++)
                 expect_same("beside the products", i, other[i], apart[i]);
         }
+        for (size_t i = 0; i < CLAAS_COUNT(lengths); i++)
+            score_tail(&rig, &seqs[7], adapters[7], lengths[i], tails[way][i]);
+        for (size_t i = 0; i < CLAAS_COUNT(lengths) * TAIL && way == 1; i++)
+            expect_same("at the end of a prompt", lengths[i / TAIL], tails[1][i / TAIL][i % TAIL],
+                        tails[0][i / TAIL][i % TAIL]);
         for (int i = 0; i < GROUP; i++)
             rig.ops->adapter_free(rig.backend, &adapters[i]);
         free(seqs);

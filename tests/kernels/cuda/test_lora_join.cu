@@ -1,28 +1,29 @@
 /* LoRA in the launch of a frozen product of few rows (joined): the bits that it has in launches of
  * its own behind the product (apart), for every number of 8 rows and every cut of k, again and
  * again, in a graph replayed for other adapters, in a chain of early starts; and against sums in
- * double. The rows of nobody must have the product's bits, the counters must be zero again. */
+ * double. The rows of nobody must have the product's bits; of the pair of S a launch must fill its
+ * own elements alone, and make the other's rows missing and no more. */
 #include "lora_rig.cuh"
 #include "cuda/gemm.h"
 
 /* Beside a rig: the frozen weight, what its product is added to where a layer does that, and the
- * counters. */
+ * pair of S. */
 static void open_product(struct rig *r)
 {
     const size_t n = (size_t)r->lora.weight->n, k = (size_t)r->lora.weight->k;
-    const uint32_t none[2] = {0, 0};
 
     r->w = check_acts(CUDA_TYPE_BF16, n * k, 0.05f);
     r->residual = check_acts(CUDA_TYPE_BF16, (size_t)r->m * n, 1.0f);
-    r->turns = check_buffer_of(none, sizeof(none));
-    r->lora.turns = (uint32_t *)r->turns.data;
+    r->pair_memory = check_buffer_new(CUDA_LORA_PAIR_BYTES);
+    r->pair.s = r->pair_memory.data;
+    r->lora.pair = &r->pair;
 }
 
 static void close_product(struct rig *r)
 {
     check_free(&r->w, "W");
     check_free(&r->residual, "the residual");
-    check_buffer_free(&r->turns, "the counters");
+    check_buffer_free(&r->pair_memory, "the pair of S");
 }
 
 /* x W^T, with the residual for o and down; `joined`: with LoRA. */
@@ -33,7 +34,7 @@ static struct cuda_gemm product_of(const struct rig *r, bool joined)
     struct cuda_gemm gemm = {};
 
     gemm.form = CUDA_GEMM_NT;
-    gemm.m = r->m;
+    gemm.m = r->rows.m;
     gemm.n = gemm.ldo = weight->n;
     gemm.k = gemm.lda = gemm.ldb = weight->k;
     gemm.a = r->lora.x;
@@ -46,6 +47,12 @@ static struct cuda_gemm product_of(const struct rig *r, bool joined)
     gemm.frozen = true;
     gemm.lora = joined ? &r->lora : NULL;
     return gemm;
+}
+
+/* As a pass begins. */
+static void begin(struct rig *r)
+{
+    check_rc(cuda_lora_begin(r->context, &r->pair, r->rows.m), "cuda_lora_begin");
 }
 
 /* Queues the product and LoRA, in one launch or in three. */
@@ -88,24 +95,166 @@ static void compare_bits(const char *what, struct check_array *got, const float 
             (double)want[at]);
 }
 
-static void check_turns(const struct rig *r)
-{
-    uint32_t turns[2];
+/* --- the pair of S --- */
 
-    check_download(&r->turns, turns);
-    if (turns[0] != 0 || turns[1] != 0)
-        check_fail("the counters are %u and %u after a launch, not 0", turns[0], turns[1]);
+#define PAIR_ROW  (CUDA_LORA_PAIR_LD * sizeof(uint16_t)) /* bytes */
+#define PAIR_PART (CUDA_LORA_PAIR_ROWS * CUDA_LORA_PAIR_LD)
+
+/* The buffer of a turn. */
+static uint8_t *part_of(const struct rig *r, unsigned turn)
+{
+    return (uint8_t *)r->pair.s + turn * CUDA_LORA_PAIR_ROWS * PAIR_ROW;
 }
+
+/* As a launch finds the pair: its buffer's rows missing. All else is zeros, so that whatever else
+ * becomes missing is seen. */
+static void prepare_pair(struct rig *r)
+{
+    check_cuda(cudaMemset(r->pair.s, 0, CUDA_LORA_PAIR_BYTES), "the pair of S");
+    check_cuda(cudaMemset(part_of(r, r->pair.turn), 0xff, (size_t)r->rows.m * PAIR_ROW),
+               "the pair of S");
+    check_cuda(cudaDeviceSynchronize(), "the pair of S");
+}
+
+static uint16_t *fetch_pair(const struct rig *r)
+{
+    uint16_t *pair = (uint16_t *)check_alloc(2 * PAIR_PART, sizeof(uint16_t));
+
+    check_download(&r->pair_memory, pair);
+    return pair;
+}
+
+/* Rows first … end-1 of the turn's buffer are all `want`. */
+static void expect_all(const uint16_t *pair, const char *what, unsigned turn, int first, int end,
+                       unsigned want)
+{
+    const uint16_t *part = pair + turn * PAIR_PART;
+
+    for (int i = first * CUDA_LORA_PAIR_LD; i < end * CUDA_LORA_PAIR_LD; i++)
+        if (part[i] != want) {
+            check_fail("%s: row %d, column %d of buffer %u is %#x, not %#x", what,
+                       i / CUDA_LORA_PAIR_LD, i % CUDA_LORA_PAIR_LD, turn, part[i], want);
+            return;
+        }
+}
+
+/* The rows of the buffer whose turn is next are missing. */
+static void check_next_missing(const struct rig *r)
+{
+    uint16_t *pair = fetch_pair(r);
+
+    expect_all(pair, "the next S", r->pair.turn, 0, r->rows.m, CUDA_LORA_MISSING);
+    free(pair);
+}
+
+/* After a launch that found the pair prepared. s: S of the launches apart. A NaN must be the one of
+ * rounding. */
+static void check_pair(const struct rig *r, const float *s)
+{
+    uint16_t *pair = fetch_pair(r);
+    const unsigned next = r->pair.turn, used = next ^ 1;
+
+    for (int row = 0; row < r->m; row++) {
+        const int g = owner_of(r, row), width = g < 0 ? 0 : width_of(r, g);
+
+        for (int j = 0; j < CUDA_LORA_PAIR_LD; j++) {
+            const float value = j < width ? s[(size_t)row * r->lora.ld + j] : 0;
+            const unsigned want =
+                j >= width ? CUDA_LORA_MISSING : isnan(value) ? 0x7fff : check_to_bf16(value);
+            const unsigned got = pair[used * PAIR_PART + row * CUDA_LORA_PAIR_LD + j];
+
+            if (got != want)
+                check_fail("S beside the product: row %d, column %d is %#x, not %#x", row, j, got,
+                           want);
+        }
+    }
+    expect_all(pair, "S behind the rows", used, r->m, CUDA_LORA_PAIR_ROWS, 0);
+    expect_all(pair, "the next S", next, 0, r->m, CUDA_LORA_MISSING);
+    expect_all(pair, "the next S behind the rows", next, r->m, CUDA_LORA_PAIR_ROWS, 0);
+    free(pair);
+}
+
+static void check_begin_pair(struct rig *r)
+{
+    uint16_t *pair;
+
+    check_cuda(cudaMemset(r->pair.s, 0, CUDA_LORA_PAIR_BYTES), "the pair of S");
+    check_cuda(cudaDeviceSynchronize(), "the pair of S");
+    r->pair.turn = 1;
+    begin(r);
+    pair = fetch_pair(r);
+    for (unsigned turn = 0; turn < 2; turn++) {
+        expect_all(pair, "a pass's beginning", turn, 0, r->m, CUDA_LORA_MISSING);
+        expect_all(pair, "behind its rows", turn, r->m, CUDA_LORA_PAIR_ROWS, 0);
+    }
+    if (r->pair.turn != 0)
+        check_fail("a pass begins with turn %u", r->pair.turn);
+    free(pair);
+}
+
+/* --- one launch, and several --- */
 
 /* One joined launch against y and S of the launches apart. */
 static void check_joined(struct rig *r, const char *what, const float *y, const float *s)
 {
     poison(&r->y);
-    poison(&r->s);
+    prepare_pair(r);
     queue(r, true);
     compare_bits(what, &r->y, y, 0, r->m, r->lora.weight->n);
-    compare_bits("S beside the product", &r->s, s, 0, r->m, r->lora.ld);
-    check_turns(r);
+    check_pair(r, s);
+}
+
+/* A NaN that is all ones and an infinity in x of one row: nothing waits for ever, and no other row
+ * sees them. */
+static void check_not_finite(struct rig *r, const float *y, const float *s)
+{
+    const int n = r->lora.weight->n, k = r->lora.weight->k, row = r->groups[r->count / 2].first;
+    const float nan = check_from_bf16(0xffff);
+    float *x = copy_floats(&r->x), *want_y = (float *)check_alloc(r->y.count, sizeof(float));
+    float *want_s = (float *)check_alloc(r->s.count, sizeof(float));
+
+    memcpy(want_y, y, r->y.count * sizeof(float));
+    memcpy(want_s, s, r->s.count * sizeof(float));
+    for (int j = 0; j < n; j++)
+        want_y[(size_t)row * n + j] = nan;
+    for (int j = 0; j < r->lora.ld; j++)
+        want_s[(size_t)row * r->lora.ld + j] = nan;
+    r->x.host[(size_t)row * k + 3] = nan;
+    r->x.host[(size_t)row * k + k - 1] = INFINITY;
+    check_put(&r->x);
+    check_joined(r, "a row that is not finite", want_y, want_s);
+    memcpy(r->x.host, x, r->x.count * sizeof(float));
+    check_put(&r->x);
+    free(x);
+    free(want_y);
+    free(want_s);
+}
+
+/* Launches of fewer rows behind one of all, as the tail's: up to the first row of a group. */
+static void check_fewer(struct rig *r, const float *y)
+{
+    const int g = r->count / 2, count = r->groups[g].count, columns = r->lora.weight->n;
+    const int rows = r->groups[g].first + 1;
+
+    prepare_pair(r);
+    begin(r);
+    queue(r, true);
+    r->groups[g].count = 1;
+    describe(r, 0, g + 1, true);
+    r->rows.m = r->rows.tile_count = rows;
+    for (int i = 0; i < 3; i++) {
+        poison(&r->y);
+        queue(r, true);
+        compare_bits("fewer rows behind more", &r->y, y, 0, rows, columns);
+        for (size_t j = (size_t)rows * columns; j < r->y.count; j++)
+            if (!isnan(r->y.host[j])) {
+                check_fail("fewer rows behind more: row %zu was written", j / columns);
+                break;
+            }
+        check_next_missing(r);
+    }
+    r->groups[g].count = count;
+    describe(r, 0, r->count, true);
 }
 
 /* y of the description at hand, by launches apart. */
@@ -127,15 +276,16 @@ static void check_joined_alone(struct rig *r, int g, const float *among, const f
 
     describe(r, g, 1, true);
     poison(&r->y);
+    begin(r);
     queue(r, true);
     compare_bits("y alone", &r->y, among, first, end - first, columns);
     compare_bits("rows of nobody before", &r->y, product, 0, first, columns);
     compare_bits("rows of nobody behind", &r->y, product, end, r->m - end, columns);
-    check_turns(r);
+    check_next_missing(r);
     describe(r, 0, r->count, true);
 }
 
-/* Two launches captured once, replayed for all groups, for one, and for all again. */
+/* A pass of three launches captured once, replayed for all groups, for one, and for all again. */
 static void check_replayed(struct rig *r, int g)
 {
     float *all = run_apart(r), *one;
@@ -146,8 +296,9 @@ static void check_replayed(struct rig *r, int g)
     one = run_apart(r);
     check_cuda(cudaStreamBeginCapture(r->context->stream, cudaStreamCaptureModeThreadLocal),
                "capture");
-    queue(r, true);
-    queue(r, true);
+    begin(r);
+    for (int i = 0; i < 3; i++)
+        queue(r, true);
     check_cuda(cudaStreamEndCapture(r->context->stream, &graph), "capture");
     check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
     for (int i = 0; i < 4; i++) {
@@ -156,7 +307,7 @@ static void check_replayed(struct rig *r, int g)
         check_cuda(cudaGraphLaunch(exec, r->context->stream), "a graph");
         compare_bits(i == 1 ? "replayed for one group" : "replayed for all groups", &r->y,
                      i == 1 ? one : all, 0, r->m, r->lora.weight->n);
-        check_turns(r);
+        check_next_missing(r);
     }
     check_cuda(cudaGraphExecDestroy(exec), "a graph");
     check_cuda(cudaGraphDestroy(graph), "a graph");
@@ -165,7 +316,7 @@ static void check_replayed(struct rig *r, int g)
 }
 
 /* x and y are of one size: each is the other's operand by turns, without waiting on the host,
- * so that a launch that begins too early, or counts for its neighbour, is seen. */
+ * so that a launch that begins too early, or takes its neighbour's S, is seen. */
 static void check_chain(struct rig *r)
 {
     const void *x = r->lora.x;
@@ -180,6 +331,8 @@ static void check_chain(struct rig *r)
         check_put(&r->x);
         poison(&r->y);
         r->context->early = early && joined;
+        if (joined)
+            begin(r);
         for (int i = 0; i < 8; i++) {
             r->lora.x = i % 2 == 0 ? x : y;
             r->lora.y = i % 2 == 0 ? y : (void *)x;
@@ -188,7 +341,7 @@ static void check_chain(struct rig *r)
         if (joined) {
             compare_bits("a chain's last result", &r->x, want[0], 0, r->m, r->lora.weight->n);
             compare_bits("a chain's last but one", &r->y, want[1], 0, r->m, r->lora.weight->n);
-            check_turns(r);
+            check_next_missing(r);
         } else {
             check_get(&r->x);
             check_get(&r->y);
@@ -206,8 +359,8 @@ static void check_chain(struct rig *r)
     free(want[1]);
 }
 
-/* Two operands and two results by turns, without waiting on the host: who takes S, sums or counts
- * of the launch before is seen. */
+/* Two operands and two results by turns, without waiting on the host: who takes S or sums of the
+ * launch before, or of the one before that, is seen. */
 static void check_by_turns(struct rig *r)
 {
     const void *x = r->lora.x;
@@ -221,14 +374,15 @@ static void check_by_turns(struct rig *r)
     r->lora.x = other_x.data;
     want[1] = run_apart(r);
     poison(&r->y);
-    for (int i = 0; i < 8; i++) {
-        r->lora.x = i % 2 == 0 ? x : other_x.data;
-        r->lora.y = i % 2 == 0 ? y : other_y.data;
+    begin(r);
+    for (int i = 0; i < 12; i++) { /* each operand has both turns: two, then one of the other */
+        r->lora.x = i % 3 < 2 ? x : other_x.data;
+        r->lora.y = i % 3 < 2 ? y : other_y.data;
         queue(r, true);
     }
     compare_bits("by turns", &r->y, want[0], 0, r->m, r->lora.weight->n);
     compare_bits("by turns, the other", &other_y, want[1], 0, r->m, r->lora.weight->n);
-    check_turns(r);
+    check_next_missing(r);
     r->lora.x = x;
     r->lora.y = y;
     check_free(&other_x, "the other operand");
@@ -260,6 +414,7 @@ static void check_product(struct rig *r)
     y = run_apart(r);
     fetch_s(r);
     s = copy_floats(&r->s);
+    check_begin_pair(r);
     for (int i = 0; i < 3; i++)
         check_joined(r, i == 0 ? "y" : "y again", y, s);
     check_s_of(r);
@@ -267,6 +422,8 @@ static void check_product(struct rig *r)
     r->context->early = !r->context->early && r->context->arch >= 90;
     check_joined(r, "y with the other kind of start", y, s);
     r->context->early = !r->context->early && r->context->arch >= 90;
+    check_not_finite(r, y, s);
+    check_fewer(r, y);
     check_joined_alone(r, r->count / 2, y, r->y_before);
     check_replayed(r, r->count / 2);
     check_by_turns(r);
@@ -292,6 +449,10 @@ static void run_joined(struct cuda_context *context, const struct dims *dims, co
         const struct cuda_gemm gemm = product_of(&r, true);
         const bool joins = cuda_gemm_adds_lora(context, &gemm);
 
+        r.lora.pair = NULL;
+        if (cuda_gemm_adds_lora(context, &gemm))
+            check_fail("cuda_gemm_adds_lora without a place for S");
+        r.lora.pair = &r.pair;
         if (joins != may_join(r.lora.weight))
             check_fail("cuda_gemm_adds_lora says %d of %d x %d", joins, gemm.n, gemm.k);
         else if (joins)
@@ -390,13 +551,15 @@ enum way { ALONE, JOINED, APART };
 /* Queues the products of all layers, every weight with memory of its own. only: of this kind, or
  * -1. */
 static void queue_layers(struct cuda_context *context, struct timed *t, const uint8_t *weight,
-                         uint32_t *turns, enum way way, int only)
+                         struct cuda_lora_pair *pair, enum way way, int only)
 {
+    if (way == JOINED)
+        check_rc(cuda_lora_begin(context, pair, t->rows.m), "cuda_lora_begin");
     for (int i = 0; i < TIMED_LAYERS * CUDA_WEIGHTS; i++) {
         struct cuda_lora lora = timed_lora(t, i / CUDA_WEIGHTS, i % CUDA_WEIGHTS);
         struct cuda_gemm gemm = {};
 
-        lora.turns = turns;
+        lora.pair = pair;
         gemm.form = CUDA_GEMM_NT;
         gemm.m = t->rows.m;
         gemm.n = gemm.ldo = lora.weight->n;
@@ -428,18 +591,18 @@ static void time_products(struct cuda_context *context, const char *what, int ad
     static struct timed t;
     size_t bytes = 0;
     uint8_t *weights;
-    uint32_t *turns;
+    struct cuda_lora_pair pair = {};
 
     open_timed(&t, &dims, TIMED_LAYERS, 32, adapters, rows, true);
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
         bytes += 2 * TIMED_LAYERS * (size_t)t.layers[0].weights[kind].n *
                  (size_t)t.layers[0].weights[kind].k;
     weights = (uint8_t *)timed_memory(bytes);
-    turns = (uint32_t *)timed_memory(2 * sizeof(uint32_t));
+    pair.s = timed_memory(CUDA_LORA_PAIR_BYTES);
     for (int way = ALONE; way <= APART; way++) {
         const auto time_ms = [&](int only) {
             return check_graph_ms(
-                context, [&] { queue_layers(context, &t, weights, turns, (enum way)way, only); });
+                context, [&] { queue_layers(context, &t, weights, &pair, (enum way)way, only); });
         };
         char name[160];
         double us[CUDA_WEIGHTS];
@@ -451,7 +614,7 @@ static void time_products(struct cuda_context *context, const char *what, int ad
         check_report(name, time_ms(-1), (double)bytes + (way == ALONE ? 0 : t.bytes), 0);
     }
     check_cuda(cudaFree(weights), "cudaFree");
-    check_cuda(cudaFree(turns), "cudaFree");
+    check_cuda(cudaFree(pair.s), "cudaFree");
     close_timed(&t);
 }
 
