@@ -73,16 +73,17 @@ struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int c
  * itself knows, and each launch makes the rows of the other buffer missing for the next one. So
  * within a pass
  *
- *   - cuda_lora_begin comes first, for the most rows that a launch has;
- *   - the rows never become more from one of these launches to the next (they may become fewer: the
- *     tail);
- *   - no kernel between two of them is done before the work queued before it (launch.cuh): some
- *     block of each calls launch_wait before it ends, or it is launched the ordinary way.
+ *   - cuda_lora_begin comes first, also after a pass that failed;
+ *   - a launch has at most the rows of the one before (the tail has fewer), or goes apart;
+ *   - every kernel between two of them waits for the work queued before it (launch.cuh): some block
+ *     of it calls launch_wait before it ends, or it is launched the ordinary way;
+ *   - all are on one stream.
  *
- * The turn is the host's, so that a captured pass has it in its arguments. */
+ * Turn and rows are the host's, so that a captured pass has the turn in its arguments. */
 struct cuda_lora_pair {
     void *s; /* device, bfloat16 [2][CUDA_LORA_PAIR_ROWS][CUDA_LORA_PAIR_LD] */
     unsigned turn;
+    int rows; /* the most that the next launch may have; 0: none may join */
 };
 #define CUDA_LORA_PAIR_ROWS  64
 #define CUDA_LORA_PAIR_LD    (3 * CLAAS_RANK_MAX) /* of every weight: a row's place is the same */
@@ -91,7 +92,8 @@ struct cuda_lora_pair {
 #define CUDA_LORA_MISSING 0xffff
 
 /* Queues that m rows of both become missing; the first launch takes the first. No kernel: it can be
- * captured, but the kernel behind it does not start early. Nothing where no launch may join. */
+ * captured, but the kernel behind it does not start early. m = 0, or CLAAS_CUDA_LORA=apart: nothing
+ * is queued, and no launch may join. */
 int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, int m);
 
 /* One weight of one layer over those rows. What an operation does not name above may be NULL. */

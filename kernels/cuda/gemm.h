@@ -34,7 +34,7 @@ struct cuda_gemm {
     const void *add; /* [m][n] of out_type, row length ldo; NULL = out itself */
     bool frozen;     /* b never changes: it may be read before the work queued so far is done */
     /* NULL, or its S = x A^T is made and S (sB)^T is added, x and y being a and out, and rounded as
-     * if by launches of their own: only if cuda_gemm_adds_lora */
+     * if by launches of their own: only if cuda_gemm_adds_lora. Takes a turn of its pair */
     const struct cuda_lora *lora;
 };
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);

@@ -98,10 +98,9 @@ template <int TILES> struct few_shape {
 
 /* With LoRA, in bytes: its sums, S, and an item of B for each warp `depth` times. The first item and
  * S lie behind the ring where there is room, so that they may be asked for early: either takes 2 or
- * 3 us to come from the L2 beside a product. Then the parts have a place of their
- * own too, which is free when one stage is left, and otherwise S's and B's when those are used up
- * (parts_left: 0). SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at least.
- */
+ * 3 us to come from the L2 beside a product. Then the parts have a place of their own too, which is
+ * free when one stage is left, and otherwise S's and B's when those are used up (parts_left: 0).
+ * SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at least. */
 template <int TILES, bool SM90> struct join_shape {
     using few = few_shape<TILES>;
     static const int stages = few::stages;
@@ -761,8 +760,10 @@ int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm)
     unsigned tiles;
 
     fill_args(context, gemm, &args);
-    if (with)
+    if (with) {
         gemm->lora->pair->turn ^= 1;
+        gemm->lora->pair->rows = gemm->m;
+    }
     while (8 * kernels[which].tiles < gemm->m)
         which++;
     tiles = (unsigned)((gemm->n + B_ROWS - 1) / B_ROWS);

@@ -284,7 +284,7 @@ bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora
 
 bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lora *lora)
 {
-    return cuda_lora_is_few(context, lora) && lora->pair && !is_wished("apart");
+    return cuda_lora_is_few(context, lora) && lora->pair && lora->rows->m <= lora->pair->rows;
 }
 
 int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, int m)
@@ -292,7 +292,8 @@ int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, i
     const size_t row = CUDA_LORA_PAIR_LD * 2; /* bytes */
 
     pair->turn = 0;
-    if (is_wished("apart"))
+    pair->rows = is_wished("apart") ? 0 : m;
+    if (pair->rows == 0)
         return 0;
     return cuda_check(context,
                       cudaMemset2DAsync(pair->s, CUDA_LORA_PAIR_ROWS * row,

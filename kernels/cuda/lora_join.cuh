@@ -284,7 +284,8 @@ static __device__ __forceinline__ bool lora_misses(const uint4 &terms)
     return (found & 0x80008000u) != 0;
 }
 
-/* 8 terms of S as they are now, each of them old or new as a whole. */
+/* 8 terms of S as they are now, each of them old or new as a whole. (So does the hardware with two
+ * bytes in their place; PTX promises it of stores and loads of one size.) */
 static __device__ __forceinline__ uint4 lora_load_s(const bf16 *from)
 {
     uint4 terms;
@@ -297,7 +298,8 @@ static __device__ __forceinline__ uint4 lora_load_s(const bf16 *from)
 }
 
 /* Waits for all copies of this thread, and until no term of S is missing in those that lora_ask_s
- * started; a barrier makes S everybody's. ROWS: the pack has no more. */
+ * started; a barrier makes S everybody's. ROWS: the pack has no more. A piece that was whole at the
+ * first look is stored where it was: one way for all. */
 template <int ROWS>
 static __device__ __forceinline__ void lora_receive_s(const struct lora_join &join,
                                                       const struct lora_lines *lines, uint4 *s)

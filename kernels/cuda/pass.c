@@ -285,11 +285,10 @@ static int begin_lora(const struct cuda_pass *pass, int tail_count)
     struct cuda_context *context = &pass->backend->context;
     const struct cuda_lora_rows *rows = &pass->pack.rows;
     const int m = rows->m <= CUDA_LORA_PAIR_ROWS ? rows->m : tail_count;
+    const bool may = rows->group_count > 0 && rows->tile_rows == CUDA_LORA_FEW_ROWS &&
+                     context->act == CUDA_TYPE_BF16 && m <= CUDA_LORA_PAIR_ROWS;
 
-    if (!pass->lora_pair || rows->group_count == 0 || rows->tile_rows != CUDA_LORA_FEW_ROWS ||
-        context->act != CUDA_TYPE_BF16 || m < 1 || m > CUDA_LORA_PAIR_ROWS)
-        return 0;
-    return cuda_lora_begin(context, pass->lora_pair, m);
+    return pass->lora_pair ? cuda_lora_begin(context, pass->lora_pair, may ? m : 0) : 0;
 }
 
 int cuda_infer(const struct cuda_pass *pass, struct cuda_infer *infer, void *out)

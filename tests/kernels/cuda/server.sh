@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole server on this machine, from what server-bundle made: the loop, the learning checks, chat beside learning, feedback
-# to served version, kill -9 (four servers side by side), memory that ends in the middle, and reading a model's shards (7 GB are
-# written, and removed). Each part ends within 2.5 minutes and leaves its lines.
-#   server.sh [--device cuda|cpu] [--kills N] [--share X] [PART]...
+# to served version, kill -9 (eight servers side by side), memory that ends in the middle, and reading a model's shards (7 GB are
+# written, and removed). Each part ends within 2.5 minutes, or --limit seconds, and leaves its lines.
+#   server.sh [--device cuda|cpu] [--kills N] [--share X] [--limit S] [PART]...
 # PART: loop learn learn3 gap tenants kill9 memory load (all of them by default). --kills: at most so many, as the time
 # allows; --share: see out_of_memory.py. Logs of failed parts are printed. The last line is `N passed, N failed`.
 set -euo pipefail
@@ -13,6 +13,7 @@ while [ $# -gt 0 ]; do
     --device) device=$2 && shift ;;
     --kills) kills=$2 && shift ;;
     --share) share=$2 && shift ;;
+    --limit) limit_s=$2 && shift ;;
     -*) sed -n '2,7s/^# //p' "$0"; exit 64 ;;
     *) break ;;
     esac
@@ -58,11 +59,11 @@ on=(--claas "$claas" --model "$model" --set "device.name=$device")
 # Kills, and ends of memory, are about the server, not about what is learnt: few short steps.
 short=(--set cycle.steps=2 --set cycle.rows=4 --set cycle.max_tokens=8)
 
-# A server's life is short, so four at a time have a quarter of the kills each, and a part of the card.
+# A server's life is short, so eight at a time have an eighth of the kills each, and a part of the card.
 run_kill9() {
     local seed pids=() status=0
-    for seed in 1 2 3 4; do
-        python3 "$tests/fault/kill9.py" "${on[@]}" "${short[@]}" --set device.kv_tokens=16384 --kills $((kills / 4)) --seconds 100 \
+    for seed in 1 2 3 4 5 6 7 8; do
+        python3 "$tests/fault/kill9.py" "${on[@]}" "${short[@]}" --set device.kv_tokens=16384 --kills $((kills / 8)) --seconds 120 \
             --longest 2 --seed $seed &
         pids+=($!)
     done

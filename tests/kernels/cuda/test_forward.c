@@ -310,9 +310,9 @@ static void start_group(const struct rig *rig, struct seq *seqs, claas_backend_a
 
 #define TAIL 3
 
-/* Log-probs of the last TAIL of a sequence's first `count` tokens: of a pass the last layer's
- * second half has fewer rows than what comes before, if these are not too many for LoRA beside
- * products. */
+/* Log-probs of the last TAIL of a sequence's first `count` tokens. The second half of the pass's
+ * last layer has their rows alone: fewer than came before, or, if those were too many for LoRA
+ * beside products, the pass's only ones that have it there. */
 static void score_tail(const struct rig *rig, const struct seq *seq,
                        claas_backend_adapter_t *adapter, int count, float *out)
 {
@@ -334,7 +334,7 @@ static void score_tail(const struct rig *rig, const struct seq *seq,
  * captured, replayed again and again, and beside the ends of prompts. */
 static void test_ways(const char *model)
 {
-    static const int all[GROUP] = {0, 1, 2, 3, 4, 5, 6, 7}, lengths[] = {20, 64, 100};
+    static const int all[GROUP] = {0, 1, 2, 3, 4, 5, 6, 7}, lengths[] = {20, 64, 100, 120};
     float apart[GROUP], other[GROUP], tails[2][CLAAS_COUNT(lengths)][TAIL];
     char name[128];
 

@@ -110,6 +110,7 @@ static uint8_t *part_of(const struct rig *r, unsigned turn)
  * becomes missing is seen. */
 static void prepare_pair(struct rig *r)
 {
+    r->pair.rows = r->rows.m;
     check_cuda(cudaMemset(r->pair.s, 0, CUDA_LORA_PAIR_BYTES), "the pair of S");
     check_cuda(cudaMemset(part_of(r, r->pair.turn), 0xff, (size_t)r->rows.m * PAIR_ROW),
                "the pair of S");
@@ -230,33 +231,6 @@ static void check_not_finite(struct rig *r, const float *y, const float *s)
     free(want_s);
 }
 
-/* Launches of fewer rows behind one of all, as the tail's: up to the first row of a group. */
-static void check_fewer(struct rig *r, const float *y)
-{
-    const int g = r->count / 2, count = r->groups[g].count, columns = r->lora.weight->n;
-    const int rows = r->groups[g].first + 1;
-
-    prepare_pair(r);
-    begin(r);
-    queue(r, true);
-    r->groups[g].count = 1;
-    describe(r, 0, g + 1, true);
-    r->rows.m = r->rows.tile_count = rows;
-    for (int i = 0; i < 3; i++) {
-        poison(&r->y);
-        queue(r, true);
-        compare_bits("fewer rows behind more", &r->y, y, 0, rows, columns);
-        for (size_t j = (size_t)rows * columns; j < r->y.count; j++)
-            if (!isnan(r->y.host[j])) {
-                check_fail("fewer rows behind more: row %zu was written", j / columns);
-                break;
-            }
-        check_next_missing(r);
-    }
-    r->groups[g].count = count;
-    describe(r, 0, r->count, true);
-}
-
 /* y of the description at hand, by launches apart. */
 static float *run_apart(struct rig *r)
 {
@@ -265,6 +239,47 @@ static float *run_apart(struct rig *r)
     queue(r, false);
     check_get(&r->y);
     return copy_floats(&r->y);
+}
+
+/* S becomes another one: what was left by the launch before is seen. */
+static void turn_x(struct rig *r)
+{
+    for (size_t i = 0; i < r->x.count; i++)
+        r->x.host[i] = -r->x.host[i];
+    check_put(&r->x);
+}
+
+/* Launches of fewer rows behind one of all, as the tail's: up to the first row of a group. */
+static void check_fewer(struct rig *r)
+{
+    const int g = r->count / 2, count = r->groups[g].count, columns = r->lora.weight->n;
+    const int rows = r->groups[g].first + 1;
+
+    begin(r);
+    queue(r, true);
+    r->groups[g].count = 1;
+    describe(r, 0, g + 1, true);
+    r->rows.m = r->rows.tile_count = rows;
+    for (int i = 0; i < 4; i++) { /* and x as it was, in the end */
+        float *want;
+
+        turn_x(r);
+        want = run_apart(r);
+        poison(&r->y);
+        queue(r, true);
+        compare_bits("fewer rows behind more", &r->y, want, 0, rows, columns);
+        for (size_t j = (size_t)rows * columns; j < r->y.count; j++)
+            if (!isnan(r->y.host[j])) {
+                check_fail("fewer rows behind more: row %zu was written", j / columns);
+                break;
+            }
+        check_next_missing(r);
+        free(want);
+    }
+    if (r->pair.rows != rows)
+        check_fail("behind %d rows there may be %d", rows, r->pair.rows);
+    r->groups[g].count = count;
+    describe(r, 0, r->count, true);
 }
 
 /* The rows of one group alone, the others being nobody's now: theirs as among the others, the rest
@@ -285,34 +300,42 @@ static void check_joined_alone(struct rig *r, int g, const float *among, const f
     describe(r, 0, r->count, true);
 }
 
-/* A pass of three launches captured once, replayed for all groups, for one, and for all again. */
+/* A pass of three launches captured once, the first with a y of its own, replayed for all groups, for
+ * one, and for all again, with another x each time. */
 static void check_replayed(struct rig *r, int g)
 {
-    float *all = run_apart(r), *one;
+    const int columns = r->lora.weight->n;
+    struct check_array first = check_blank(CUDA_TYPE_BF16, r->y.count);
     cudaGraphExec_t exec = NULL;
     cudaGraph_t graph = NULL;
 
-    describe(r, g, 1, true);
-    one = run_apart(r);
     check_cuda(cudaStreamBeginCapture(r->context->stream, cudaStreamCaptureModeThreadLocal),
                "capture");
     begin(r);
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 3; i++) {
+        r->lora.y = i == 0 ? first.data : r->y.data;
         queue(r, true);
+    }
     check_cuda(cudaStreamEndCapture(r->context->stream, &graph), "capture");
     check_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
     for (int i = 0; i < 4; i++) {
+        const char *what = i == 1 ? "replayed for one group" : "replayed for all groups";
+        float *want;
+
+        turn_x(r);
         describe(r, i == 1 ? g : 0, i == 1 ? 1 : r->count, true);
+        want = run_apart(r);
         poison(&r->y);
+        poison(&first);
         check_cuda(cudaGraphLaunch(exec, r->context->stream), "a graph");
-        compare_bits(i == 1 ? "replayed for one group" : "replayed for all groups", &r->y,
-                     i == 1 ? one : all, 0, r->m, r->lora.weight->n);
+        compare_bits(what, &r->y, want, 0, r->m, columns);
+        compare_bits(what, &first, want, 0, r->m, columns);
         check_next_missing(r);
+        free(want);
     }
     check_cuda(cudaGraphExecDestroy(exec), "a graph");
     check_cuda(cudaGraphDestroy(graph), "a graph");
-    free(all);
-    free(one);
+    check_free(&first, "the first y");
 }
 
 /* x and y are of one size: each is the other's operand by turns, without waiting on the host,
@@ -423,7 +446,7 @@ static void check_product(struct rig *r)
     check_joined(r, "y with the other kind of start", y, s);
     r->context->early = !r->context->early && r->context->arch >= 90;
     check_not_finite(r, y, s);
-    check_fewer(r, y);
+    check_fewer(r);
     check_joined_alone(r, r->count / 2, y, r->y_before);
     check_replayed(r, r->count / 2);
     check_by_turns(r);
@@ -447,12 +470,17 @@ static void run_joined(struct cuda_context *context, const struct dims *dims, co
         open_rig(&r, context, dims, (enum cuda_weight_kind)kind, specs, count, true, behind);
         open_product(&r);
         const struct cuda_gemm gemm = product_of(&r, true);
-        const bool joins = cuda_gemm_adds_lora(context, &gemm);
+        bool joins;
 
         r.lora.pair = NULL;
         if (cuda_gemm_adds_lora(context, &gemm))
             check_fail("cuda_gemm_adds_lora without a place for S");
         r.lora.pair = &r.pair;
+        r.pair.rows = r.rows.m - 1;
+        if (cuda_gemm_adds_lora(context, &gemm))
+            check_fail("cuda_gemm_adds_lora for more rows than before");
+        r.pair.rows = r.rows.m;
+        joins = cuda_gemm_adds_lora(context, &gemm);
         if (joins != may_join(r.lora.weight))
             check_fail("cuda_gemm_adds_lora says %d of %d x %d", joins, gemm.n, gemm.k);
         else if (joins)

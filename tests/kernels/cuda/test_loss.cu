@@ -11,6 +11,12 @@ static const char *const variant_names[] = {"full", "student_topk_tail", "teache
 static const float alphas[] = {0.0F, 0.1F, 0.5F, 0.9F, 1.0F};
 #define ALPHAS 5
 
+/* Under a tool that watches every access: 0.1 and 0.9 take 0.5's way through the kernels. */
+static bool leaves_out_alpha(int k)
+{
+    return k % 2 == 1 && check_leaves_out(1, 0);
+}
+
 /* Rows of one call, on both sides. */
 struct batch {
     int vocab, rows;
@@ -203,7 +209,7 @@ static void test_shapes(struct cuda_context *context)
                 struct claas_loss_config config =
                     a_config(variant, alphas[k], vocabs[i] > 100 ? 100 : 3);
 
-                if (check_elsewhere())
+                if (leaves_out_alpha(k) || check_elsewhere())
                     continue;
                 config.reference_k3 = i % 2 == 0;
                 check_batch(context, &config, &b);
@@ -299,8 +305,11 @@ static void check_plain(struct cuda_context *context, int vocab, float nearness)
     b.positions[0].weight = 1;
     for (int k = 0; k < ALPHAS; k++) {
         struct claas_loss_config config = {};
-        double want = plain_divergence(vocab, (double)alphas[k], s, t, b.grad);
+        double want;
 
+        if (leaves_out_alpha(k) || check_elsewhere())
+            continue;
+        want = plain_divergence(vocab, (double)alphas[k], s, t, b.grad);
         config.alpha = alphas[k];
         run_device(context, &config, &b, true);
         if (!(fabs((double)b.got[0].divergence - want) <= 1e-6 * fabs(want) + 2e-7))
@@ -340,7 +349,7 @@ static void test_one_hot(struct cuda_context *context)
         struct claas_loss_config config = a_config(i / 5 % 3, alphas[i / 15], 5);
         struct batch b;
 
-        if (check_elsewhere())
+        if (leaves_out_alpha(i / 15) || check_elsewhere())
             continue;
         b = batch_new(40, 1, 1.0F);
         b.student.host[3] = student[i % 5];
@@ -377,7 +386,7 @@ static void test_minus_infinity(struct cuda_context *context)
         struct claas_loss_config config = a_config(i / 2 % 3, alphas[i / 6], 6);
         struct batch b;
 
-        if (check_elsewhere())
+        if (leaves_out_alpha(i / 6) || check_elsewhere())
             continue;
         b = batch_new(i % 2 ? 40 : 20001, 1, 2.0F);
         for (int v = 30; v < b.vocab; v++)
@@ -411,7 +420,7 @@ static void test_poison(struct cuda_context *context)
         struct check_array *at;
         struct batch b;
 
-        if (check_elsewhere())
+        if (leaves_out_alpha(i / 12) || check_elsewhere())
             continue;
         b = batch_new(i % 7 ? 50 : 20000, 3, 2.0F);
         at = i & 1 ? &b.student : &b.teacher;
@@ -468,7 +477,7 @@ static void test_logprobs(struct cuda_context *context)
         float *whole, *single;
         struct batch b;
 
-        if (check_leaves_out(vocabs[i], CHECK_SMALL_ROWS))
+        if (check_leaves_out(vocabs[i], CHECK_SMALL_ROWS) || check_elsewhere())
             continue;
         b = batch_new(vocabs[i], 4, 3.0F);
         whole = logprobs_of(context, &b);
@@ -509,7 +518,8 @@ static void test_bits(struct cuda_context *context)
             struct batch b, other;
             size_t bytes;
 
-            if (check_leaves_out(vocabs[i % 3] * 3.0, CHECK_SMALL_ROWS) || check_elsewhere())
+            if (leaves_out_alpha(i / 3) ||
+                check_leaves_out(vocabs[i % 3] * 3.0, CHECK_SMALL_ROWS) || check_elsewhere())
                 continue;
             other = b = batch_new(vocabs[i % 3], 3, 2.0F);
             bytes = b.student.count * sizeof(float);
