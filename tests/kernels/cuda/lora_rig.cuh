@@ -106,6 +106,7 @@ static inline void describe(struct rig *r, int from, int count, bool few)
     const int listed = cuda_lora_tiles(r->groups + from, count, tile_rows, tiles);
 
     r->rows = cuda_lora_rows(r->groups + from, count, r->m, tile_rows, few ? r->m : listed);
+    check_cuda(cudaDeviceSynchronize(), "who reads the former ones");
     check_upload(&r->device_tiles, tiles);
     check_cuda(cudaMemcpy(r->device_groups.data, r->groups + from,
                           (size_t)count * sizeof(r->groups[0]), cudaMemcpyHostToDevice),
