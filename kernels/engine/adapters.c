@@ -223,17 +223,27 @@ void claas_adapters_await_sweep(claas_device_t *device)
 
 /* --- saved copies on the device --- */
 
+/* In front of the list; what stood before `place` moves up to it. The lock is held. */
+static void put_first(claas_device_t *device, int place, struct claas_hot hot)
+{
+    memmove(device->hot + 1, device->hot, (size_t)place * sizeof(device->hot[0]));
+    device->hot[0] = hot;
+}
+
 void claas_adapters_add_hot(claas_device_t *device, const struct claas_adapter_mark *mark,
                             claas_adapter_t *adapter)
 {
-    claas_adapter_t *last;
+    int cycles = claas_device_cycles(device), place = 0;
+    int last = (cycles < CLAAS_HOT_MAX ? cycles : CLAAS_HOT_MAX) - 1;
+    claas_adapter_t *dropped;
 
     pthread_mutex_lock(&device->lock);
-    last = device->hot[CLAAS_HOT_MAX - 1].adapter;
-    memmove(device->hot + 1, device->hot, sizeof(device->hot) - sizeof(device->hot[0]));
-    device->hot[0] = (struct claas_hot){claas_adapter_ref(adapter), *mark};
+    while (place < last && device->hot[place].adapter != NULL)
+        place++;
+    dropped = device->hot[place].adapter;
+    put_first(device, place, (struct claas_hot){claas_adapter_ref(adapter), *mark});
     pthread_mutex_unlock(&device->lock);
-    claas_adapter_unref(&last);
+    claas_adapter_unref(&dropped);
 }
 
 claas_adapter_t *claas_adapters_find_hot(claas_device_t *device,
@@ -244,8 +254,10 @@ claas_adapter_t *claas_adapters_find_hot(claas_device_t *device,
     pthread_mutex_lock(&device->lock);
     for (int i = 0; i < CLAAS_HOT_MAX && found == NULL; i++)
         if (device->hot[i].adapter != NULL &&
-            claas_adapter_mark_is(&device->hot[i].mark, mark, with_moments))
+            claas_adapter_mark_is(&device->hot[i].mark, mark, with_moments)) {
             found = claas_adapter_ref(device->hot[i].adapter);
+            put_first(device, i, device->hot[i]);
+        }
     pthread_mutex_unlock(&device->lock);
     return found;
 }

@@ -158,8 +158,9 @@ struct claas_io {
     bool started;
 };
 
-/* A saved copy that is left on the device. */
-#define CLAAS_HOT_MAX 2
+/* A saved copy that is left on the device. There are as many as cycles keep the device busy: they
+ * may all have ended by the time that somebody loads the first one's version. */
+#define CLAAS_HOT_MAX 16 /* at most */
 struct claas_hot {
     claas_adapter_t *adapter; /* a reference; NULL: free */
     struct claas_adapter_mark mark;
@@ -183,7 +184,7 @@ struct claas_device {
     uint64_t last_id;
     struct claas_queue inbox;
     struct claas_io loads, saves;        /* a chat's adapter does not wait for a disk that writes */
-    struct claas_hot hot[CLAAS_HOT_MAX]; /* the youngest first */
+    struct claas_hot hot[CLAAS_HOT_MAX]; /* the one used last first */
     struct claas_request *live;
     int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;

@@ -487,8 +487,6 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
 const struct claas_backend_ops fake_backend = {FAKE_OPERATIONS};
 
 const struct claas_backend_ops fake_backend_with_memory = {
-    FAKE_OPERATIONS,
-    .adapter_clone = clone_adapter,
-    .host_new = host_new,
-    .host_free = host_free,
+    FAKE_OPERATIONS, .adapter_clone = clone_adapter, .host_new = host_new, .host_free = host_free,
+    .cycles = 3,
 };

@@ -388,6 +388,35 @@ static void test_trained_is_served(void **state)
     rig_close(&rig);
 }
 
+/* As many cycles as the device runs may end before somebody chats; what is loaded again stays. */
+static void test_saved_copies_stay(void **state)
+{
+    struct rig rig = rig_open_on(&fake_backend_with_memory,
+                                 (struct claas_device_options){.host_cache = 1 << 20});
+    claas_adapter_t *adapter = adapter_new(&rig, 1);
+    struct place place = make_place();
+    CLAAS_AUTO_FREE char *fourth = claas_format("%s/3", place.directory);
+    uint64_t stamps[3];
+    int uploads;
+
+    for (int i = 0; i < 3; i++) {
+        stamps[i] = fake_stamp(adapter);
+        save_copy(&rig, adapter, place.paths[i]);
+    }
+    uploads = atomic_load(&fake.uploads);
+    expect_stamp(&rig, place.paths[0], CLAAS_ADAPTER_SERVE, stamps[0]);
+    assert_int_equal(atomic_load(&fake.uploads), uploads);
+    save_copy(&rig, adapter, fourth);
+    expect_stamp(&rig, place.paths[0], CLAAS_ADAPTER_SERVE, stamps[0]);
+    expect_stamp(&rig, place.paths[2], CLAAS_ADAPTER_SERVE, stamps[2]);
+    assert_int_equal(atomic_load(&fake.uploads), uploads);
+    expect_stamp(&rig, place.paths[1], CLAAS_ADAPTER_SERVE, stamps[1]); /* the one that went */
+    assert_int_equal(atomic_load(&fake.uploads), uploads + 1);
+    claas_adapter_unref(&adapter);
+    assert_int_equal(claas_remove_all(place.directory), 0);
+    rig_close(&rig);
+}
+
 /* A candidate that was written and then replaced by a better one leaves nothing behind. */
 static void forgotten_is_read(const struct claas_backend_ops *ops)
 {
@@ -648,23 +677,15 @@ static void test_unwanted_directory(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_budget_and_order),
-        cmocka_unit_test(test_blocks_are_reused),
-        cmocka_unit_test(test_prepared),
-        cmocka_unit_test(test_more_in_use_than_budget),
-        cmocka_unit_test(test_dropped_in_use),
-        cmocka_unit_test(test_marks),
-        cmocka_unit_test(test_none_and_unpinned),
-        cmocka_unit_test(test_cgroup_limit),
-        cmocka_unit_test(test_trained_is_served),
-        cmocka_unit_test(test_forgotten_is_read),
-        cmocka_unit_test(test_replaced_is_read),
-        cmocka_unit_test(test_untrained),
-        cmocka_unit_test(test_full_device),
-        cmocka_unit_test(test_copy_if_room),
-        cmocka_unit_test(test_copy_if_room_in_host),
-        cmocka_unit_test(test_step_takes_room),
-        cmocka_unit_test(test_cancelled_save),
+        cmocka_unit_test(test_budget_and_order),   cmocka_unit_test(test_blocks_are_reused),
+        cmocka_unit_test(test_prepared),           cmocka_unit_test(test_more_in_use_than_budget),
+        cmocka_unit_test(test_dropped_in_use),     cmocka_unit_test(test_marks),
+        cmocka_unit_test(test_none_and_unpinned),  cmocka_unit_test(test_cgroup_limit),
+        cmocka_unit_test(test_trained_is_served),  cmocka_unit_test(test_saved_copies_stay),
+        cmocka_unit_test(test_forgotten_is_read),  cmocka_unit_test(test_replaced_is_read),
+        cmocka_unit_test(test_untrained),          cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_copy_if_room),       cmocka_unit_test(test_copy_if_room_in_host),
+        cmocka_unit_test(test_step_takes_room),    cmocka_unit_test(test_cancelled_save),
         cmocka_unit_test(test_unwanted_directory),
     };
 
