@@ -30,6 +30,16 @@ static void close_fd(int *fd)
     errno = saved_errno;
 }
 
+/* A pipe that nobody writes to is not waited for: it is empty. */
+static int open_to_read(const char *path)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+
+    if (fd >= 0)
+        (void)fcntl(fd, F_SETFL, 0);
+    return fd;
+}
+
 /* A new string: the directory that holds `path` ("." if it names none). */
 static char *parent_of(const char *path)
 {
@@ -90,7 +100,7 @@ static int read_to_end(int fd, const char *path, size_t limit, char **data, size
 
 int claas_file_read(const char *path, size_t limit, char **ret_data, size_t *ret_length)
 {
-    CLAAS_AUTO(close_fd) int fd = open(path, O_RDONLY | O_CLOEXEC);
+    CLAAS_AUTO(close_fd) int fd = open_to_read(path);
     CLAAS_AUTO_FREE char *data = NULL;
     size_t length = 0;
     int rc;
@@ -138,7 +148,7 @@ static int fsync_fd(int fd, const char *path)
 
 int claas_fsync_path(const char *path)
 {
-    CLAAS_AUTO(close_fd) int fd = open(path, O_RDONLY | O_CLOEXEC);
+    CLAAS_AUTO(close_fd) int fd = open_to_read(path);
 
     if (fd < 0)
         return claas_fail_errno("%s", path);
@@ -295,7 +305,7 @@ int claas_remove_all(const char *path)
 
 int claas_file_map(const char *path, const uint8_t **ret_data, size_t *ret_length)
 {
-    CLAAS_AUTO(close_fd) int fd = open(path, O_RDONLY | O_CLOEXEC);
+    CLAAS_AUTO(close_fd) int fd = open_to_read(path);
     struct stat info;
     void *data;
 

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Reads a whole file of at most `limit` bytes (NUL-terminated beyond its length; free with free()).
- */
+ * A pipe that nobody writes to is an empty one. */
 int claas_file_read(const char *path, size_t limit, char **ret_data, size_t *ret_length);
 /* Writes a new file and fsyncs it; an existing one is replaced only by a complete one (temporary +
  * rename). */

@@ -2,7 +2,9 @@
 import io
 import json
 import os
+import pathlib
 import random
+import shutil
 import struct
 import subprocess
 import zipfile
@@ -13,6 +15,7 @@ from server import BINARY, PATIENCE, serving
 
 CONFIG, WEIGHTS, MOMENTS = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 IMPORT = "/v1/lora/import?lora_id="
+TINY_MODEL = pathlib.Path(__file__).resolve().parents[1] / "golden" / "tiny_models" / "tiny-llama"
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +300,16 @@ def test_hostile_model(tmp_path, content):
         (directory / name).write_bytes(content)
     ran = subprocess.run([BINARY, "serve", "--data", tmp_path / "db", "--model", directory], capture_output=True, timeout=30 * PATIENCE, check=False)
     assert ran.returncode == 1 and str(directory).encode() in ran.stderr, ran
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_pipe_in_a_model(tmp_path, name):
+    """A pipe that nobody writes to is an error, not something to wait for."""
+    directory = tmp_path / "hf"
+    shutil.copytree(TINY_MODEL, directory)
+    if name.startswith("model-"):
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}), encoding="utf-8")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    ran = subprocess.run([BINARY, "serve", "--data", tmp_path / "db", "--model", directory], capture_output=True, timeout=30 * PATIENCE, check=False)
+    assert ran.returncode == 1 and name.encode() in ran.stderr, ran
