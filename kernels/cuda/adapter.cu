@@ -318,8 +318,7 @@ static int open_shuttle(struct cuda_context *context, const struct cuda_adapter 
                         "making an event");
         if (rc < 0 || shuttle->direct)
             continue;
-        rc = cuda_check(context, cudaMallocHost((void **)&shuttle->host[i], bytes),
-                        "pinned memory for an adapter");
+        rc = cuda_pin(context, (void **)&shuttle->host[i], bytes, "an adapter's layer");
         if (rc == 0)
             memset(shuttle->host[i], 0, bytes);
     }

@@ -199,6 +199,17 @@ void cuda_region_done(struct cuda_context *context, struct cuda_region *region)
     region->bytes = 0;
 }
 
+int cuda_pin(struct cuda_context *context, void **ret, size_t bytes, const char *what)
+{
+    cudaError_t code = cudaMallocHost(ret, bytes);
+
+    if (code != cudaErrorMemoryAllocation)
+        return cuda_check(context, code, what);
+    (void)cudaGetLastError();
+    *ret = NULL;
+    return claas_fail(CLAAS_ERR_OVERLOADED, "no pinned host memory for %s: %zu bytes", what, bytes);
+}
+
 void *cuda_take(struct cuda_arena *arena, size_t bytes)
 {
     void *place = arena->base ? arena->base + arena->used : NULL;

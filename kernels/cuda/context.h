@@ -97,6 +97,10 @@ int cuda_wait(struct cuda_context *context);
 int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
                     const char *what);
 void cuda_region_done(struct cuda_context *context, struct cuda_region *region);
+/* Pinned memory of the host, for copies; cudaFreeHost gives it back. OVERLOADED, with `what` and
+ * how many bytes, when the host has none: that is no want of the device's memory, so nothing there
+ * has to go for it. */
+int cuda_pin(struct cuda_context *context, void **ret, size_t bytes, const char *what);
 /* Bytes that could still be taken, by the card's word and by the limit. */
 int cuda_memory_free(struct cuda_context *context, size_t *ret);
 

@@ -107,10 +107,8 @@ static int open_host(claas_backend_t *backend)
     space->pack.pos = space->pack.tokens + m;
     space->pack.blocks = space->pack.pos + m;
     space->tail = space->pack.blocks + m;
-    return cuda_check(&backend->context,
-                      cudaMallocHost((void **)&space->staging,
-                                     (size_t)space->logits_rows * sizeof(struct claas_sample)),
-                      "samples");
+    return cuda_pin(&backend->context, (void **)&space->staging,
+                    (size_t)space->logits_rows * sizeof(struct claas_sample), "samples");
 }
 
 int cuda_forward_open(claas_backend_t *backend)

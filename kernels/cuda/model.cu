@@ -201,8 +201,7 @@ static int next_staging(struct loader *loader, struct staging **ret)
 
     loader->turn = !loader->turn;
     if (!staging->host) {
-        rc = cuda_check(context, cudaMallocHost((void **)&staging->host, STAGING_BYTES),
-                        "pinned memory for loading");
+        rc = cuda_pin(context, (void **)&staging->host, STAGING_BYTES, "loading the model");
         if (rc == 0)
             rc = cuda_check(context,
                             cudaEventCreateWithFlags(&staging->copied, cudaEventDisableTiming),

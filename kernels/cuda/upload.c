@@ -10,7 +10,7 @@
 int cuda_upload_new(struct cuda_context *context, struct cuda_upload *upload, size_t bytes,
                     const char *what)
 {
-    int code = cuda_check(context, cudaMallocHost((void **)&upload->host, bytes), what);
+    int code = cuda_pin(context, (void **)&upload->host, bytes, what);
 
     if (code >= 0)
         code = cuda_region_new(context, &upload->device, bytes, what);
