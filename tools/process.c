@@ -41,7 +41,7 @@ int process_open_device(struct process *process)
                           "no model: give --model PATH (a GGUF file or a Hugging Face directory)");
     rc = claas_model_open(&model, &process->model);
     if (rc < 0)
-        return claas_fail_context(rc, "model %s: ", model.path);
+        return rc;
     warning = claas_chat_template_warning(claas_model_chat_template(process->model));
     if (warning)
         claas_warning("%s", warning);

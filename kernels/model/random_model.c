@@ -269,6 +269,17 @@ static int make_tensor(void *source, const struct claas_tensor_spec *spec,
     return 0;
 }
 
+static int fail_unknown(const char *spec)
+{
+    char names[512] = "";
+    size_t used = 0;
+
+    for (size_t i = 0; i < CLAAS_COUNT(shape_rows) && used < sizeof(names); i++)
+        used += (size_t)snprintf(names + used, sizeof(names) - used, "%s%s", used > 0 ? ", " : "",
+                                 shape_rows[i].name);
+    return claas_fail(CLAAS_ERR_NOT_FOUND, "no random model '%.60s' (%s)", spec, names);
+}
+
 /* "NAME[:SEED]" */
 static int parse_spec(const char *spec, const struct shape_row **ret_shape, uint64_t *ret_seed)
 {
@@ -281,11 +292,7 @@ static int parse_spec(const char *spec, const struct shape_row **ret_shape, uint
         if (strlen(shape_rows[i].name) == length && memcmp(shape_rows[i].name, spec, length) == 0)
             *ret_shape = &shape_rows[i];
     if (!*ret_shape)
-        return claas_fail(CLAAS_ERR_NOT_FOUND,
-                          "no random model '%.60s' (tiny-llama, tiny-qwen2, tiny-qwen3, each also "
-                          "-untied; smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, "
-                          "qwen3-8b, llama3-8b)",
-                          spec);
+        return fail_unknown(spec);
     if (spec[length] == '\0')
         return 0;
     errno = 0;

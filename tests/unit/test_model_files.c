@@ -510,6 +510,8 @@ static void test_random_bad(void **state)
 
         assert_int_equal(claas_model_open(&options, &model), cases[i].code);
         assert_null(model);
+        if (strncmp(cases[i].path, "random:", 7) == 0 && cases[i].code == CLAAS_ERR_NOT_FOUND)
+            assert_non_null(strstr(claas_error_text(), "small-qwen3, smollm2-135m"));
     }
 }
 
