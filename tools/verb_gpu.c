@@ -17,7 +17,10 @@ static void set_version(cJSON *body, const char *key, int version)
     char text[24];
 
     snprintf(text, sizeof(text), "%d.%d", version / 1000, version % 1000 / 10);
-    claas_json_set_string(body, key, text);
+    if (version > 0)
+        claas_json_set_string(body, key, text);
+    else
+        claas_json_set_null(body, key);
 }
 
 static cJSON *cards_json(const struct claas_cards *cards)
@@ -93,28 +96,34 @@ static void print_host_cache(const cJSON *device)
     int64_t missed = bytes_at(device, "host_cache_missed");
 
     if (bytes > 0 || found + missed > 0)
-        printf("  %-16s %" PRId64 " adapters, found %" PRId64 " times, not found %" PRId64
+        printf("  %-24s %" PRId64 " adapters, found %" PRId64 " times, not found %" PRId64
                " times\n",
                "", bytes_at(device, "host_cache_adapters"), found, missed);
+}
+
+static void print_bytes(const char *title, int64_t bytes)
+{
+    printf("  %-24s %8.1f MB\n", title, (double)bytes / 1e6);
 }
 
 static int print_device(const cJSON *device)
 {
     static const struct {
         const char *key, *title;
-    } uses[] = {{"bytes_weights", "weights"},       {"bytes_kv", "keys and values"},
-                {"bytes_adapters", "adapters"},     {"bytes_workspace", "workspace"},
-                {"bytes_peak", "at most, in all"},  {"host_cache_bytes", "in host memory"},
-                {"teacher_bytes", "teacher's rows"}};
+    } figures[] = {{"bytes_peak", "at most, in all"},
+                   {"host_cache_bytes", "in host memory"},
+                   {"teacher_bytes", "teacher's rows"}};
     static const struct table_column columns[] = {{"name", "ADAPTER", TABLE_TEXT},
                                                   {"use", "USE", TABLE_TEXT},
                                                   {"bytes", "BYTES", TABLE_NUMBER}};
+    const cJSON *memory = claas_json_get(device, "memory"), *use;
     const char *name = "";
 
     claas_json_get_string(device, "name", &name);
     printf("server     on %s\n", name);
-    for (size_t i = 0; i < CLAAS_COUNT(uses); i++)
-        printf("  %-16s %8.1f MB\n", uses[i].title, (double)bytes_at(device, uses[i].key) / 1e6);
+    cJSON_ArrayForEach(use, memory) print_bytes(use->string, bytes_at(memory, use->string));
+    for (size_t i = 0; i < CLAAS_COUNT(figures); i++)
+        print_bytes(figures[i].title, bytes_at(device, figures[i].key));
     print_host_cache(device);
     return table_print("adapters", columns, CLAAS_COUNT(columns),
                        claas_json_get(device, "adapters"), false);

@@ -46,6 +46,14 @@ static void set_adapters(const struct sampler *sampler, cJSON *device)
     }
 }
 
+static void set_memory(const struct claas_device_stats *stats, cJSON *device)
+{
+    cJSON *memory = claas_json_set(device, "memory", cJSON_CreateObject());
+
+    for (int i = 0; i < stats->use_count; i++)
+        claas_json_set_int(memory, stats->uses[i].what, (int64_t)stats->uses[i].bytes);
+}
+
 static cJSON *device_object(const struct sampler *sampler)
 {
     struct claas_device_stats stats;
@@ -58,6 +66,7 @@ static cJSON *device_object(const struct sampler *sampler)
     claas_json_set_int(device, "bytes_adapters", (int64_t)stats.bytes_adapters);
     claas_json_set_int(device, "bytes_workspace", (int64_t)stats.bytes_workspace);
     claas_json_set_int(device, "bytes_peak", (int64_t)stats.bytes_peak);
+    set_memory(&stats, device);
     claas_json_set_int(device, "kv_blocks", stats.kv_blocks);
     claas_json_set_int(device, "kv_blocks_free", stats.kv_blocks_free);
     claas_json_set_int(device, "running", stats.running);

@@ -55,10 +55,20 @@ int claas_device_context(const claas_device_t *device);
 /* How many learning cycles at the same time keep it busy: their rollouts share its passes. */
 int claas_device_cycles(const claas_device_t *device);
 
+/* A line of the memory map: so many bytes are held as this. */
+struct claas_memory_use {
+    const char *what; /* "keys and values": a literal */
+    uint64_t bytes;
+};
+#define CLAAS_MEMORY_USES 16
+
 /* What `claas health`, /metrics and `claas bench` show. */
 struct claas_device_stats {
     char name[64]; /* "cpu bf16-avx512bf16 x2" */
     uint64_t bytes_weights, bytes_kv, bytes_adapters, bytes_workspace, bytes_peak;
+    struct claas_memory_use
+        uses[CLAAS_MEMORY_USES]; /* all that the device holds, under its names */
+    int use_count;
     int kv_blocks, kv_blocks_free;
     int running, waiting; /* sequences */
     uint64_t tokens_prefilled, tokens_decoded, tokens_trained;

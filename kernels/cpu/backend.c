@@ -104,6 +104,10 @@ static void report_memory(const claas_backend_t *backend, struct claas_backend_m
         .workspace = atomic_load(&backend->bytes_workspace),
         .peak = atomic_load(&backend->bytes_peak),
     };
+    claas_backend_add_use(ret, "the model's weights", ret->weights);
+    claas_backend_add_use(ret, "keys and values", ret->kv);
+    claas_backend_add_use(ret, "adapters", ret->adapters);
+    claas_backend_add_use(ret, "workspace", ret->workspace);
 }
 
 const struct claas_backend_ops claas_backend_cpu = {

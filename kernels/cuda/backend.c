@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+_Static_assert(CUDA_USES <= CLAAS_MEMORY_USES, "a line of the memory map for each");
+
 #define KV_SHARE      0.35 /* of the card's memory */
 #define KV_TOKENS_MAX ((size_t)4 << 20)
 
@@ -140,6 +142,10 @@ static void report_memory(const claas_backend_t *backend, struct claas_backend_m
         .workspace = backend->step.bytes + backend->forward.region.bytes,
         .peak = atomic_load(&backend->bytes_peak),
     };
+    for (int i = 0; i < CUDA_USES; i++)
+        claas_backend_add_use(ret,
+                              __atomic_load_n(&backend->context.uses[i].what, __ATOMIC_ACQUIRE),
+                              __atomic_load_n(&backend->context.uses[i].bytes, __ATOMIC_RELAXED));
 }
 
 static int count_kv_blocks(const claas_backend_t *backend)

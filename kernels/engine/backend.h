@@ -97,6 +97,8 @@ struct claas_backend_train {
 
 struct claas_backend_memory {
     uint64_t weights, kv, adapters, workspace, peak;
+    struct claas_memory_use uses[CLAAS_MEMORY_USES]; /* all that is held, under its names */
+    int use_count;
 };
 
 struct claas_backend_ops {

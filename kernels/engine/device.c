@@ -38,6 +38,8 @@ static void update_stats(claas_device_t *device)
     device->stats.bytes_adapters = memory.adapters;
     device->stats.bytes_workspace = memory.workspace;
     device->stats.bytes_peak = memory.peak;
+    memcpy(device->stats.uses, memory.uses, sizeof(memory.uses));
+    device->stats.use_count = memory.use_count;
     device->stats.kv_blocks = claas_kv_total(device->kv);
     device->stats.kv_blocks_free = claas_kv_available(device->kv);
     device->stats.running = device->running.count;

@@ -22,6 +22,12 @@ void claas_backend_peak(_Atomic uint64_t *peak, uint64_t now)
         ;
 }
 
+void claas_backend_add_use(struct claas_backend_memory *memory, const char *what, uint64_t bytes)
+{
+    if (bytes > 0 && memory->use_count < CLAAS_MEMORY_USES)
+        memory->uses[memory->use_count++] = (struct claas_memory_use){what, bytes};
+}
+
 int claas_backend_logits_rows(size_t floats, int least, int most, int vocab, int max_tokens)
 {
     size_t fit = floats / (size_t)vocab;

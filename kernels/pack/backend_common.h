@@ -12,6 +12,9 @@ int claas_backend_precision(const struct claas_backend_options *options, bool *r
 /* peak = max(peak, now), from any thread. */
 void claas_backend_peak(_Atomic uint64_t *peak, uint64_t now);
 
+/* Another line of the memory map, unless there are no bytes of it, or no room for the line. */
+void claas_backend_add_use(struct claas_backend_memory *memory, const char *what, uint64_t bytes);
+
 /* Rows of a logits buffer of about `floats` numbers: from `least` to `most`, and no more than a
  * pass has tokens. */
 int claas_backend_logits_rows(size_t floats, int least, int most, int vocab, int max_tokens);

@@ -61,10 +61,15 @@ def test_gpu(claas, server):
     done = claas("gpu")
     has_card = done.returncode == 0
     assert has_card or (done.returncode == 1 and done.stderr.count("\n") == 1 and "CUDA" in done.stderr), done
-    assert "weights" in done.stdout and re.search(r"gpu/one@1 +serve +\d+", done.stdout), done.stdout
+    assert re.search(r"the model's weights +\d", done.stdout) and re.search(r"gpu/one@1 +serve +\d+", done.stdout), done.stdout
     body = json.loads(claas("gpu", "--json").stdout)
     assert bool(body["cards"]) == has_card
     assert body["device"]["bytes_weights"] > 0
+    parts = ("weights", "kv", "adapters", "workspace")
+    assert sum(body["device"]["memory"].values()) >= sum(body["device"]["bytes_" + part] for part in parts)
+    assert (body["driver"], body["runtime"]) == (None, None) or has_card
+    if not has_card:
+        assert sum(body["device"]["memory"].values()) <= body["device"]["bytes_peak"]
     resident = {adapter["name"]: adapter for adapter in body["device"]["adapters"]}
     assert resident["gpu/one@1"]["use"] == "serve" and 0 < resident["gpu/one@1"]["bytes"] <= body["device"]["bytes_adapters"]
     alone = claas("gpu", "--json", "--url", "http://127.0.0.1:9")

@@ -562,8 +562,14 @@ static void test_pool_size(void)
         claas_device_t *device = device_open(model, asked[i]);
         size_t card = device->backend->context.memory;
         struct claas_device_stats stats;
+        uint64_t held = 0;
 
         claas_device_stats(device, &stats);
+        for (int use = 0; use < stats.use_count; use++)
+            held += stats.uses[use].bytes;
+        if (held != device->backend->context.bytes)
+            FAIL("the memory map adds up to %zu of %zu bytes", (size_t)held,
+                 device->backend->context.bytes);
         if (asked[i] > 0 && (size_t)stats.kv_blocks != asked[i] / CLAAS_KV_BLOCK_TOKENS)
             FAIL("%d blocks for %zu tokens", stats.kv_blocks, asked[i]);
         /* 23,040 bytes a token: 20,000 tokens in every GB of the share */
