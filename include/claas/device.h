@@ -71,6 +71,7 @@ struct claas_device_stats {
     int use_count;
     int kv_blocks, kv_blocks_free;
     int running, waiting; /* sequences */
+    uint64_t passes;      /* of generation */
     uint64_t tokens_prefilled, tokens_decoded, tokens_trained;
     uint64_t prefix_tokens_shared; /* prompt tokens not computed because their blocks were shared */
     /* Time spent on adapters so far, most of it beside all else: directories read and written, and
@@ -289,6 +290,7 @@ struct claas_device_event {
     /* TOKEN */
     int32_t token;
     float logprob; /* temperature 1, whole vocabulary */
+    int64_t made;  /* claas_clock_ns at the end of its pass */
     int top_count;
     int32_t top_tokens[CLAAS_TOP_LOGPROBS_MAX];
     float top_logprobs[CLAAS_TOP_LOGPROBS_MAX];

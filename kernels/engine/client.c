@@ -126,6 +126,7 @@ static void fill_event(struct claas_event_node *node, struct claas_device_event 
     ret->id = node->id;
     ret->token = node->token;
     ret->logprob = node->logprob;
+    ret->made = node->made;
     ret->top_count = node->top_count;
     for (int i = 0; i < node->top_count; i++) {
         ret->top_tokens[i] = node->top[i].token;

@@ -44,6 +44,7 @@ struct claas_event_node {
     uint64_t id;
     int32_t token;
     float logprob;
+    int64_t made;
     int top_count;
     enum claas_finish finish;
     int error;

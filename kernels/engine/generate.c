@@ -407,7 +407,7 @@ static bool is_stop(const struct claas_sequence *seq, int32_t token)
     return false;
 }
 
-static int send_token(struct claas_sequence *seq, const struct claas_sample *sample)
+static int send_token(struct claas_sequence *seq, const struct claas_sample *sample, int64_t made)
 {
     int top = sample->top_logprobs;
     struct claas_event_node *node =
@@ -419,6 +419,7 @@ static int send_token(struct claas_sequence *seq, const struct claas_sample *sam
     node->id = seq->request.id;
     node->token = sample->token;
     node->logprob = sample->logprob;
+    node->made = made;
     node->top_count = top;
     for (int i = 0; i < top; i++) {
         node->top[i].token = sample->top_tokens[i];
@@ -429,7 +430,7 @@ static int send_token(struct claas_sequence *seq, const struct claas_sample *sam
 }
 
 static void take_token(claas_device_t *device, struct claas_sequence *seq,
-                       const struct claas_sample *sample)
+                       const struct claas_sample *sample, int64_t made)
 {
     bool stop = is_stop(seq, sample->token);
     int rc;
@@ -438,7 +439,7 @@ static void take_token(claas_device_t *device, struct claas_sequence *seq,
     if (sample->token < 0)
         rc = claas_fail(CLAAS_ERR_NOT_FINITE, "the model gave logits that are not finite");
     else
-        rc = send_token(seq, sample);
+        rc = send_token(seq, sample, made);
     if (rc < 0) {
         retire(&device->running, seq);
         claas_request_fail(&seq->request, rc);
@@ -481,6 +482,7 @@ static void account(claas_device_t *device, int count, int64_t ns)
     }
     claas_budget_learn(device, all - rows, ns);
     pthread_mutex_lock(&device->lock);
+    device->stats.passes++;
     device->stats.tokens_prefilled += (uint64_t)prefilled;
     device->stats.tokens_decoded += (uint64_t)decoded;
     pthread_mutex_unlock(&device->lock);
@@ -488,7 +490,7 @@ static void account(claas_device_t *device, int count, int64_t ns)
 
 bool claas_generate_iterate(claas_device_t *device)
 {
-    int64_t start;
+    int64_t start, end;
     int count, rc, sample = 0;
 
     admit(device);
@@ -501,14 +503,15 @@ bool claas_generate_iterate(claas_device_t *device)
         fail_pass(device, count, rc);
         return true;
     }
-    account(device, count, device->now() - start);
+    end = device->now();
+    account(device, count, end - start);
     for (int i = 0; i < count; i++) {
         struct claas_sequence *seq = device->planned[i];
 
         seq->computed += seq->planned;
         register_computed(seq);
         if (seq->wanted)
-            take_token(device, seq, &device->samples[sample++]);
+            take_token(device, seq, &device->samples[sample++], end);
     }
     return true;
 }

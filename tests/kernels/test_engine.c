@@ -143,6 +143,29 @@ static void test_one(void **state)
     rig_close(&rig);
 }
 
+/* A token is as old as its pass, however late it is read. */
+static void test_when_made(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){0});
+    struct job *job = jobs_new(1);
+    struct claas_device_event event;
+    int64_t made = 0;
+
+    job_fill(job, 5, 5, 0, 4);
+    job_submit(&rig, job);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(claas_device_client_wait(rig.client, WAIT_MS, &event), 1);
+        assert_int_equal(event.kind, CLAAS_EVENT_TOKEN);
+        if (i > 0)
+            assert_int_equal(event.made - made, fake.pass_ns + fake.token_ns);
+        made = event.made;
+    }
+    assert_int_equal(made, fake_now());
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FINISHED, job->id).generated_tokens, 4);
+    free(job);
+    rig_close(&rig);
+}
+
 static void test_bad_requests(void **state)
 {
     struct rig rig = rig_open((struct claas_device_options){.kv_tokens = 512});
@@ -239,6 +262,7 @@ static void test_shared_prefix(void **state)
     assert_int_equal(stats.tokens_prefilled, 1 + 100 + 4 + 52 + 100);
     assert_int_equal(stats.prefix_tokens_shared, 96 + 48);
     assert_int_equal(stats.tokens_decoded, 1 + 4 * 5);
+    assert_int_equal(stats.passes, fake.passes);
     /* Later: the prompt and the answer of before are found, but for the last token. */
     job_fill(&jobs[5], 100, 100, 1, 3);
     memcpy(jobs[5].prompt + 100, jobs[1].tokens, 5 * sizeof(int32_t));
@@ -569,6 +593,7 @@ int main(void)
         cmocka_unit_test(test_kv_table),
         cmocka_unit_test(test_kv_memory),
         cmocka_unit_test(test_one),
+        cmocka_unit_test(test_when_made),
         cmocka_unit_test(test_bad_requests),
         cmocka_unit_test(test_batch),
         cmocka_unit_test(test_shared_prefix),
