@@ -27,6 +27,7 @@ enum {
     KEY_STEPS,
     KEY_ITERATIONS,
     KEY_ALPHA,
+    KEY_TEMPLATE,
     KEY_JSON,
 };
 
@@ -91,6 +92,7 @@ static const struct argp_option cycle_options[] = {
     {"rows", KEY_ROWS, "N", 0, "rollouts of a step (the model's recipe)", 0},
     {"steps", KEY_STEPS, "N", 0, "optimizer steps of a cycle (the model's recipe)", 0},
     {"tokens", KEY_TOKENS, "N", 0, "most tokens of a rollout (64)", 0},
+    {"chat-template", KEY_TEMPLATE, "NAME", 0, "template family instead of the model's own", 0},
     {0},
 };
 
@@ -118,21 +120,34 @@ static void parse_list(struct argp_state *state, char *text, int max, int *list,
         argp_error(state, "an empty list");
 }
 
+/* Where the option's text goes; NULL if it is no text. */
+static const char **find_text(struct bench_args *args, int key)
+{
+    switch (key) {
+    case KEY_MODEL:
+        return &args->model;
+    case KEY_DEVICE:
+        return &args->device;
+    case KEY_PRECISION:
+        return &args->precision;
+    case KEY_TEMPLATE:
+        return &args->chat_template;
+    default:
+        return NULL;
+    }
+}
+
 static error_t parse_option(int key, char *arg, struct argp_state *state)
 {
     struct bench_args *args = state->input;
+    const char **text = find_text(args, key);
     char *end;
 
+    if (text != NULL) {
+        *text = arg;
+        return 0;
+    }
     switch (key) {
-    case KEY_MODEL:
-        args->model = arg;
-        return 0;
-    case KEY_DEVICE:
-        args->device = arg;
-        return 0;
-    case KEY_PRECISION:
-        args->precision = arg;
-        return 0;
     case KEY_THREADS:
         args->threads = parse_int(state, arg, 0, 1024);
         return 0;

@@ -13,7 +13,7 @@
 
 /* Options of all benchmarks; each uses its own. */
 struct bench_args {
-    const char *model, *device, *precision;
+    const char *model, *device, *precision, *chat_template;
     int threads;
     int batch[BENCH_LIST_MAX], batch_count;
     int prompt[BENCH_LIST_MAX], prompt_count;
@@ -27,10 +27,10 @@ struct bench_rig {
     claas_device_t *device;
     claas_device_client_t *client;
     const struct claas_model_config *config;
-    char name[64];        /* the model's */
-    double weight_bytes;  /* as the file encodes them, each once: what a decoding pass must read */
-    double body, head;    /* weights of all layers; of the head */
-    double lora_per_rank; /* adapter parameters per unit of rank, all modules */
+    char name[64];                 /* the model's */
+    double body, head;             /* weights of all layers; of the head */
+    double body_bytes, head_bytes; /* as the file encodes them: what a pass must read once */
+    double lora_per_rank;          /* adapter parameters per unit of rank, all modules */
 };
 
 /* What --model means: a bare name of a known shape is random weights of that shape. Free with
@@ -38,6 +38,8 @@ struct bench_rig {
 char *bench_model_path(const char *model);
 int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens);
 void bench_close(struct bench_rig *rig);
+/* Fills in what follows from rig->model and rig->config; bench_open has done so. */
+void bench_measure_model(struct bench_rig *rig);
 /* The next event, with FAILED turned into its error. */
 int bench_wait(struct bench_rig *rig, struct claas_device_event *ret);
 /* `count` tokens that no other (stream, position) shares. NULL when out of memory. */
@@ -51,8 +53,8 @@ double bench_median(double *values, int count); /* sorts */
 
 /* The fields that every line has: what, model, device. */
 cJSON *bench_line(struct bench_rig *rig, const char *what);
-/* Peak memory and the memory map. The peak is the card's, by the back-end's count; on the CPU it is
- * the process's. */
+/* Peak memory and the memory map, both by the device's own count, so that
+ * they leave out what measuring takes (bench_floor). */
 void bench_add_memory(cJSON *line, struct bench_rig *rig);
 /* One line of JSON, or a row of a table: the heads are printed before the first row. */
 int bench_print(const struct bench_args *args, cJSON *line);
@@ -63,8 +65,15 @@ int bench_floor(const struct bench_args *args, struct claas_device_floor *ret);
 /* FLOP of causal attention over so many tokens, forward: scores and weighted sums over all earlier
  * positions, 4 d per head, query and key. */
 double bench_attention_flop(const struct claas_model_config *config, double tokens);
-/* FLOP that took `ms`, as a rate and as a share of the peak; and the bandwidth. */
-void bench_add_rates(cJSON *line, double flop, double ms, const struct claas_device_floor *floor);
+/* What was done in so many milliseconds at the least: products, and weights read, once in each pass
+ * over them. Activations, keys and values and adapters are not counted as read. */
+struct bench_work {
+    double flop, bytes, ms;
+};
+/* As rates, and as shares of what the machine could do. A model so small that it stays in a cache
+ * may be read faster than memory: a share of the bandwidth above 1. */
+void bench_add_rates(cJSON *line, const struct bench_work *work,
+                     const struct claas_device_floor *floor);
 
 /* --- the benchmarks
  * ---------------------------------------------------------------------------------------------------

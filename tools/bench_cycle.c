@@ -2,7 +2,18 @@
  * current. A server without HTTP runs in this process on a directory of its own; a client gives
  * each cycle a new adapter, an answer and feedback on it. What is reported is what the jobs
  * recorded: the times of their transitions, and of the parts of each step. The same seeds make
- * every cycle the same work. */
+ * every cycle the same work.
+ *
+ * Counted work is what the figures tell, less than what was done: with N weights of the layers, H
+ * of the head, A of the adapter, 2 (N + A) for each token of a prompt that rollouts computed, 2 (N
+ * + H
+ * + A) for each sampled one, 6 (N + H + A) for each trained one (forward for student and teacher,
+ * the gradient of the inputs; see step), 2 (N + H + A) for each one that the gate scored. The
+ * prompts of what was trained and scored, which rows share, are not in the figures, nor is
+ * attention.
+ *
+ * Counted reading: the weights of the layers once in each pass of generation, and all weights three
+ * times in each step, as in `step`. */
 #include "bench.h"
 
 #include <math.h>
@@ -46,7 +57,7 @@ struct cycle_figures {
      */
     double read, write, upload, download;
     int64_t steps, rows, tokens;
-    uint64_t prefilled, decoded;
+    uint64_t prefilled, decoded, trained, passes; /* trained: and scored by the gate */
     bool published;
 };
 
@@ -97,6 +108,8 @@ static int load_config(struct bench_server *server, const struct bench_args *arg
         set(&settings, "device.name", args->device);
     if (args->precision != NULL)
         set(&settings, "device.precision", args->precision);
+    if (args->chat_template != NULL)
+        set(&settings, "chat_template", args->chat_template);
     set_int(&settings, "device.threads", args->threads);
     set_int(&settings, "cycle.rows", args->rows);
     set_int(&settings, "cycle.steps", args->steps);
@@ -359,6 +372,8 @@ static int run_cycle(struct bench_server *server, int cycle, int steps, struct c
     *ret = (struct cycle_figures){
         .prefilled = after.tokens_prefilled - before.tokens_prefilled,
         .decoded = after.tokens_decoded - before.tokens_decoded,
+        .trained = after.tokens_trained - before.tokens_trained,
+        .passes = after.passes - before.passes,
         .read = (double)(after.read_ns - before.read_ns) * 1e-6,
         .write = (double)(after.write_ns - before.write_ns) * 1e-6,
         .upload = (double)(after.upload_ns - before.upload_ns) * 1e-6,
@@ -379,6 +394,22 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+static struct bench_work count_work(const struct bench_rig *rig, double rank,
+                                    const struct cycle_figures *cycle)
+{
+    double lora = rig->lora_per_rank * rank, all = rig->body + rig->head + lora;
+    double steps = (double)cycle->steps, tokens = (double)cycle->tokens;
+
+    return (struct bench_work){
+        .flop = 2 * (rig->body + lora) * (double)cycle->prefilled +
+                2 * all * (double)cycle->decoded + 6 * all * tokens +
+                2 * all * ((double)cycle->trained - tokens),
+        .bytes = rig->body_bytes * (double)cycle->passes +
+                 3 * (rig->body_bytes + rig->head_bytes) * steps,
+        .ms = cycle->total,
+    };
+}
+
 static void set_ms(cJSON *line, const char *key, double ms)
 {
     claas_json_set_number(line, key, round(ms * 1000) / 1000);
@@ -388,15 +419,23 @@ static void set_ms(cJSON *line, const char *key, double ms)
 static int report(struct bench_server *server, const struct bench_args *args,
                   struct cycle_figures *cycles, const struct claas_device_floor *floor)
 {
-    struct bench_rig rig = {.device = server->process.device};
+    struct bench_rig rig = {
+        .device = server->process.device,
+        .model = server->process.model,
+        .config = claas_model_config(server->process.model),
+    };
     const struct cycle_figures *middle = &cycles[args->iterations / 2];
+    struct bench_work work;
     int published = 0;
     cJSON *line;
 
     for (int i = 0; i < args->iterations; i++)
         published += cycles[i].published;
     qsort(cycles, (size_t)args->iterations, sizeof(*cycles), compare);
-    claas_copy_text(rig.name, sizeof(rig.name), claas_model_name(server->process.model));
+    claas_copy_text(rig.name, sizeof(rig.name), claas_model_name(rig.model));
+    bench_measure_model(&rig);
+    work =
+        count_work(&rig, (double)claas_config_int(server->process.config, "adapter.rank"), middle);
     line = bench_line(&rig, "cycle");
     claas_json_set_int(line, "steps", middle->steps);
     claas_json_set_int(line, "rows", middle->rows);
@@ -421,8 +460,7 @@ static int report(struct bench_server *server, const struct bench_args *args,
     claas_json_set_int(line, "tokens", middle->tokens);
     claas_json_set_int(line, "prefilled_tokens", (int64_t)middle->prefilled);
     claas_json_set_int(line, "decoded_tokens", (int64_t)middle->decoded);
-    claas_json_set_number(line, "gemm_peak_gflop_s", floor->gemm_flop_s * 1e-9);
-    claas_json_set_number(line, "memory_gb_s", floor->memory_bytes_s * 1e-9);
+    bench_add_rates(line, &work, floor);
     bench_add_memory(line, &rig);
     return bench_print(args, line);
 }

@@ -2,7 +2,9 @@
  * last of them.
  *
  * Counted work, in FLOP, N weights of the layers, H of the head, for each prompt of n tokens: 2 N n
- * + 2 H + attention(n): the head is computed for the last token alone. */
+ * + 2 H + attention(n): the head is computed for the last token alone.
+ *
+ * Counted reading: the weights of the layers once in each pass, the head's once in all. */
 #include "bench.h"
 
 #include <stdlib.h>
@@ -61,7 +63,7 @@ static int measure(struct bench_rig *rig, const struct prompts *prompts, double 
         if (rc < 0)
             break;
         if (event.kind == CLAAS_EVENT_TOKEN)
-            *ret_ms = (double)(claas_clock_ns() - start) * 1e-6;
+            *ret_ms = (double)(event.made - start) * 1e-6;
         ended += event.kind == CLAAS_EVENT_FINISHED;
     }
     return rc;
@@ -72,6 +74,8 @@ static int run_length(struct bench_rig *rig, const struct bench_args *args, int 
 {
     CLAAS_AUTO_FREE double *times = CLAAS_NEW_ARRAY(double, (size_t)args->iterations);
     double median, ignored, count = args->batch[0];
+    struct claas_device_stats before, after;
+    struct bench_work work;
     cJSON *line;
 
     if (times == NULL)
@@ -82,22 +86,29 @@ static int run_length(struct bench_rig *rig, const struct bench_args *args, int 
         uint64_t stream = (uint64_t)length << 32 | (uint64_t)((i + WARM_UP) * args->batch[0]);
         int rc = make_prompts(rig, stream, &prompts);
 
+        if (i == 0)
+            claas_device_stats(rig->device, &before);
         if (rc == 0)
             rc = measure(rig, &prompts, i < 0 ? &ignored : &times[i]);
         if (rc < 0)
             return rc;
     }
+    claas_device_stats(rig->device, &after);
     median = bench_median(times, args->iterations);
+    work = (struct bench_work){
+        .flop = count * (2 * rig->body * length + 2 * rig->head +
+                         bench_attention_flop(rig->config, length)),
+        .bytes = rig->body_bytes * (double)(after.passes - before.passes) / args->iterations +
+                 rig->head_bytes,
+        .ms = median,
+    };
     line = bench_line(rig, "prefill");
     claas_json_set_int(line, "batch", args->batch[0]);
     claas_json_set_int(line, "prompt", length);
     claas_json_set_number(line, "median_ms", median);
     claas_json_set_number(line, "min_ms", times[0]);
     claas_json_set_number(line, "tok_s", count * length / median * 1e3);
-    bench_add_rates(line,
-                    count * (2 * rig->body * length + 2 * rig->head +
-                             bench_attention_flop(rig->config, length)),
-                    median, floor);
+    bench_add_rates(line, &work, floor);
     bench_add_memory(line, rig);
     return bench_print(args, line);
 }

@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "claas/err.h"
@@ -24,7 +23,8 @@ char *bench_model_path(const char *model)
 static int open_model(const char *model, claas_model_t **ret)
 {
     CLAAS_AUTO_FREE char *path = bench_model_path(model);
-    struct claas_model_options options = {.path = path};
+    /* Random tokens are rendered by nothing: a model without a template will do. */
+    struct claas_model_options options = {.path = path, .chat_template = "chatml"};
 
     return path != NULL ? claas_model_open(&options, ret) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
@@ -32,10 +32,10 @@ static int open_model(const char *model, claas_model_t **ret)
 /* Random models have no file: their weights count as bfloat16. */
 static double tensor_bytes(const struct claas_tensor *tensor)
 {
-    return tensor->data != NULL ? (double)tensor->bytes : 2.0 * tensor->rows * tensor->columns;
+    return tensor->random_std > 0 ? 2.0 * tensor->rows * tensor->columns : (double)tensor->bytes;
 }
 
-static void measure_model(struct bench_rig *rig)
+void bench_measure_model(struct bench_rig *rig)
 {
     const struct claas_model_config *c = rig->config;
     const struct claas_tensor *head = claas_model_tensor(rig->model, "lm_head.weight");
@@ -43,7 +43,7 @@ static void measure_model(struct bench_rig *rig)
     if (c->tied || head == NULL)
         head = claas_model_tensor(rig->model, "model.embed_tokens.weight");
     rig->head = (double)c->vocab * c->hidden;
-    rig->weight_bytes = head != NULL ? tensor_bytes(head) : 2 * rig->head;
+    rig->head_bytes = head != NULL ? tensor_bytes(head) : 2 * rig->head;
     for (int module = 0; module < CLAAS_MODULE_COUNT; module++) {
         double rows = claas_module_rows(c, (enum claas_module)module);
         double columns = claas_module_columns(c, (enum claas_module)module);
@@ -58,7 +58,7 @@ static void measure_model(struct bench_rig *rig)
                      module <= CLAAS_MODULE_O ? "self_attn" : "mlp",
                      claas_module_name((enum claas_module)module));
             tensor = claas_model_tensor(rig->model, name);
-            rig->weight_bytes += tensor != NULL ? tensor_bytes(tensor) : 2 * rows * columns;
+            rig->body_bytes += tensor != NULL ? tensor_bytes(tensor) : 2 * rows * columns;
         }
     }
 }
@@ -95,7 +95,7 @@ int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_t
         return rc;
     rig->config = claas_model_config(rig->model);
     claas_copy_text(rig->name, sizeof(rig->name), claas_model_name(rig->model));
-    measure_model(rig);
+    bench_measure_model(rig);
     rc = load_progress_open(&options, rig->model, &rig->device);
     if (rc == 0)
         rc = claas_device_client_new(rig->device, &rig->client);
@@ -191,18 +191,18 @@ double bench_median(double *values, int count)
 
 void bench_add_memory(cJSON *line, struct bench_rig *rig)
 {
+    cJSON *memory = cJSON_CreateObject();
     struct claas_device_stats stats;
-    struct rusage usage;
 
     claas_device_stats(rig->device, &stats);
-    getrusage(RUSAGE_SELF, &usage);
-    claas_json_set_int(line, "peak_bytes",
-                       strncmp(stats.name, "cpu", 3) == 0 ? usage.ru_maxrss * 1024
-                                                          : (int64_t)stats.bytes_peak);
+    claas_json_set_int(line, "peak_bytes", (int64_t)stats.bytes_peak);
     claas_json_set_int(line, "weights_bytes", (int64_t)stats.bytes_weights);
     claas_json_set_int(line, "kv_bytes", (int64_t)stats.bytes_kv);
     claas_json_set_int(line, "adapters_bytes", (int64_t)stats.bytes_adapters);
     claas_json_set_int(line, "workspace_bytes", (int64_t)stats.bytes_workspace);
+    for (int i = 0; i < stats.use_count; i++)
+        claas_json_set_int(memory, stats.uses[i].what, (int64_t)stats.uses[i].bytes);
+    claas_json_set(line, "memory", memory);
 }
 
 double bench_attention_flop(const struct claas_model_config *config, double tokens)
@@ -210,12 +210,17 @@ double bench_attention_flop(const struct claas_model_config *config, double toke
     return 4.0 * config->layers * config->heads * config->head_dim * tokens * (tokens + 1) / 2;
 }
 
-void bench_add_rates(cJSON *line, double flop, double ms, const struct claas_device_floor *floor)
+void bench_add_rates(cJSON *line, const struct bench_work *work,
+                     const struct claas_device_floor *floor)
 {
-    claas_json_set_number(line, "gflop_s", flop / ms * 1e-6);
+    double flop_s = work->flop / work->ms * 1e3, bytes_s = work->bytes / work->ms * 1e3;
+
+    claas_json_set_number(line, "gflop_s", flop_s * 1e-9);
     claas_json_set_number(line, "gemm_peak_gflop_s", floor->gemm_flop_s * 1e-9);
-    claas_json_set_number(line, "share_of_peak", flop / ms * 1e3 / floor->gemm_flop_s);
+    claas_json_set_number(line, "share_of_peak", flop_s / floor->gemm_flop_s);
+    claas_json_set_number(line, "read_gb_s", bytes_s * 1e-9);
     claas_json_set_number(line, "memory_gb_s", floor->memory_bytes_s * 1e-9);
+    claas_json_set_number(line, "share_of_bandwidth", bytes_s / floor->memory_bytes_s);
 }
 
 /* --- printing
@@ -234,12 +239,15 @@ cJSON *bench_line(struct bench_rig *rig, const char *what)
     return line;
 }
 
+/* All but the memory map, whose names would be wide columns. */
 static void print_row(const cJSON *line, bool heads)
 {
     for (const cJSON *item = line->child; item != NULL; item = item->next) {
         int width = (int)strlen(item->string);
         char text[80];
 
+        if (cJSON_IsObject(item))
+            continue;
         if (cJSON_IsString(item)) {
             snprintf(text, sizeof(text), "%s", item->valuestring);
             width = strlen(text) > (size_t)width ? (int)strlen(text) : width;
@@ -250,9 +258,10 @@ static void print_row(const cJSON *line, bool heads)
             snprintf(text, sizeof(text), "%.4g", item->valuedouble);
             width = width < 8 ? 8 : width;
         }
-        printf("%*s%s", cJSON_IsString(item) ? -width : width, heads ? item->string : text,
-               item->next != NULL ? "  " : "\n");
+        printf("%s%*s", item != line->child ? "  " : "", cJSON_IsString(item) ? -width : width,
+               heads ? item->string : text);
     }
+    puts("");
 }
 
 int bench_print(const struct bench_args *args, cJSON *line)

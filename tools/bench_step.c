@@ -6,7 +6,10 @@
  * weights are frozen) for the student, forward for the teacher, the same for the head on scored
  * positions, the adapter's forward, input gradient and own gradient, and causal attention, whose
  * backward has 2.5 times the products of its forward: 4 N s + 2 N t + 6 H p + 6 A s + attention(s)
- * (1 + 2.5) + attention(t) */
+ * (1 + 2.5) + attention(t)
+ *
+ * Counted reading: the weights, three times: forward for the teacher and for the student, and
+ * backward. Several micro-batches read them as often, which is not counted. */
 #include "bench.h"
 
 #include <stdlib.h>
@@ -126,7 +129,7 @@ static cJSON *describe(struct bench_rig *rig, const struct bench_args *args, dou
 
 /* The line but for what the machine could do, which is measured when the rig has given its memory
  * back. */
-static int measure(const struct bench_args *args, double *ret_flop, double *ret_ms, cJSON **ret)
+static int measure(const struct bench_args *args, struct bench_work *ret_work, cJSON **ret)
 {
     CLAAS_AUTO(bench_close) struct bench_rig rig = {0};
     CLAAS_AUTO(free_rows) struct step_rows rows = {0};
@@ -144,9 +147,12 @@ static int measure(const struct bench_args *args, double *ret_flop, double *ret_
     if (rc == 0)
         rc = run_steps(&rig, args, &rows, times, &loss);
     if (rc == 0) {
-        *ret_flop = count_flop(&rig, args);
-        *ret_ms = bench_median(times, args->iterations);
-        *ret = describe(&rig, args, times, *ret_ms, loss);
+        *ret_work = (struct bench_work){
+            .flop = count_flop(&rig, args),
+            .bytes = 3 * (rig.body_bytes + rig.head_bytes),
+            .ms = bench_median(times, args->iterations),
+        };
+        *ret = describe(&rig, args, times, ret_work->ms, loss);
     }
     bench_adapters_free(&adapters, args->adapters);
     return rc;
@@ -156,17 +162,17 @@ int bench_step(const struct bench_args *args)
 {
     CLAAS_AUTO(claas_json_free) cJSON *line = NULL;
     struct claas_device_floor floor;
-    double flop = 0, ms = 0;
+    struct bench_work work;
     int rc;
 
     if (args->adapters < 1 || args->adapters > args->batch[0])
         return claas_fail(CLAAS_ERR_INVALID, "%d adapters for %d rows: each needs one",
                           args->adapters, args->batch[0]);
-    rc = measure(args, &flop, &ms, &line);
+    rc = measure(args, &work, &line);
     if (rc == 0)
         rc = bench_floor(args, &floor);
     if (rc < 0)
         return rc;
-    bench_add_rates(line, flop, ms, &floor);
+    bench_add_rates(line, &work, &floor);
     return bench_print(args, CLAAS_TAKE(line));
 }
