@@ -13,11 +13,18 @@
 #include "claas/mem.h"
 
 #include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <time.h>
+#include <unistd.h>
 
 #define FORMAT_VERSION 1 /* also of what keys mean */
 #define FILE_LIMIT     (sizeof(struct header) + GEMM_CHOICES_MAX * sizeof(struct gemm_choice))
+#define LOCK_WAIT      500     /* ms; it is held for one or two */
+#define LOCK_PAUSE     1000000 /* ns */
 
 static const char magic[8] = "CLaaSmm";
 
@@ -204,20 +211,48 @@ static int make_folder(const char *path)
     return claas_mkdir_all(folder);
 }
 
+static void unlock(const int *lock)
+{
+    if (*lock >= 0)
+        close(*lock);
+}
+
+/* Of a file beside `path`, which itself is replaced. -1: there is no lock to be had. Then
+ * somebody's choices may get lost, which costs timing them again; the thread that computes waits no
+ * longer. */
+static int lock_beside(const char *path)
+{
+    const struct timespec pause = {.tv_nsec = LOCK_PAUSE};
+    CLAAS_AUTO_FREE char *name = claas_format("%s.lock", path);
+    int64_t end = claas_clock_ms() + LOCK_WAIT;
+    int lock = name ? open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
+
+    while (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) < 0) {
+        if ((errno != EWOULDBLOCK && errno != EINTR) || claas_clock_ms() >= end) {
+            close(lock);
+            return -1;
+        }
+        (void)nanosleep(&pause, NULL);
+    }
+    return lock;
+}
+
 static int replace(const char *path, const struct gemm_choices_origin *origin,
                    const struct gemm_choices *choices)
 {
     CLAAS_AUTO(gemm_choices_done) struct gemm_choices theirs = {0}, all = {0};
     CLAAS_AUTO_FREE uint8_t *data = NULL;
+    CLAAS_AUTO(unlock) int lock = -1;
     size_t length = 0;
-    int rc;
+    int rc = make_folder(path);
 
+    if (rc < 0)
+        return rc;
+    lock = lock_beside(path);
     (void)load(path, origin, &theirs); /* what is no good adds nothing */
     rc = merge(choices, &theirs, &all);
     if (rc == 0)
         rc = gemm_choices_encode(origin, &all, &data, &length);
-    if (rc == 0)
-        rc = make_folder(path);
     if (rc == 0)
         rc = claas_file_write(path, data, length);
     return rc;

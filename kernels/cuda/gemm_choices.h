@@ -54,7 +54,8 @@ char *gemm_choices_path(const char *device);
 void gemm_choices_read(const char *path, const struct gemm_choices_origin *origin,
                        struct gemm_choices *ret);
 /* Replaces the file at once by these choices and those that others have added to it; for the same
- * product ours count. A failure is logged. */
+ * product ours count. Writers take turns by a lock on <path>.lock, which stays; who does not get it
+ * within half a second writes without. A failure is logged. */
 int gemm_choices_write(const char *path, const struct gemm_choices_origin *origin,
                        const struct gemm_choices *choices);
 /* Monotonic milliseconds, to space writes. */

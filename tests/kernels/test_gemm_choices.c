@@ -11,13 +11,18 @@
 #include "claas/mem.h"
 #include "cuda/gemm_choices.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-#define COUNT 5
+#define COUNT   5
+#define WRITERS 8
+#define ROUNDS  50
 
 static char root[] = "/tmp/claas-choices-XXXXXX";
 static char path_text[4096];
@@ -202,6 +207,54 @@ static void test_files(void **state)
     gemm_choices_done(&read);
 }
 
+/* In a process of its own, together with the others: all wait for the pipe's end. 0 if it wrote. */
+static int write_together(const char *name, int number, const int gate[2])
+{
+    struct gemm_choices_origin origin = origin_of("a card");
+    CLAAS_AUTO(gemm_choices_done) struct gemm_choices own = some_choices(number, 1, 10);
+    char byte;
+
+    close(gate[1]);
+    return read(gate[0], &byte, 1) == 0 && gemm_choices_write(name, &origin, &own) == 0 ? 0 : 1;
+}
+
+/* Processes that write at the same time, each what only it knows: nothing gets lost. */
+static void test_writers(void **state)
+{
+    struct gemm_choices_origin origin = origin_of("a card");
+    const char *name = path("together.bin");
+
+    for (int round = 0; round < ROUNDS; round++) {
+        CLAAS_AUTO(gemm_choices_done) struct gemm_choices read = {0};
+        int gate[2], status, failed = 0;
+
+        assert_int_equal(pipe(gate), 0);
+        for (int i = 0; i < WRITERS; i++)
+            if (fork() == 0)
+                _exit(write_together(name, 1 + i, gate));
+        close(gate[0]);
+        close(gate[1]);
+        for (int i = 0; i < WRITERS; i++)
+            failed += wait(&status) < 0 || status != 0;
+        assert_int_equal(failed, 0);
+        gemm_choices_read(name, &origin, &read);
+        assert_int_equal(read.count, WRITERS);
+        assert_int_equal(unlink(name), 0);
+    }
+}
+
+/* Somebody who keeps the lock keeps nobody from writing. */
+static void test_kept_lock(void **state)
+{
+    struct gemm_choices_origin origin = origin_of("a card");
+    CLAAS_AUTO(gemm_choices_done) struct gemm_choices choices = some_choices(1, 1, 10);
+    int lock = open(path("held.bin.lock"), O_RDWR | O_CREAT, 0600);
+
+    assert_int_equal(flock(lock, LOCK_EX), 0);
+    assert_int_equal(gemm_choices_write(path("held.bin"), &origin, &choices), 0);
+    close(lock);
+}
+
 static void test_no_place(void **state)
 {
     struct gemm_choices_origin origin = origin_of("a card");
@@ -244,7 +297,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_damage),
         cmocka_unit_test(test_other_origins), cmocka_unit_test(test_too_many),
-        cmocka_unit_test(test_files),         cmocka_unit_test(test_no_place),
+        cmocka_unit_test(test_files),         cmocka_unit_test(test_writers),
+        cmocka_unit_test(test_kept_lock),     cmocka_unit_test(test_no_place),
         cmocka_unit_test(test_paths),
     };
 
