@@ -2,7 +2,7 @@
  *
  * A file is replaced by write-to-temporary, fsync, rename, fsync of the directory: at any instant
  * the name shows the whole old content or the whole new one. A failure leaves the old file
- * untouched and removes the temporary. */
+ * untouched and removes the temporary. A cache goes without the fsyncs. */
 #include "claas/file.h"
 
 #include "claas/err.h"
@@ -11,6 +11,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -165,13 +166,14 @@ int claas_fsync_parent(const char *path)
 }
 
 static int fill_and_rename(int fd, const char *temporary, const char *path, const void *data,
-                           size_t length)
+                           size_t length, bool durable)
 {
     int rc = claas_fd_write_all(fd, data, length);
 
     if (rc < 0)
         return claas_fail_context(rc, "%s: ", path);
-    rc = fsync_fd(fd, path);
+    if (durable)
+        rc = fsync_fd(fd, path);
     if (rc < 0)
         return rc;
     if (rename(temporary, path) < 0)
@@ -179,7 +181,7 @@ static int fill_and_rename(int fd, const char *temporary, const char *path, cons
     return 0;
 }
 
-int claas_file_write(const char *path, const void *data, size_t length)
+static int replace(const char *path, const void *data, size_t length, bool durable)
 {
     CLAAS_AUTO_FREE char *temporary = claas_format("%s.tmp-XXXXXX", path);
     CLAAS_AUTO(close_fd) int fd = -1;
@@ -190,12 +192,22 @@ int claas_file_write(const char *path, const void *data, size_t length)
     fd = mkostemp(temporary, O_CLOEXEC);
     if (fd < 0)
         return claas_fail_errno("%s", path);
-    rc = fill_and_rename(fd, temporary, path, data, length);
+    rc = fill_and_rename(fd, temporary, path, data, length, durable);
     if (rc < 0) {
         unlink(temporary);
         return rc;
     }
-    return claas_fsync_parent(path);
+    return durable ? claas_fsync_parent(path) : 0;
+}
+
+int claas_file_write(const char *path, const void *data, size_t length)
+{
+    return replace(path, data, length, true);
+}
+
+int claas_file_write_cache(const char *path, const void *data, size_t length)
+{
+    return replace(path, data, length, false);
 }
 
 int claas_mkdir_all(const char *path)

@@ -11,6 +11,9 @@ int claas_file_read(const char *path, size_t limit, char **ret_data, size_t *ret
 /* Writes a new file and fsyncs it; an existing one is replaced only by a complete one (temporary +
  * rename). */
 int claas_file_write(const char *path, const void *data, size_t length);
+/* The same without waiting for the disk, for what can be made again and has a checksum: processes
+ * see the old file or the new one, and what is there after a power failure may be neither. */
+int claas_file_write_cache(const char *path, const void *data, size_t length);
 /* write(2) until all is written. */
 int claas_fd_write_all(int fd, const void *data, size_t length);
 int claas_fsync_path(const char *path);

@@ -254,7 +254,7 @@ static int replace(const char *path, const struct gemm_choices_origin *origin,
     if (rc == 0)
         rc = gemm_choices_encode(origin, &all, &data, &length);
     if (rc == 0)
-        rc = claas_file_write(path, data, length);
+        rc = claas_file_write_cache(path, data, length);
     return rc;
 }
 

@@ -26,6 +26,14 @@
 
 static char root[] = "/tmp/claas-choices-XXXXXX";
 static char path_text[4096];
+static int fsyncs;
+
+/* In place of libc's. */
+int fsync(int fd)
+{
+    fsyncs++;
+    return 0;
+}
 
 static const char *path(const char *name)
 {
@@ -207,6 +215,19 @@ static void test_files(void **state)
     gemm_choices_done(&read);
 }
 
+/* The thread that computes writes, and must not wait for a disk. */
+static void test_no_fsync(void **state)
+{
+    struct gemm_choices_origin origin = origin_of("a card");
+    CLAAS_AUTO(gemm_choices_done) struct gemm_choices choices = some_choices(1, 1, 10);
+
+    fsyncs = 0;
+    assert_int_equal(claas_file_write(path("kept"), "x", 1), 0);
+    assert_int_equal(fsyncs, 2); /* so they are counted */
+    assert_int_equal(gemm_choices_write(path("quick.bin"), &origin, &choices), 0);
+    assert_int_equal(fsyncs, 2);
+}
+
 /* In a process of its own, together with the others: all wait for the pipe's end. 0 if it wrote. */
 static int write_together(const char *name, int number, const int gate[2])
 {
@@ -297,9 +318,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_damage),
         cmocka_unit_test(test_other_origins), cmocka_unit_test(test_too_many),
-        cmocka_unit_test(test_files),         cmocka_unit_test(test_writers),
-        cmocka_unit_test(test_kept_lock),     cmocka_unit_test(test_no_place),
-        cmocka_unit_test(test_paths),
+        cmocka_unit_test(test_files),         cmocka_unit_test(test_no_fsync),
+        cmocka_unit_test(test_writers),       cmocka_unit_test(test_kept_lock),
+        cmocka_unit_test(test_no_place),      cmocka_unit_test(test_paths),
     };
 
     return cmocka_run_group_tests(tests, make_root, drop_root);

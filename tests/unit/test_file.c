@@ -84,6 +84,10 @@ static void test_file_write(void **state)
     assert_int_equal(count_entries(root), 2);
     memset(big, 'x', sizeof(big));
     assert_int_equal(claas_file_write(path("f"), big, sizeof(big)), 0);
+    assert_int_equal(claas_file_write_cache(path("f"), "short", 5), 0);
+    expect_content("f", "short");
+    assert_true(claas_file_write_cache(path("dir"), "x", 1) < 0);
+    assert_int_equal(count_entries(root), 2);
 }
 
 /* The writer replaces the file over and over; a reader never sees anything but one whole content.
