@@ -42,7 +42,7 @@
  * the file's format. */
 struct plan_key {
     int32_t form, m, n, k, lda, ldb, ldo;
-    int32_t out_type;
+    int32_t act, out_type; /* of a and b; of the output */
     int32_t accumulates;
     int32_t alignments; /* log2 of a, b, add, out: four bits each */
     int32_t exact;      /* m and k are themselves, not their class */
@@ -335,7 +335,8 @@ static int32_t size_class(int size)
     return power;
 }
 
-static struct plan_key make_key(const struct cuda_gemm *gemm, bool exact)
+static struct plan_key make_key(const struct cuda_context *context, const struct cuda_gemm *gemm,
+                                bool exact)
 {
     bool gradient = gemm->form == CUDA_GEMM_TN;
     struct plan_key key;
@@ -347,6 +348,7 @@ static struct plan_key make_key(const struct cuda_gemm *gemm, bool exact)
     key.lda = gemm->lda;
     key.ldb = gemm->ldb;
     key.ldo = gemm->ldo;
+    key.act = context->act;
     key.out_type = gemm->out_type;
     key.accumulates = gemm->beta != 0.0f;
     key.alignments = alignment_log(gemm->a) | alignment_log(gemm->b) << 4 |
@@ -417,7 +419,7 @@ static struct plan *find_plan(struct cuda_gemm_plans *plans, const struct plan_k
 static int look_up(struct cuda_context *context, const struct cuda_gemm *gemm, bool exact,
                    struct plan **ret)
 {
-    struct plan_key key = make_key(gemm, exact);
+    struct plan_key key = make_key(context, gemm, exact);
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     struct plan *plan = find_plan(context->plans, &key);
     int rc = 0;

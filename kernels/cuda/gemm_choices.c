@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FORMAT_VERSION 1 /* also of what keys mean */
+#define FORMAT_VERSION 2 /* also of what keys mean */
 #define FILE_LIMIT     (sizeof(struct header) + GEMM_CHOICES_MAX * sizeof(struct gemm_choice))
 #define LOCK_WAIT      500     /* ms; it is held for one or two */
 #define LOCK_PAUSE     1000000 /* ns */

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define GEMM_CHOICE_KEY   44
+#define GEMM_CHOICE_KEY   48
 #define GEMM_CHOICE_ALGO  64
 #define GEMM_CHOICES_MAX  65536
 

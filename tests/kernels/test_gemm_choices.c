@@ -94,7 +94,7 @@ static void test_round_trip(void **state)
         size_t length = 0;
 
         assert_int_equal(gemm_choices_encode(&origin, &in, &data, &length), 0);
-        assert_int_equal(length, 112 + count * 108);
+        assert_int_equal(length, 112 + count * 112);
         assert_int_equal(gemm_choices_decode(&origin, data, length, &out), 0);
         assert_int_equal(out.count, count);
         assert_memory_equal(out.items, in.items, (size_t)count * sizeof(*in.items));
@@ -132,12 +132,12 @@ static void test_damage(void **state)
             refuse(&origin, data, length, "a flipped bit", i);
             data[i] ^= (uint8_t)(1 << bit);
         }
-    longer = claas_alloc(length + 108, 1);
+    longer = claas_alloc(length + 112, 1);
     assert_non_null(longer);
     memcpy(longer, data, length);
     refuse(&origin, longer, length + 1, "a byte more", length);
-    refuse(&origin, longer, length + 108, "a choice more", length);
-    /* A count whose size in bytes wraps round to what is there: 2^62 * 108 = 0 modulo 2^64. */
+    refuse(&origin, longer, length + 112, "a choice more", length);
+    /* A count whose size in bytes wraps round to what is there: 2^62 * 112 = 0 modulo 2^64. */
     longer[16 + 7] = 0x40;
     refuse(&origin, longer, length, "a count that wraps", 16);
 }
@@ -161,6 +161,29 @@ static void test_other_origins(void **state)
     other = ours;
     other.arch = 80;
     refuse(&other, data, length, "another architecture", 0);
+}
+
+/* A whole file of an earlier version of this program, whose keys mean something else. */
+static void test_other_version(void **state)
+{
+    struct gemm_choices_origin origin = origin_of("a card");
+    CLAAS_AUTO(gemm_choices_done) struct gemm_choices in = some_choices(1, COUNT, 9), out = {0};
+    CLAAS_AUTO_FREE uint8_t *data = NULL;
+    const char *name = path("version.bin");
+    size_t length = 0;
+
+    assert_int_equal(gemm_choices_encode(&origin, &in, &data, &length), 0);
+    assert_int_equal(data[8], 2);
+    data[8] = 1;
+    assert_int_equal(gemm_choices_decode(&origin, data, length, &out), CLAAS_ERR_FORMAT);
+    assert_non_null(strstr(claas_error_text(), "in format 1 of"));
+    assert_int_equal(claas_file_write(name, data, length), 0);
+    gemm_choices_read(name, &origin, &out);
+    assert_int_equal(out.count, 0);
+    in.count = 2;
+    assert_int_equal(gemm_choices_write(name, &origin, &in), 0);
+    gemm_choices_read(name, &origin, &out);
+    assert_int_equal(out.count, 2);
 }
 
 static void test_too_many(void **state)
@@ -317,10 +340,11 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_damage),
-        cmocka_unit_test(test_other_origins), cmocka_unit_test(test_too_many),
-        cmocka_unit_test(test_files),         cmocka_unit_test(test_no_fsync),
-        cmocka_unit_test(test_writers),       cmocka_unit_test(test_kept_lock),
-        cmocka_unit_test(test_no_place),      cmocka_unit_test(test_paths),
+        cmocka_unit_test(test_other_origins), cmocka_unit_test(test_other_version),
+        cmocka_unit_test(test_too_many),      cmocka_unit_test(test_files),
+        cmocka_unit_test(test_no_fsync),      cmocka_unit_test(test_writers),
+        cmocka_unit_test(test_kept_lock),     cmocka_unit_test(test_no_place),
+        cmocka_unit_test(test_paths),
     };
 
     return cmocka_run_group_tests(tests, make_root, drop_root);

@@ -265,17 +265,18 @@ static unsigned long long kept_inode(void)
 
 /* Some products of the three forms in a context of their own, that is, as in a process of its own.
  */
-static void run_kept(void)
+static void run_kept(enum cuda_type act)
 {
     struct cuda_context context;
 
-    check_open(CUDA_TYPE_BF16, &context);
+    check_open(act, &context);
     for (int form = 0; form < 3; form++) {
         struct trial t = {};
 
         t.form = (enum cuda_gemm_form)form;
         t.shape = {200, 576, 320, 0};
-        t.act = t.out_type = CUDA_TYPE_BF16;
+        t.act = act;
+        t.out_type = CUDA_TYPE_F32; /* so the types of a and b are all that differs */
         choose_way(&t, form);
         run_trial(&context, &t);
     }
@@ -326,13 +327,34 @@ static void expect_replaced(const char *what)
 {
     unsigned long long before = kept_inode(), after;
 
-    run_kept();
+    run_kept(CUDA_TYPE_BF16);
     after = kept_inode();
     if (after == 0 || after == before)
         check_fail("%s: the file was not replaced", what);
-    run_kept();
+    run_kept(CUDA_TYPE_BF16);
     if (kept_inode() != after)
         check_fail("%s: the file is replaced again and again", what);
+}
+
+/* With a file of bfloat16's choices: float32's are added, and nobody has to choose anew. */
+static void expect_shared(void)
+{
+    unsigned long long both;
+
+    run_kept(CUDA_TYPE_F32);
+    both = kept_inode();
+    run_kept(CUDA_TYPE_BF16);
+    if (kept_inode() != both)
+        check_fail("two types of operands replace each other's choices");
+}
+
+static void unlink_kept(void)
+{
+    char lock[sizeof(kept_path) + 8];
+
+    snprintf(lock, sizeof(lock), "%s.lock", kept_path);
+    unlink(kept_path);
+    unlink(lock);
 }
 
 static void test_kept(void)
@@ -363,9 +385,10 @@ static void test_kept(void)
         put_senseless(bytes, length);
         expect_replaced("senseless algorithms");
     }
-    unlink(kept_path);
+    unlink_kept();
     expect_replaced("no file");
-    unlink(kept_path);
+    expect_shared();
+    unlink_kept();
     setenv("CLAAS_CUDA_CHOICES", "", 1);
     check_end();
 }
