@@ -50,6 +50,21 @@ static const char *openai_code(const struct request *request, int code)
     }
 }
 
+/* The field of the body that is to blame. */
+static const char *openai_param(const struct request *request, int code)
+{
+    if (!request->route)
+        return NULL;
+    switch (code) {
+    case CLAAS_ERR_NOT_FOUND:
+        return "model";
+    case CLAAS_ERR_LIMIT:
+        return request->route->handle == route_completions ? "prompt" : "messages";
+    default:
+        return NULL;
+    }
+}
+
 static void set_text_or_null(cJSON *object, const char *key, const char *text)
 {
     if (text)
@@ -99,11 +114,7 @@ void request_fail_status(struct request *request, int status, const char *text, 
 
 void request_fail(struct request *request, int code, const char *text)
 {
-    const char *param = NULL;
-
-    if (is_openai(request) && request->route)
-        param = code == CLAAS_ERR_NOT_FOUND ? "model" : code == CLAAS_ERR_LIMIT ? "messages" : NULL;
-    request_fail_status(request, claas_err_http_status(code), text, param,
+    request_fail_status(request, claas_err_http_status(code), text, openai_param(request, code),
                         openai_code(request, code));
 }
 

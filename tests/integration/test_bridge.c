@@ -313,6 +313,25 @@ static void test_chat_errors(void **state)
                        "logprobs: ", NULL);
 }
 
+/* The field that OpenAI's clients point at. */
+static void check_openai_param(const char *path, const char *body, int status, const char *param)
+{
+    cJSON *json = ask("POST", path, body, status);
+
+    check_text(json, "error.param", param);
+    cJSON_Delete(json);
+}
+
+static void test_error_params(void **state)
+{
+    static const char chat[] = "/v1/chat/completions", text[] = "/v1/completions";
+
+    (void)state;
+    check_openai_param(chat, CHAT("long"), 400, "messages");
+    check_openai_param(text, "{\"prompt\":\"long\"}", 400, "prompt");
+    check_openai_param(text, "{\"prompt\":\"a\",\"model\":\"nope\"}", 404, "model");
+}
+
 static void test_content_types(void **state)
 {
     static const char path[] = "/v1/chat/completions";
@@ -825,6 +844,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_chat_parameters),
         cmocka_unit_test(test_chat_logprobs),
         cmocka_unit_test(test_chat_errors),
+        cmocka_unit_test(test_error_params),
         cmocka_unit_test(test_content_types),
         cmocka_unit_test(test_overloaded_says_when),
         cmocka_unit_test(test_chat_stream),
