@@ -6,7 +6,9 @@
  * whatever is left is what the next passes have to run. That makes preemption trivial: when blocks
  * run out, the last sequence (lowest priority, youngest) gives its blocks back and later computes
  * the same tokens again. The sample of the n-th token of an answer depends on the seed and n only,
- * and a row's result not on its neighbours, so nothing of this shows in the tokens. */
+ * and on the CPU a row's result not on its neighbours, so nothing of this shows in the tokens. On a
+ * GPU that holds for passes of at most 64 rows. Larger ones go through cuBLASLt, whose sums round
+ * otherwise, so there it may show whether a prompt was found or computed, and beside whom. */
 #include "engine/engine.h"
 
 #include <stdlib.h>
