@@ -6,8 +6,10 @@
  *   student's rows   batch by batch: forward with activations kept, loss in chunks, backward
  *   update           per adapter: global norm, clip, AdamW, the act view again
  *
- * The host waits once, for losses and gradient norms; nothing of an adapter changes before all are
- * known to be finite, and from then on the step does not yield: it happens whole or not at all. */
+ * On the way the host is kept at most two layers, or one chunk of the head, ahead of the device
+ * (cuda_yield, the chunks' upload), and times products whose shape is new; in the end it waits for
+ * losses and gradient norms. Nothing of an adapter changes before all are known to be finite, and
+ * from then on the step does not yield: it happens whole or not at all. */
 #include "cuda/cuda_train.h"
 
 #include "claas/clock.h"
@@ -366,7 +368,7 @@ static int leave_teacher(struct cuda_step *step, const struct claas_teacher_kept
                       "the teacher's rows");
 }
 
-/* Waits for the step: its only wait. */
+/* Waits for all that is queued of the step. */
 static int fetch_figures(struct cuda_step *step, struct claas_train_result *ret)
 {
     struct cuda_context *context = &step->backend->context;
