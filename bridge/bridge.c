@@ -8,6 +8,12 @@
 #include "claas/log.h"
 #include "claas/mem.h"
 #include "http_server.h"
+#include "listen.h"
+
+int claas_bridge_check(const claas_config_t *config)
+{
+    return listen_check(claas_config_string(config, "listen"));
+}
 
 static void stop(void **self)
 {

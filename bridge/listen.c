@@ -67,11 +67,32 @@ static int parse(const char *text, union address *address, int *ret_port)
                       "listen: '%s' is no IPv4 address, [IPv6] address or localhost", host);
 }
 
-static int is_loopback(const union address *address)
+static bool is_loopback(const union address *address)
 {
     if (address->any.sa_family == AF_INET6)
         return IN6_IS_ADDR_LOOPBACK(&address->v6.sin6_addr);
     return ntohl(address->v4.sin_addr.s_addr) >> 24 == 127;
+}
+
+/* An address that may be bound. */
+static int parse_allowed(const char *text, union address *address, int *ret_port)
+{
+    int rc = parse(text, address, ret_port);
+
+    if (rc == 0 && !is_loopback(address))
+        return claas_fail(CLAAS_ERR_DENIED,
+                          "listen: %s is not a loopback address; without keys only 127.0.0.1 and "
+                          "[::1] may be bound. Put a proxy that authenticates in front",
+                          text);
+    return rc;
+}
+
+int listen_check(const char *text)
+{
+    union address address;
+    int port;
+
+    return parse_allowed(text, &address, &port);
 }
 
 static int fail_bind(int fd, const char *text)
@@ -90,15 +111,10 @@ int listen_open(const char *text, int port_hint, int backlog, int *ret_fd, int *
     union address address;
     socklen_t size;
     int port = 0, fd, yes = 1;
-    int rc = parse(text, &address, &port);
+    int rc = parse_allowed(text, &address, &port);
 
     if (rc < 0)
         return rc;
-    if (!is_loopback(&address))
-        return claas_fail(CLAAS_ERR_DENIED,
-                          "listen: %s is not a loopback address; without keys only 127.0.0.1 and "
-                          "[::1] may be bound. Put a proxy that authenticates in front",
-                          text);
     if (port == 0 && port_hint > 0)
         port = port_hint;
     if (address.any.sa_family == AF_INET6)

@@ -44,8 +44,10 @@ static void print_configuration(FILE *file)
         "the environment, the command line (`--set key=value`; `--listen`, `--data`, `--model`, "
         "`--device`, `--chat-template`, `--roles` and `--connect` are short for the settings of "
         "these "
-        "names). `claas.sample.yaml` has all of them with their defaults. A wrong file is "
-        "answered with file, line, column and what was meant, and exit code 2.\n\n"
+        "names). `claas.sample.yaml` has all of them with their defaults. What is wrong in a file "
+        "is answered with file, line, column and what was meant; an address (`listen`, `connect`), "
+        "and what is wrong only together with something else, with the setting's name alone. The "
+        "exit code is 2 either way, before a model is read.\n\n"
         "Sizes: `64MiB`, `1GiB`. Durations: `50ms`, `30s`, `5m`, `12h`, `30d`. Lists: separated "
         "by commas.\n\n",
         file);

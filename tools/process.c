@@ -36,9 +36,6 @@ int process_open_device(struct process *process)
     int rc;
 
     device.host_cache = host_cache_mb > 0 ? host_cache_mb << 20 : host_cache_mb;
-    if (!model.path[0])
-        return claas_fail(CLAAS_ERR_INVALID,
-                          "no model: give --model PATH (a GGUF file or a Hugging Face directory)");
     rc = claas_model_open(&model, &process->model);
     if (rc < 0)
         return rc;

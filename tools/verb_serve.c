@@ -144,8 +144,9 @@ static char *add_settings(int key, const char *text, void *input)
     claas_buf_add_text(&buf,
                        "Settings, for --set and the file of --config, with their defaults:\n");
     for (size_t i = 0; (setting = claas_config_setting_at(i)); i++)
-        claas_buf_printf(&buf, "\n  %s=%s\n      %s", setting->key, setting->default_text,
-                         setting->help);
+        claas_buf_printf(&buf, "\n  %s=%s\n      %s%s%s%s", setting->key, setting->default_text,
+                         setting->help, setting->words[0] ? " (" : "", setting->words,
+                         setting->words[0] ? ")" : "");
     return claas_buf_take(&buf, NULL);
 }
 
@@ -265,6 +266,24 @@ static void announce(const struct process *process)
     fflush(stdout);
 }
 
+static bool needs_device(const struct process *process)
+{
+    return process_has_role(process, "trainer") || process_has_role(process, "sampler");
+}
+
+/* What the values alone do not tell, before a model is read for nothing. */
+static int check_config(const struct process *process)
+{
+    int rc = claas_runtime_check(process->config);
+
+    if (rc == 0 && process_has_role(process, "bridge"))
+        rc = claas_bridge_check(process->config);
+    if (rc == 0 && needs_device(process) && !claas_config_string(process->config, "model")[0])
+        return claas_fail(CLAAS_ERR_INVALID,
+                          "no model: give --model PATH (a GGUF file or a Hugging Face directory)");
+    return rc;
+}
+
 static int run(struct serve_args *args, struct process *process)
 {
     enum claas_log_level level = CLAAS_LOG_INFO;
@@ -272,17 +291,14 @@ static int run(struct serve_args *args, struct process *process)
 
     if (rc < 0)
         return rc;
-    rc = claas_log_level_parse(claas_config_string(process->config, "log.level"), &level);
-    process->bad_config = rc < 0;
-    if (rc < 0)
-        return claas_fail_context(rc, "log.level: ");
+    claas_log_level_parse(claas_config_string(process->config, "log.level"), &level);
     claas_log_setup(level, claas_config_string(process->config, "log.format"));
-    rc = claas_runtime_check(process->config);
+    rc = check_config(process);
     process->bad_config = rc < 0;
     if (rc < 0)
         return rc;
     prepare_signals(process);
-    if (process_has_role(process, "trainer") || process_has_role(process, "sampler"))
+    if (needs_device(process))
         rc = process_open_device(process);
     if (rc == 0) {
         rc = claas_runtime_new(process->config, &process->runtime);

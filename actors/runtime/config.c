@@ -12,15 +12,15 @@
 #include <string.h>
 
 const struct setting_row setting_rows[] = {
-#define X(key, type, default_text, min, max, help)                                                 \
-    {key, SETTING_##type, default_text, min, max, help},
+#define X(key, type, default_text, min, max, help, ...)                                            \
+    {key, SETTING_##type, default_text, min, max, help, "" __VA_ARGS__},
 #include "claas/config.def"
 #undef X
 };
 const size_t setting_count = CLAAS_COUNT(setting_rows);
 
 static const char *const type_names[] = {"STRING", "INT",      "NUMBER", "BOOL",
-                                         "SIZE",   "DURATION", "LIST"};
+                                         "SIZE",   "DURATION", "LIST",   "CHOICE"};
 
 /* --- loading -----------------------------------------------------------------------------------
  */
@@ -220,6 +220,7 @@ const struct claas_setting *claas_config_setting_at(size_t index)
                                      .default_text = row->default_text,
                                      .help = row->help,
                                      .min = row->min,
-                                     .max = row->max};
+                                     .max = row->max,
+                                     .words = row->words};
     return &setting;
 }

@@ -14,6 +14,7 @@ enum setting_type {
     SETTING_SIZE,
     SETTING_DURATION,
     SETTING_LIST,
+    SETTING_CHOICE,
 };
 
 /* One row of config.def. */
@@ -23,6 +24,7 @@ struct setting_row {
     const char *default_text;
     double min, max;
     const char *help;
+    const char *words; /* as in struct claas_setting */
 };
 extern const struct setting_row setting_rows[];
 extern const size_t setting_count;

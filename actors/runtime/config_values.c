@@ -49,7 +49,7 @@ static int check_range(const struct setting_row *row, const char *text, double v
         if (row->type == SETTING_DURATION)
             return claas_fail(CLAAS_ERR_INVALID, "'%s' is out of range: %.0f to %.0f ms", text,
                               row->min, row->max);
-        return claas_fail(CLAAS_ERR_INVALID, "'%s' is out of range: %.15g to %.15g", text, row->min,
+        return claas_fail(CLAAS_ERR_INVALID, "'%s' is out of range: %.16g to %.16g", text, row->min,
                           row->max);
     }
     return 0;
@@ -143,10 +143,32 @@ static int parse_bool(const char *text, struct config_value *value)
     return claas_fail(CLAAS_ERR_INVALID, "'%s' is neither true nor false", text);
 }
 
-/* --- lists -------------------------------------------------------------------------------------
+/* --- words and lists
+ * -------------------------------------------------------------------------------
  */
 
-static int add_entry(struct config_value *value, size_t count, const char *text, size_t length)
+static int check_word(const struct setting_row *row, const char *text)
+{
+    size_t length = strlen(text);
+
+    for (const char *at = row->words; *at;) {
+        size_t word = strcspn(at, ",");
+
+        if (word == length && strncmp(at, text, length) == 0)
+            return 0;
+        at += word;
+        at += strspn(at, ", ");
+    }
+    return claas_fail(CLAAS_ERR_INVALID, "'%s' is none of %s", text, row->words);
+}
+
+static int parse_choice(const struct setting_row *row, const char *text)
+{
+    return !text[0] && !row->default_text[0] ? 0 : check_word(row, text);
+}
+
+static int add_entry(const struct setting_row *row, struct config_value *value, size_t count,
+                     const char *text, size_t length)
 {
     while (length > 0 && (*text == ' ' || *text == '\t')) {
         text++;
@@ -157,10 +179,12 @@ static int add_entry(struct config_value *value, size_t count, const char *text,
     if (length == 0)
         return claas_fail(CLAAS_ERR_INVALID, "an entry of the list is empty");
     value->entries[count] = claas_strndup(text, length);
-    return value->entries[count] ? 0 : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (!value->entries[count])
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    return row->words[0] ? check_word(row, value->entries[count]) : 0;
 }
 
-static int parse_list(const char *text, struct config_value *value)
+static int parse_list(const struct setting_row *row, const char *text, struct config_value *value)
 {
     size_t commas = 0, count = 0;
 
@@ -173,7 +197,7 @@ static int parse_list(const char *text, struct config_value *value)
         return 0;
     for (const char *at = text;; at++) {
         size_t length = strcspn(at, ",");
-        int rc = add_entry(value, count++, at, length);
+        int rc = add_entry(row, value, count++, at, length);
 
         if (rc < 0)
             return rc;
@@ -201,7 +225,9 @@ int config_parse_value(const struct setting_row *row, const char *text, struct c
     case SETTING_DURATION:
         return parse_with_unit(row, text, value);
     case SETTING_LIST:
-        return parse_list(text, value);
+        return parse_list(row, text, value);
+    case SETTING_CHOICE:
+        return parse_choice(row, text);
     case SETTING_STRING:
         break;
     }

@@ -81,8 +81,9 @@ void claas_catalogue_print_markdown(FILE *file)
 
 static bool has_range(const struct claas_setting *setting)
 {
-    return strcmp(setting->type, "STRING") != 0 && strcmp(setting->type, "BOOL") != 0 &&
-           strcmp(setting->type, "LIST") != 0;
+    return setting->words[0] ||
+           (strcmp(setting->type, "STRING") != 0 && strcmp(setting->type, "BOOL") != 0 &&
+            strcmp(setting->type, "LIST") != 0);
 }
 
 /* A bound in the setting's own unit, exact. */
@@ -108,6 +109,10 @@ static void print_setting_range(FILE *file, const struct claas_setting *setting)
 {
     char min[48], max[48];
 
+    if (setting->words[0]) {
+        fputs(setting->words, file);
+        return;
+    }
     write_bound(setting, setting->min, min, sizeof(min));
     write_bound(setting, setting->max, max, sizeof(max));
     fprintf(file, "%s to %s", min, max);

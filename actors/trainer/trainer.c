@@ -2,11 +2,9 @@
 #include "trainer.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "claas/err.h"
 #include "claas/mem.h"
-#include "forms.h"
 #include "imports.h"
 #include "probes.h"
 #include "staging.h"
@@ -54,25 +52,6 @@ static void given_up(void *self, const struct claas_reply_to *to)
     cycle_cancel(self, to);
 }
 
-/* A wrong word there would else be every job's failure. */
-static int check_config(const claas_config_t *config)
-{
-    const char *show = claas_config_string(config, "cycle.show_standing");
-    const char *name;
-    enum form form;
-
-    for (size_t i = 0; (name = claas_config_list_at(config, "cycle.forms", i)); i++) {
-        int rc = form_from_name(name, &form);
-
-        if (rc < 0)
-            return claas_fail_context(rc, "cycle.forms: ");
-    }
-    if (strcmp(show, "new") != 0 && strcmp(show, "all") != 0 && strcmp(show, "auto") != 0)
-        return claas_fail(CLAAS_ERR_INVALID, "cycle.show_standing: '%s' is not new, all or auto",
-                          show);
-    return 0;
-}
-
 static int start(claas_actor_t *actor, const void *args, void **ret_self)
 {
     const struct claas_trainer_args *given = args;
@@ -86,9 +65,7 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
     trainer->config = given->config;
     trainer->device = given->device;
     trainer->model = claas_device_model(given->device);
-    rc = check_config(given->config);
-    if (rc == 0)
-        rc = claas_device_client_new(given->device, &trainer->client);
+    rc = claas_device_client_new(given->device, &trainer->client);
     if (rc == 0)
         rc = probes_new(trainer, &trainer->probes);
     if (rc == 0)

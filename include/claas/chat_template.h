@@ -13,9 +13,9 @@ struct claas_chat_message {
     const char *content; /* UTF-8, NUL-terminated */
 };
 
-/* `source`: the model's Jinja text or NULL; `override`: a family name ("chatml", "smollm2",
- * "qwen2.5", "qwen3", "llama3") or NULL. Error: UNSUPPORTED when no family fits, with the names to
- * choose from. */
+/* `source`: the model's Jinja text or NULL; `override`: a family name, as the setting
+ * chat_template has them, or NULL. Error: UNSUPPORTED when no family fits, with the names to choose
+ * from. */
 int claas_chat_template_new(const char *source, const char *override, claas_chat_template_t **ret);
 void claas_chat_template_free(claas_chat_template_t **chat_template);
 const char *claas_chat_template_name(const claas_chat_template_t *chat_template);

@@ -18,8 +18,8 @@ int claas_config_load(const char *path, const char *const *overrides, size_t cou
                       claas_config_t **ret);
 void claas_config_free(claas_config_t **config);
 
-/* Keys must exist and have that type (our bug otherwise). Strings are borrowed; sizes are bytes,
- * durations ms. */
+/* Keys must exist and have that type (our bug otherwise). Strings, CHOICEs among them, are
+ * borrowed; sizes are bytes, durations ms. */
 const char *claas_config_string(const claas_config_t *config, const char *key);
 int64_t claas_config_int(const claas_config_t *config, const char *key);
 double claas_config_number(const claas_config_t *config, const char *key);
@@ -32,6 +32,7 @@ bool claas_config_list_has(const claas_config_t *config, const char *key, const 
 struct claas_setting {
     const char *key, *type, *default_text, *help;
     double min, max;
+    const char *words; /* "a, b, c": what a CHOICE, or an entry of a LIST, may be; "" = anything */
 };
 const struct claas_setting *claas_config_setting_at(size_t index);
 /* Where a value came from: "default", "file", "environment", "command line"; and its text. */

@@ -69,13 +69,16 @@ def test_port_in_use(make_server, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, status, words", [
-    ([], 1, "no model"),
+    ([], 2, "no model"),
     (["--model", "/nonexistent.gguf"], 1, "/nonexistent.gguf"),
-    (["--model", TINY, "--listen", "nonsense"], 1, "nonsense"),
-    (["--model", TINY, "--listen", "0.0.0.0:0"], 1, "loopback"),
+    (["--model", TINY, "--listen", "nonsense"], 2, "nonsense"),
+    (["--model", TINY, "--listen", "0.0.0.0:0"], 2, "loopback"),
     (["--model", TINY, "--set", "cycle.stepz=3"], 2, "cycle.steps"),
     (["--model", TINY, "--set", "cycle.steps=many"], 2, "cycle.steps"),
     (["--model", TINY, "--set", "cycle.steps=-3"], 2, "cycle.steps"),
+    (["--model", TINY, "--set", "log.level=loud"], 2, "log.level"),
+    (["--model", TINY, "--device", "nope"], 2, "device.name"),
+    (["--model", TINY, "--set", "cycle.forms=nope"], 2, "cycle.forms"),
     (["--model", TINY, "--set", "nonsense"], 64, "KEY=VALUE"),
     (["--nonsense"], 64, "--nonsense"),
     (["--model", TINY, "--role", "trainer", "--role", "sampler"], 64, "--role is given once"),
@@ -85,7 +88,7 @@ def test_port_in_use(make_server, tmp_path):
     (["--model", TINY, "--connect", "ipc:///" + 120 * "a"], 2, "at most 107 bytes"),
     (["--model", TINY, "--connect", "ipc:///tmp"], 2, "/tmp is not a socket"),
     (["--model", TINY, "--config", "/nonexistent.yaml"], 2, "/nonexistent.yaml"),
-    (["--model", TINY, "--chat-template", "nonsense"], 1, "nonsense"),
+    (["--model", TINY, "--chat-template", "nonsense"], 2, "nonsense"),
 ])
 def test_refusals(tmp_path, arguments, status, words):
     done = subprocess.run([BINARY, "serve", "--data", str(tmp_path / "db"), *arguments], capture_output=True, text=True,

@@ -253,6 +253,7 @@ static void check_listen(const char *address, int code)
     int rc = listen_open(address, 0, 1, &fd, &port);
 
     assert_int_equal(rc, code);
+    assert_int_equal(listen_check(address), code);
     if (rc < 0)
         return;
     assert_true(port > 0);

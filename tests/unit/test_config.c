@@ -182,6 +182,44 @@ static void wrong_overrides(void **state)
     assert_string_equal(claas_error_text(), "device.threads=many: 'many' is not an integer");
 }
 
+/* A word that nobody knows is the configuration's fault, and the sentence says which there are. */
+static void wrong_words(void **state)
+{
+    static const char *const cases[][2] = {
+        {"log.level=loud", "debug, info, warning, error"},
+        {"log.level=", "debug, info, warning, error"},
+        {"log.format=xml", "auto, text, json"},
+        {"log.format=auto, text", "auto, text, json"},
+        {"device.name=nope", "auto, cpu, cuda"},
+        {"device.precision=f64", "bf16, f32"},
+        {"device.precision=bf", "bf16, f32"},
+        {"cycle.show_standing=nope", "auto, new, all"},
+        {"cycle.forms=brief,nope", "hindsight, brief, system, list, userlist, turns"},
+        {"chat_template=nope", "chatml, smollm2, qwen2.5, qwen3, llama3, llama3.1, llama3.2"},
+    };
+    claas_config_t *config = NULL;
+
+    for (size_t i = 0; i < CLAAS_COUNT(cases); i++) {
+        assert_int_equal(override(cases[i][0], &config), CLAAS_ERR_INVALID);
+        const char *got = strstr(claas_error_text(), " is none of ");
+        if (!got || strcmp(got + strlen(" is none of "), cases[i][1]) != 0)
+            fail_msg("%s: %s", cases[i][0], claas_error_text());
+    }
+    assert_int_equal(override("chat_template=", &config), 0);
+    claas_config_free(&config);
+    assert_int_equal(override("chat_template=llama3.2", &config), 0);
+    assert_string_equal(claas_config_string(config, "chat_template"), "llama3.2");
+    claas_config_free(&config);
+}
+
+static void bounds_are_exact(void **state)
+{
+    claas_config_t *config = NULL;
+
+    assert_int_equal(override("cycle.seed=-1", &config), CLAAS_ERR_INVALID);
+    assert_non_null(strstr(claas_error_text(), "out of range: 0 to 9007199254740991"));
+}
+
 static void precedence(void **state)
 {
     const char *overrides[] = {"device.max_batch=4", "device.max_batch=5"};
@@ -245,6 +283,11 @@ static void bad_files(void **state)
             "  max_boddy: 1\n  ^~~~~~~~~");
     refuses("http:\n  max_body: huge\n", ":2:13: error: 'huge' is not a size (like 64MiB)\n"
                                          "  max_body: huge\n            ^~~~");
+    refuses("log:\n  format: xml\n", ":2:11: error: 'xml' is none of auto, text, json\n"
+                                     "  format: xml\n          ^~~");
+    refuses("cycle:\n  forms: [brief, nope]\n",
+            ":2:10: error: 'nope' is none of hindsight, brief, system, list, userlist, turns\n"
+            "  forms: [brief, nope]\n         ^~~~~~~~~~~~~");
     refuses("runtime: {drain: 30}\n", ":1:18: error: '30' needs a unit: ms, s, m, h or d\n"
                                       "runtime: {drain: 30}\n                 ^~");
     refuses("http.max_body: 1MiB\nhttp:\n  max_body: 1MiB\n",
@@ -391,6 +434,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults),         cmocka_unit_test(numbers_and_units),
         cmocka_unit_test(lists_and_texts),  cmocka_unit_test(wrong_overrides),
+        cmocka_unit_test(wrong_words),      cmocka_unit_test(bounds_are_exact),
         cmocka_unit_test(precedence),       cmocka_unit_test(good_files),
         cmocka_unit_test(bad_files),        cmocka_unit_test(broken_yaml),
         cmocka_unit_test(unreadable),       cmocka_unit_test(sample_is_defaults),

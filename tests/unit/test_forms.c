@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "claas/chat_template.h"
+#include "claas/config.h"
 #include "claas/err.h"
 #include "claas/mem.h"
 #include "claas/model.h"
@@ -141,6 +143,30 @@ static void test_names(void **state)
     assert_true(form_is_list(FORM_LIST) && form_is_list(FORM_TURNS) && !form_is_list(FORM_BRIEF));
 }
 
+/* The words of a setting, behind which the runtime cannot look. */
+static const char *words_of(const char *key)
+{
+    const struct claas_setting *setting;
+
+    for (size_t i = 0; (setting = claas_config_setting_at(i)) != NULL; i++)
+        if (strcmp(setting->key, key) == 0)
+            return setting->words;
+    return "";
+}
+
+static void test_settings_know_the_names(void **state)
+{
+    claas_chat_template_t *chat_template = NULL;
+    enum form form;
+
+    (void)state;
+    assert_int_equal(form_from_name("nope", &form), CLAAS_ERR_INVALID);
+    assert_non_null(strstr(claas_error_text(), words_of("cycle.forms")));
+    assert_int_equal(claas_chat_template_new(NULL, "nope", &chat_template), CLAAS_ERR_UNSUPPORTED);
+    assert_non_null(strstr(claas_error_text(), words_of("chat_template")));
+    assert_true(words_of("cycle.forms")[0] && words_of("chat_template")[0]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -149,6 +175,7 @@ int main(void)
         cmocka_unit_test(test_without_feedback_nothing_is_added),
         cmocka_unit_test(test_feedback_cannot_forge_a_turn),
         cmocka_unit_test(test_names),
+        cmocka_unit_test(test_settings_know_the_names),
     };
 
     return cmocka_run_group_tests(tests, open_model, close_model);
