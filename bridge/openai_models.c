@@ -114,7 +114,7 @@ static int ask_adapters(struct request *request)
 
 static int resolved(struct request *request, claas_message_t *reply, void *arg)
 {
-    int64_t version = 0;
+    int64_t version = 0, created_ms = 0;
     cJSON *model;
 
     (void)arg;
@@ -123,7 +123,8 @@ static int resolved(struct request *request, claas_message_t *reply, void *arg)
     if (reply->error)
         return claas_fail(reply->error, "%s", reply->error_text);
     claas_json_get_int(reply->body, "version", 0, INT64_MAX, &version);
-    model = model_object(request->tail, 0, "base");
+    claas_json_get_int(reply->body, "created", 0, INT64_MAX, &created_ms);
+    model = model_object(request->tail, created_ms / 1000, "base");
     claas_json_set_int(model, "version", version);
     request_answer_json(request, MHD_HTTP_OK, model);
     return 0;

@@ -67,10 +67,10 @@ static void check_number(cJSON *faults, const struct schema_place *place,
         return;
     if (!(number >= field->min))
         schema_fault(faults, place, "greater_than_equal",
-                     "Input should be greater than or equal to %.15g", field->min);
+                     "Input should be greater than or equal to %.16g", field->min);
     else if (!(number <= field->max))
         schema_fault(faults, place, "less_than_equal",
-                     "Input should be less than or equal to %.15g", field->max);
+                     "Input should be less than or equal to %.16g", field->max);
 }
 
 static void check_string(cJSON *faults, const struct schema_place *place,
@@ -85,11 +85,11 @@ static void check_string(cJSON *faults, const struct schema_place *place,
     count = characters(value->valuestring);
     if (bounded(field) && (double)count < field->min)
         schema_fault(faults, place, "string_too_short",
-                     "String should have at least %g character%s", field->min,
+                     "String should have at least %.16g character%s", field->min,
                      field->min == 1 ? "" : "s");
     else if (bounded(field) && (double)count > field->max)
-        schema_fault(faults, place, "string_too_long", "String should have at most %g characters",
-                     field->max);
+        schema_fault(faults, place, "string_too_long",
+                     "String should have at most %.16g characters", field->max);
 }
 
 static void check_array(cJSON *faults, const struct schema_place *place,
@@ -104,11 +104,11 @@ static void check_array(cJSON *faults, const struct schema_place *place,
     count = cJSON_GetArraySize(value);
     if (bounded(field) && count < field->min)
         schema_fault(faults, place, "too_short",
-                     "List should have at least %g item%s after validation, not %d", field->min,
+                     "List should have at least %.16g item%s after validation, not %d", field->min,
                      field->min == 1 ? "" : "s", count);
     else if (bounded(field) && count > field->max)
         schema_fault(faults, place, "too_long",
-                     "List should have at most %g items after validation, not %d", field->max,
+                     "List should have at most %.16g items after validation, not %d", field->max,
                      count);
 }
 

@@ -364,7 +364,7 @@ int claas_json_get_number(const cJSON *object, const char *key, double min, doub
     if (!cJSON_IsNumber(item))
         return claas_fail(CLAAS_ERR_INVALID, "'%s' must be a number", key);
     if (!(item->valuedouble >= min && item->valuedouble <= max))
-        return claas_fail(CLAAS_ERR_INVALID, "'%s' is %g, it must be from %g to %g", key,
+        return claas_fail(CLAAS_ERR_INVALID, "'%s' is %.16g, it must be from %.16g to %.16g", key,
                           item->valuedouble, min, max);
     *ret = item->valuedouble;
     return 1;

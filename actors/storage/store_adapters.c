@@ -10,6 +10,8 @@
 #include "store_sqlite.h"
 
 #define VERSION_MAX INT64_C(1000000000)
+#define ADAPTER_COLUMNS                                                                            \
+    "id, current, next, uid, name, dir, created" /* as read_adapter wants them */
 
 static int fail_unknown(const char *asked)
 {
@@ -24,6 +26,7 @@ static void read_adapter(sqlite3_stmt *row, struct store_adapter *adapter)
     snprintf(adapter->uid, sizeof(adapter->uid), "%s", db_text(row, 3));
     snprintf(adapter->name, sizeof(adapter->name), "%s", db_text(row, 4));
     snprintf(adapter->dir, sizeof(adapter->dir), "%s", db_text(row, 5));
+    adapter->created = db_int(row, 6);
 }
 
 /* `user-name` is what the Python system made of `user/name` for its inference server; accepted
@@ -33,7 +36,7 @@ static int find_flat_name(struct db *db, const char *principal, const char *name
 {
     DB_STATEMENT *statement = NULL;
     int rc = db_query(db, &statement,
-                      "SELECT id, current, next, uid, name, dir FROM adapters"
+                      "SELECT " ADAPTER_COLUMNS " FROM adapters"
                       " WHERE principal = ?1 AND replace(name, '/', '-') = ?2 LIMIT 2",
                       "tt", principal, name);
 
@@ -55,7 +58,7 @@ int store_find_adapter(struct db *db, const char *principal, const char *asked,
 
     if (rc == 0)
         rc = db_query(db, &statement,
-                      "SELECT id, current, next, uid, name, dir FROM adapters"
+                      "SELECT " ADAPTER_COLUMNS " FROM adapters"
                       " WHERE principal = ? AND name = ?",
                       "tt", principal, name.name);
     if (rc == 0)
@@ -133,6 +136,7 @@ int store_adapter_resolve(struct store *store, const struct claas_store_request 
     claas_json_set_string(answer->body, "directory", path);
     claas_json_set_string(answer->body, "uid", adapter.uid);
     claas_json_set_bool(answer->body, "trained", trained);
+    claas_json_set_int(answer->body, "created", adapter.created);
     return 0;
 }
 

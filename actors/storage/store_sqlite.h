@@ -69,6 +69,7 @@ int store_tend(struct store *store);
 /* --- store_adapters.c ------------------------------------------------------------------ */
 struct store_adapter {
     int64_t id, current, next;
+    int64_t created; /* Unix ms */
     char uid[33];
     char name[CLAAS_LORA_NAME_BYTES];
     char dir[CLAAS_LORA_NAME_BYTES + 16]; /* below data/adapters */

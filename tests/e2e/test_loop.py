@@ -74,9 +74,11 @@ def test_completions(server):
 
 
 def test_models(server, adapter):
-    models = [model["id"] for model in server.call("GET", "/v1/models")["data"]]
+    listed = server.call("GET", "/v1/models")["data"]
+    models = [model["id"] for model in listed]
     assert "base" in models and adapter in models and len(models) >= 3
-    assert server.call("GET", "/v1/models/" + adapter)["id"] == adapter
+    one = server.call("GET", "/v1/models/" + adapter)
+    assert one["id"] == adapter and one["created"] == listed[models.index(adapter)]["created"] > 0
     assert server.request("GET", "/v1/models/none/such").status == 404
 
 

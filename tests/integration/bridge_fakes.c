@@ -374,7 +374,7 @@ static int fake_resolve(void *self, claas_message_t *message)
         return claas_fail(CLAAS_ERR_NOT_FOUND, "LoRA not found: %s", name);
     return reply_text(self, message,
                       "{\"lora_id\":\"me/x\",\"version\":5,\"directory\":\"/d\",\"uid\":\"u\","
-                      "\"trained\":true}");
+                      "\"trained\":true,\"created\":1700000000000}");
 }
 
 static int fake_versions(void *self, claas_message_t *message)

@@ -237,9 +237,11 @@ static void test_chat_parameters(void **state)
     check_text(json, "stop.0", "END");
     check_number(json, "top_logprobs", 1);
     cJSON_Delete(json);
-    json = echo("/v1/chat/completions",
-                "{\"model\":\"base\",\"messages\":[{\"role\":\"user\",\"content\":\"echo\"}],"
-                "\"stop\":[\"a\",\"b\"],\"top_k\":3,\"top_logprobs\":4}");
+    json =
+        echo("/v1/chat/completions", "{\"model\":\"base\",\"messages\":[{\"role\":\"assistant\"},"
+                                     "{\"role\":\"user\",\"content\":\"echo\"}],"
+                                     "\"stop\":[\"a\",\"b\"],\"top_k\":3,\"top_logprobs\":4}");
+    check_text(json, "messages.0.content", "");
     check_text(json, "stop.1", "b");
     check_number(json, "top_k", 3);
     assert_null(at(json, "logprobs"));
@@ -288,6 +290,12 @@ static void test_chat_errors(void **state)
                        "missing_required_parameter");
     check_openai_error(path, "{\"messages\":[{\"role\":\"king\",\"content\":\"x\"}]}", 400,
                        "messages.0.role: Input should be", NULL);
+    check_openai_error(path, "{\"messages\":[{\"role\":\"user\"}]}", 400,
+                       "messages.0.content: Field required", "missing_required_parameter");
+    check_openai_error(path, "{\"messages\":[{\"role\":\"user\",\"content\":5}]}", 400,
+                       "messages.0.content: Input should be a string, null or a list", NULL);
+    check_openai_error(path, "{\"messages\":[{\"role\":\"assistant\",\"content\":true}]}", 400,
+                       "messages.0.content: Input should be a string", NULL);
     check_openai_error(path, "{\"messages\":[{\"role\":\"user\"}],\"temperature\":3}", 400,
                        "temperature: Input should be less", NULL);
     check_openai_error(path, "{\"messages\":[{\"role\":\"user\"}],\"n\":0}", 400, "n: Input", NULL);
@@ -301,8 +309,9 @@ static void test_chat_errors(void **state)
                        "JSON", NULL);
     check_openai_error(path, "{\"messages\":[{\"role\":\"user\",\"content\":\"a\\u0000\"}]}", 400,
                        "JSON", NULL);
-    check_openai_error(path, "{\"model\":\"nope\",\"messages\":[{\"role\":\"user\"}]}", 404, "nope",
-                       "model_not_found");
+    check_openai_error(path,
+                       "{\"model\":\"nope\",\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}",
+                       404, "nope", "model_not_found");
     check_openai_error(path, CHAT("long"), 400, "9000", "context_length_exceeded");
     check_openai_error(path, CHAT("busy"), 503, "too many", "overloaded");
     check_openai_error(path, CHAT("deadline"), 504, "late", "timeout");
@@ -453,7 +462,7 @@ static void test_chat_stream_errors(void **state)
 
     (void)state;
     stream("/v1/chat/completions",
-           "{\"model\":\"nope\",\"messages\":[{\"role\":\"user\"}],"
+           "{\"model\":\"nope\",\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],"
            "\"stream\":true}",
            &answer);
     assert_int_equal(answer.status, 404);
@@ -489,6 +498,7 @@ static void test_models(void **state)
     cJSON_Delete(json);
     json = ask("GET", "/v1/models/me/x@5", NULL, 200);
     check_text(json, "id", "me/x@5");
+    check_number(json, "created", 1700000000);
     cJSON_Delete(json);
     json = ask("GET", "/v1/models/me%2Fx", NULL, 200);
     check_text(json, "id", "me/x");

@@ -118,10 +118,14 @@ static void test_guard_target(void **state)
 /* --- schema --- */
 
 static const struct schema_field fields[] = {
-    {"name", SCHEMA_STRING, true, 1, 5},   {"count", SCHEMA_INT, false, 4, 128},
-    {"rate", SCHEMA_NUMBER, false, 0, 2},  {"on", SCHEMA_BOOL, false, 0, 0},
-    {"list", SCHEMA_ARRAY, false, 1, 2},   {"object", SCHEMA_OBJECT, false, 0, 0},
+    {"name", SCHEMA_STRING, true, 1, 5},
+    {"count", SCHEMA_INT, false, 4, 128},
+    {"rate", SCHEMA_NUMBER, false, 0, 2},
+    {"on", SCHEMA_BOOL, false, 0, 0},
+    {"list", SCHEMA_ARRAY, false, 1, 2},
+    {"object", SCHEMA_OBJECT, false, 0, 0},
     {"anything", SCHEMA_ANY, false, 0, 0},
+    {"exact", SCHEMA_INT, false, -9007199254740991.0, 1000001},
 };
 
 static void check_fault(const char *text, const char *expected)
@@ -172,6 +176,12 @@ static void test_schema(void **state)
     check_fault("{\"name\":\"a\",\"list\":[1,2,3]}",
                 "[{\"loc\":[\"body\",\"list\"],\"msg\":\"List should have at most 2 items after "
                 "validation, not 3\",\"type\":\"too_long\"}]");
+    check_fault("{\"name\":\"a\",\"exact\":-9007199254740992}",
+                "[{\"loc\":[\"body\",\"exact\"],\"msg\":\"Input should be greater than or equal to "
+                "-9007199254740991\",\"type\":\"greater_than_equal\"}]");
+    check_fault("{\"name\":\"a\",\"exact\":1000002}",
+                "[{\"loc\":[\"body\",\"exact\"],\"msg\":\"Input should be less than or equal to "
+                "1000001\",\"type\":\"less_than_equal\"}]");
     check_fault("{\"name\":\"a\",\"object\":[]}",
                 "[{\"loc\":[\"body\",\"object\"],\"msg\":\"Input should be a valid dictionary\","
                 "\"type\":\"dict_type\"}]");
