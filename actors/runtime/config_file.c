@@ -15,7 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DEPTH_MAX 8
+#define DEPTH_MAX     8
+#define TWO_DOCUMENTS "a second document: all settings are in one"
 
 struct reading {
     claas_config_t *config;
@@ -208,24 +209,55 @@ static int read_document(struct reading *reading, struct fy_document *document)
     return read_mapping(reading, root, "", 0);
 }
 
-/* The document is built from the open file, because libfyaml takes the name in its reports from
- * there. */
+/* What stands behind the first document would be read by nobody. */
+static int refuse_second(struct reading *reading, struct fy_parser *parser)
+{
+    struct fy_document *document = fy_parse_load_document(parser);
+    int rc = 0;
+
+    if (document) {
+        struct fy_node *root = fy_document_root(document);
+        struct fy_node_pair *first =
+            root && fy_node_is_mapping(root) ? fy_node_mapping_get_by_index(root, 0) : NULL;
+
+        rc = CLAAS_ERR_INVALID;
+        if (root)
+            fail_at(reading, first ? fy_node_pair_key(first) : root, TWO_DOCUMENTS);
+        if (reading->report.length == 0) /* an empty one has no place */
+            claas_buf_printf(&reading->report, "%s: error: %s", reading->path, TWO_DOCUMENTS);
+    } else if (fy_parser_get_stream_error(parser)) {
+        rc = CLAAS_ERR_FORMAT;
+    }
+    fy_parse_document_destroy(parser, document);
+    return rc;
+}
+
+static int read_stream(struct reading *reading, struct fy_parser *parser)
+{
+    struct fy_document *document;
+    int rc;
+
+    /* By its name, because libfyaml takes the name in its reports from there. */
+    if (fy_parser_set_input_file(parser, reading->path) < 0)
+        return CLAAS_ERR_FORMAT;
+    document = fy_parse_load_document(parser);
+    rc = document ? read_document(reading, document) : CLAAS_ERR_FORMAT;
+    fy_parse_document_destroy(parser, document);
+    return rc == 0 ? refuse_second(reading, parser) : rc;
+}
+
 static int parse(struct reading *reading)
 {
     struct fy_diag_cfg diag_config = {
         .output_fn = collect, .user = &reading->report, .level = FYET_ERROR, .module_mask = ~0u};
     struct fy_diag *diag = fy_diag_create(&diag_config);
     struct fy_parse_cfg config = {.diag = diag};
-    int rc;
+    struct fy_parser *parser = diag ? fy_parser_create(&config) : NULL;
+    int rc = parser ? read_stream(reading, parser) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 
-    if (!diag)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    struct fy_document *document = fy_document_build_from_file(&config, reading->path);
-    rc = document ? read_document(reading, document) : CLAAS_ERR_FORMAT;
     if (rc == CLAAS_ERR_INVALID || rc == CLAAS_ERR_FORMAT)
         rc = end_with_report(reading, rc);
-    if (document)
-        fy_document_destroy(document);
+    fy_parser_destroy(parser);
     fy_diag_destroy(diag);
     return rc;
 }

@@ -255,6 +255,7 @@ static void good_files(void **state)
     loads("");
     loads("# nothing\n");
     loads("---\n...\n");
+    loads("---\nlisten: 127.0.0.1:1\n...\n# the end\n");
     loads("http:\n");
     loads("http: {}\n");
     assert_int_equal(load("listen: 0.0.0.0:80 # a comment\nroles: [trainer, sampler]\n"
@@ -298,6 +299,9 @@ static void bad_files(void **state)
                                 "listen: [a, b]\n        ^~~~~~");
     refuses("- a\n- b\n",
             ":1:1: error: the file must be a mapping of settings (key: value)\n- a\n^~~\n- b\n~~~");
+    refuses("listen: 127.0.0.1:1\n---\nlog:\n  level: debug\n",
+            ":3:1: error: a second document: all settings are in one\nlog:\n^~~");
+    refuses("{}\n---\n- a\n", ":3:1: error: a second document: all settings are in one\n- a\n^~~");
     refuses("listen: &a x\nmodel: *a\n",
             ":2:9: error: aliases are not supported\nmodel: *a\n        ^");
 }
@@ -312,7 +316,9 @@ static void broken_yaml(void **state)
                                         "a: b: c\n",
                                         "{",
                                         "\"",
-                                        "@x: 1\n"};
+                                        "@x: 1\n",
+                                        "listen: 127.0.0.1:1\n---\n",
+                                        "listen: 127.0.0.1:1\n---\n@x: 1\n"};
 
     for (size_t i = 0; i < CLAAS_COUNT(texts); i++) {
         claas_config_t *config = NULL;
