@@ -201,7 +201,7 @@ int cli_dispatch(const struct cli_verb *verbs, size_t count, const char *doc, in
         print_verbs(stderr, verbs, count, who, doc);
         return EXIT_CODE_USAGE;
     }
-    if (is_help(argv[1]) && argc == 2) {
+    if (is_help(argv[1]) && (argc == 2 || is_help(argv[2]))) { /* "help --help" asks for no verb */
         print_verbs(stdout, verbs, count, who, doc);
         return EXIT_CODE_OK;
     }

@@ -57,6 +57,14 @@ static bool is_local(const char *url)
     return false;
 }
 
+/* A scheme, and a host behind it. */
+static bool is_address(const char *url)
+{
+    size_t scheme = strncmp(url, "http://", 7) == 0 ? 7 : strncmp(url, "https://", 8) == 0 ? 8 : 0;
+
+    return scheme > 0 && strcspn(url + scheme, "/:?#") > 0;
+}
+
 int http_open(const char *url, struct http *ret)
 {
     size_t length;
@@ -66,8 +74,8 @@ int http_open(const char *url, struct http *ret)
         url = getenv("CLAAS_URL");
     if (!url || !url[0])
         url = DEFAULT_URL;
-    if (strncmp(url, "http://", 7) != 0 && strncmp(url, "https://", 8) != 0)
-        return claas_fail(CLAAS_ERR_INVALID, "'%s' is no http:// address", url);
+    if (!is_address(url))
+        return claas_fail(CLAAS_ERR_INVALID, "'%s' is no address like " DEFAULT_URL, url);
     length = strlen(url);
     while (length > 0 && url[length - 1] == '/')
         length--;

@@ -17,6 +17,8 @@ def test_help(claas):
         for arguments in (("help", verb), (verb, "--help")):
             done = claas(*arguments)
             assert done.returncode == 0 and done.stdout.lower().startswith(f"usage: claas {verb}"), done
+    assert claas("help", "--help").stdout == top.stdout
+    assert claas("help", "lora", "--help").stdout == claas("lora", "--help").stdout != ""
     below = claas("help", "lora", "rollback")
     assert below.returncode == 0 and below.stdout.startswith("Usage: claas lora rollback")
 
@@ -50,7 +52,9 @@ def test_version(claas):
 def test_no_server(claas):
     done = claas("health", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1 and "no server at http://127.0.0.1:9" in done.stderr
-    assert claas("health", "--url", "nonsense").returncode == 1
+    for nonsense in ("nonsense", "http://", "https:///", "http://:80"):
+        done = claas("health", "--url", nonsense)
+        assert done.returncode == 1 and f"'{nonsense}' is no address like http://" in done.stderr
 
 
 def test_gpu(claas, server):
