@@ -1,11 +1,12 @@
 """The command line tool: verbs against a running server, help, wrong usage."""
 import json
 import re
+import subprocess
 import zipfile
 
 import pytest
 
-from server import TINY
+from server import ROOT, TINY
 
 
 def test_help(claas):
@@ -55,6 +56,19 @@ def test_no_server(claas):
     for nonsense in ("nonsense", "http://", "https:///", "http://:80"):
         done = claas("health", "--url", nonsense)
         assert done.returncode == 1 and f"'{nonsense}' is no address like http://" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--listen"], 64, "tools/quickstart [--once]"),
+    (["--once", "--claas"], 64, "tools/quickstart [--once]"),
+    (["--model"], 64, "tools/quickstart [--once]"),
+    (["--nonsense"], 64, "tools/quickstart [--once]"),
+    (["--model", "/nope"], 1, "there is no /nope\n"),
+    (["--claas", "/nope/claas"], 1, "there is no /nope/claas\n"),
+])
+def test_quickstart_refusals(arguments, status, words):
+    done = subprocess.run([ROOT / "tools" / "quickstart", *arguments], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (status, "") and words in done.stderr, done
 
 
 def test_gpu(claas, server):
