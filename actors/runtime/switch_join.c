@@ -146,7 +146,7 @@ static int become_node(struct claas_switch *sw, struct peer *peer, const struct 
     sw->node_count++;
     claas_copy_text(peer->name, sizeof(peer->name), joining->node);
     peer->incarnation = joining->incarnation;
-    claas_info("node %s joined with %zu actors", joining->node, joining->count);
+    claas_info("node %s joined", joining->node); /* its actors come one by one */
     return 0;
 }
 
