@@ -6,6 +6,8 @@ import struct
 import sys
 import zmq
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 HEADER = struct.Struct(">HBBHBBQII16s8sQHHI")  # docs/protocol.md, section 3
 REQ, REP, ERR, PROGRESS = 3, 4, 5, 10
 CHAT, FEEDBACK, ADAPTER_INIT = 0x0101, 0x0201, 0x0301

@@ -19,6 +19,8 @@ def test_example_client(server):
     assert ran.returncode == 0, ran.stderr
     assert "state queued" in ran.stdout and "step 2 loss" in ran.stdout
     assert "\nversion 1 done" in ran.stdout or "rejected" in ran.stdout
+    alone = subprocess.run([sys.executable, ROOT / "examples" / "client.py"], capture_output=True, text=True, timeout=20)
+    assert alone.returncode == 1 and "python3 examples/client.py" in alone.stderr and "Traceback" not in alone.stderr
 
 
 def test_two_processes(make_server):
