@@ -26,9 +26,8 @@ struct openai_call {
  * comes back. */
 cJSON *openai_chat_body(struct request *request, const cJSON *json, struct openai_call *call);
 cJSON *openai_completion_body(struct request *request, const cJSON *json, struct openai_call *call);
-/* The text of a message's content as the Python system reads it: a list is the joined texts of its
- * parts, an object its text, null and whatever else has none "". New string, NULL when out of
- * memory. */
+/* The text of a message's content as the Python system reads it: null is "", a list the joined
+ * texts of its parts, an object its text. New string, NULL when out of memory. */
 char *openai_content_text(const cJSON *content);
 
 /* --- answers (openai_answer.c) --- */

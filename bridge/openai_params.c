@@ -83,28 +83,21 @@ static char *join_parts(const cJSON *parts)
 
 char *openai_content_text(const cJSON *content)
 {
-    const char *text = "";
-
+    if (!content || cJSON_IsNull(content))
+        return claas_strdup("");
     if (cJSON_IsString(content))
         return claas_strdup(content->valuestring);
     if (cJSON_IsArray(content))
         return join_parts(content);
-    claas_json_get_string(content, "text", &text);
-    return claas_strdup(text);
-}
+    if (cJSON_IsObject(content)) {
+        const char *text = "";
 
-/* Only an assistant may have said nothing, as OpenAI has it; null counts as said. */
-static void check_content(cJSON *faults, const struct schema_place *message_place,
-                          const cJSON *message, const char *role)
-{
-    const cJSON *content = cJSON_GetObjectItemCaseSensitive(message, "content");
-    struct schema_place place = {message_place, "content", 0};
-
-    if (!content && strcmp(role, "assistant") != 0)
-        schema_fault(faults, &place, "missing", "Field required");
-    else if (cJSON_IsNumber(content) || cJSON_IsBool(content))
-        schema_fault(faults, &place, "string_type",
-                     "Input should be a string, null or a list of parts");
+        claas_json_get_string(content, "text", &text);
+        return claas_strdup(text);
+    }
+    if (cJSON_IsBool(content))
+        return claas_strdup(cJSON_IsTrue(content) ? "True" : "False");
+    return claas_json_print(content);
 }
 
 /* "developer" is what newer OpenAI models call "system", "function" what older ones call "tool";
@@ -146,7 +139,6 @@ static cJSON *read_messages(cJSON *faults, const cJSON *messages)
         if (!is_role(role))
             schema_fault(faults, &role_place, "literal_error",
                          "Input should be 'system', 'developer', 'user', 'assistant' or 'tool'");
-        check_content(faults, &place, message, role);
         CLAAS_AUTO_FREE char *text = openai_content_text(claas_json_get(message, "content"));
         claas_json_set_string(clean, "role", role);
         claas_json_set_string(clean, "content", text);

@@ -61,9 +61,10 @@ static int check_segments(const char *name, const char *text)
         segment += length + 1;
     }
     if (segments > SEGMENTS_MAX)
-        return claas_fail(CLAAS_ERR_INVALID,
-                          "Invalid lora_id: '%s' has %d segments, a name is user/name",
-                          claas_quote(text).text, segments);
+        return claas_fail(
+            CLAAS_ERR_INVALID,
+            "Invalid lora_id: '%s' has %d segments, a name is user/name or name alone",
+            claas_quote(text).text, segments);
     return 0;
 }
 
