@@ -58,19 +58,24 @@ struct cuda_step {
     struct cuda_batch *student, *teacher, *base; /* as many as the plan's sides have */
     struct cuda_acts *saved;                     /* [L] */
     size_t grad_bytes;                           /* of all learners */
-    int train_tokens; /* of a batch whose activations are kept; a longer one computes its layers
-                         twice */
+    int kept_tokens; /* of a batch whose activations are kept; a longer one computes its layers
+                        twice */
     struct cuda_step_space space;
 };
 
 enum cuda_stage { CUDA_STAGE_TEACHER, CUDA_STAGE_BASE, CUDA_STAGE_STUDENT };
-/* Makes the region large enough for every stage; enter places one stage's buffers, what is kept
- * stays. */
+/* Makes the region large enough for every stage, if need be of a step that computes all its layers
+ * twice; enter places one stage's buffers, what is kept stays. */
 int cuda_space_reserve(struct cuda_step *step);
 void cuda_space_enter(struct cuda_step *step, enum cuda_stage stage);
-/* Tokens of a training batch whose activations fit the memory that is free beside the gradients'
- * bytes. */
-int cuda_train_tokens(const claas_backend_t *backend, size_t gradients);
+/* Tokens of a training batch, by the memory that is free beside the gradients' bytes, whoever holds
+ * the rest of the card. */
+struct cuda_train_tokens {
+    int batch; /* of the plan's batches, in coarse steps; 1,024 even where there is no room for so
+                  many activations */
+    int kept;  /* whose activations fit, to the token */
+};
+int cuda_train_tokens(claas_backend_t *backend, size_t gradients, struct cuda_train_tokens *ret);
 
 int cuda_layer_saved(struct cuda_step *step, const struct cuda_batch *batch, int layer);
 int cuda_head(struct cuda_step *step, const struct cuda_batch *batch, bool saved);

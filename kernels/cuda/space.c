@@ -3,6 +3,8 @@
  * one after the other. The same code counts, with an arena without a base, and places. */
 #include "cuda/cuda_train.h"
 
+#include <limits.h>
+
 /* Floats of one logits buffer: 2,048 rows of a small vocabulary, 883 of a large one. */
 #define LOSS_FLOATS   ((size_t)128 << 20)
 #define LOSS_ROWS     2048
@@ -101,7 +103,7 @@ static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, 
     struct cuda_acts acts;
     void *x = cuda_take(arena, stream);
 
-    space->recompute = m > step->train_tokens;
+    space->recompute = m > step->kept_tokens;
     space->saved = step->saved;
     for (int l = 0; l < c->layers; l++) {
         if (l == 0 || !space->recompute)
@@ -185,27 +187,41 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
                          space);
 }
 
-int cuda_train_tokens(const claas_backend_t *backend, size_t gradients)
+/* A power of two or three quarters of one. Where batches end decides in which order gradients are
+ * summed, so that must hardly ever move with what else is on the card. */
+static int batch_limit(size_t tokens)
+{
+    int power = TRAIN_TOKENS_MIN;
+
+    while (power < TRAIN_TOKENS_MAX && (size_t)power * 2 <= tokens)
+        power *= 2;
+    return power < TRAIN_TOKENS_MAX && (size_t)power / 2 * 3 <= tokens ? power / 2 * 3 : power;
+}
+
+int cuda_train_tokens(claas_backend_t *backend, size_t gradients, struct cuda_train_tokens *ret)
 {
     const struct claas_model_config *c = &backend->model.config;
     const int lds[CUDA_WEIGHTS] = {96, 32, 64, 32};
     struct cuda_arena one = {0};
-    size_t held = backend->context.bytes - backend->step.bytes + gradients, free_bytes, tokens;
+    size_t free_bytes = 0, tokens;
+    int code = cuda_memory_free(&backend->context, &free_bytes);
 
+    if (code < 0)
+        return code;
+    free_bytes += backend->step.bytes;
+    free_bytes = free_bytes > gradients ? free_bytes - gradients : 0;
     (void)cuda_place_acts(backend, &one, 256, lds, true);
     one.used += 256 * (size_t)c->hidden * backend->context.act_bytes;
-    free_bytes = backend->context.memory > held ? backend->context.memory - held : 0;
     tokens = (size_t)(SAVED_SHARE * (double)free_bytes) / (one.used / 256 * (size_t)c->layers + 1);
-    return tokens > TRAIN_TOKENS_MAX   ? TRAIN_TOKENS_MAX
-           : tokens < TRAIN_TOKENS_MIN ? TRAIN_TOKENS_MIN
-                                       : (int)tokens;
+    ret->kept = tokens < INT_MAX ? (int)tokens : INT_MAX;
+    ret->batch = batch_limit(tokens);
+    return 0;
 }
 
-int cuda_space_reserve(struct cuda_step *step)
+/* Bytes of the largest stage. */
+static size_t count_stages(struct cuda_step *step)
 {
-    claas_backend_t *backend = step->backend;
     size_t need = 0;
-    int code;
 
     for (int stage = CUDA_STAGE_TEACHER; stage <= CUDA_STAGE_STUDENT; stage++) {
         struct cuda_arena count = {0};
@@ -214,15 +230,35 @@ int cuda_space_reserve(struct cuda_step *step)
         place_stage(step, (enum cuda_stage)stage, &count, &space);
         need = wider(need, count.used);
     }
-    if (need <= backend->step.bytes)
+    return need;
+}
+
+static int take_region(struct cuda_step *step, size_t bytes)
+{
+    claas_backend_t *backend = step->backend;
+
+    return cuda_region_new(&backend->context, &backend->step, bytes, "a training step");
+}
+
+int cuda_space_reserve(struct cuda_step *step)
+{
+    const struct claas_backend_train *request = step->plan.request;
+    size_t need = count_stages(step);
+    int code;
+
+    if (need <= step->backend->step.bytes)
         return 0;
-    cuda_region_done(&backend->context, &backend->step);
-    code = cuda_region_new(&backend->context, &backend->step, need, "a training step");
-    if (code == CLAAS_ERR_NO_MEMORY && step->plan.request->make_room) {
-        step->plan.request->make_room(step->plan.request->yield_arg);
-        code = cuda_region_new(&backend->context, &backend->step, need, "a training step");
+    cuda_region_done(&step->backend->context, &step->backend->step);
+    code = take_region(step, need);
+    if (code == CLAAS_ERR_NO_MEMORY && request->make_room) {
+        request->make_room(request->yield_arg);
+        code = take_region(step, need);
     }
-    cuda_memory_changed(backend);
+    if (code == CLAAS_ERR_NO_MEMORY && request->update) {
+        step->kept_tokens = 0;
+        code = take_region(step, count_stages(step));
+    }
+    cuda_memory_changed(step->backend);
     return code;
 }
 

@@ -492,14 +492,20 @@ static int prepare(claas_backend_t *backend, const struct claas_backend_train *r
                    struct cuda_step *step)
 {
     struct claas_plan_limits limits = {.infer_tokens = INFER_TOKENS, .mixed = true};
-    int code;
+    struct cuda_train_tokens tokens = {0};
+    int code = 0;
 
     step->backend = backend;
     for (size_t i = 0; i < request->row_count && request->update; i++)
         if (!request->rows[i].student || !request->rows[i].student->cuda.trains)
             return claas_fail(CLAAS_ERR_INVALID, "row %zu: its adapter is not one in training", i);
     step->grad_bytes = gradient_bytes(request);
-    step->train_tokens = limits.train_tokens = cuda_train_tokens(backend, step->grad_bytes);
+    if (request->update)
+        code = cuda_train_tokens(backend, step->grad_bytes, &tokens);
+    if (code < 0)
+        return code;
+    step->kept_tokens = tokens.kept;
+    limits.train_tokens = tokens.batch;
     code = claas_plan_new(&backend->model.config, request, &limits, &step->plan);
     if (code < 0)
         return code;

@@ -85,7 +85,8 @@ struct claas_backend_train {
     struct claas_adamw_config adamw;
     bool update;
     claas_yield_fn *yield; /* may be NULL */
-    /* May be NULL. Called when the device has no room for the step, which then asks once more. */
+    /* May be NULL. Called when the device has no room for the step, which then asks once more, and
+     * may make do with less, in more time, before it fails. */
     claas_room_fn *make_room;
     void *yield_arg; /* of both */
     /* May be NULL. Filled: the rows of a request that differed in nothing that the teacher's rows

@@ -1,0 +1,249 @@
+/* The memory of a training step on a card of the test's own, which counts bytes and has none: which
+ * batches keep their activations, what is tried when there is no room. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <cmocka.h>
+
+#include "cuda/cuda_train.h"
+
+#define LAYERS      4
+#define HIDDEN      8
+#define LAYER_BYTES 1000 /* of a token's activations in one layer, without its output */
+#define TOKEN_BYTES (LAYERS * (LAYER_BYTES + 2 * HIDDEN))
+
+/* --- the card --- */
+
+static struct {
+    size_t bytes, others; /* all there is; what other processes hold */
+    int taken, refused, swept;
+    size_t hot; /* bytes that make_room lets go */
+} card;
+
+int cuda_memory_free(struct cuda_context *context, size_t *ret)
+{
+    *ret = card.bytes - card.others - context->bytes;
+    return 0;
+}
+
+int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
+                    const char *what)
+{
+    size_t available = 0;
+
+    (void)what;
+    *region = (struct cuda_region){0};
+    assert_int_equal(cuda_memory_free(context, &available), 0);
+    if (bytes > available) {
+        card.refused++;
+        return CLAAS_ERR_NO_MEMORY;
+    }
+    card.taken++;
+    context->bytes += bytes;
+    *region = (struct cuda_region){.base = &card, .bytes = bytes};
+    return 0;
+}
+
+void cuda_region_done(struct cuda_context *context, struct cuda_region *region)
+{
+    context->bytes -= region->bytes;
+    *region = (struct cuda_region){0};
+}
+
+void *cuda_take(struct cuda_arena *arena, size_t bytes)
+{
+    arena->used += bytes;
+    return arena->base;
+}
+
+void cuda_memory_changed(claas_backend_t *backend)
+{
+    (void)backend;
+}
+
+/* --- the model: activations are all that counts --- */
+
+void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, int m,
+                     struct cuda_pass *pass)
+{
+    (void)backend, (void)arena, (void)m, (void)pass;
+}
+
+struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,
+                                 const int lds[CUDA_WEIGHTS], bool saved)
+{
+    (void)backend, (void)lds, (void)saved;
+    (void)cuda_take(arena, (size_t)m * LAYER_BYTES);
+    return (struct cuda_acts){0};
+}
+
+void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, int m, int tail,
+                      const struct cuda_pass *pass, struct cuda_infer *infer)
+{
+    (void)backend, (void)arena, (void)m, (void)tail, (void)pass, (void)infer;
+}
+
+size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows, int vocab)
+{
+    (void)config, (void)rows, (void)vocab;
+    return 0;
+}
+
+/* --- a step --- */
+
+static claas_backend_t backend;
+
+static void make_room(void *arg)
+{
+    (void)arg;
+    card.swept++;
+    backend.context.bytes -= card.hot;
+    card.hot = 0;
+}
+
+struct rig {
+    struct cuda_step step;
+    struct claas_plan_batch batch;
+    struct claas_backend_train request;
+    struct cuda_acts saved[LAYERS];
+};
+
+/* A step with one batch of so many tokens. */
+static void rig_open(struct rig *rig, int m)
+{
+    struct cuda_train_tokens tokens = {0};
+
+    *rig = (struct rig){.request = {.update = true, .make_room = make_room}};
+    rig->batch.pack.m = m;
+    rig->step.backend = &backend;
+    rig->step.saved = rig->saved;
+    rig->step.plan.request = &rig->request;
+    rig->step.plan.student.batches = &rig->batch;
+    rig->step.plan.student.batch_count = 1;
+    assert_int_equal(cuda_train_tokens(&backend, 0, &tokens), 0);
+    rig->step.kept_tokens = tokens.kept;
+}
+
+static int reserve(struct rig *rig)
+{
+    int code = cuda_space_reserve(&rig->step);
+
+    if (code >= 0)
+        cuda_space_enter(&rig->step, CUDA_STAGE_STUDENT);
+    return code;
+}
+
+static int set_up(void **state)
+{
+    (void)state;
+    memset(&card, 0, sizeof(card));
+    memset(&backend, 0, sizeof(backend));
+    backend.context.act_bytes = 2;
+    backend.model.config = (struct claas_model_config){
+        .layers = LAYERS, .hidden = HIDDEN, .vocab = 64, .heads = 1, .intermediate = 1};
+    return 0;
+}
+
+static struct cuda_train_tokens tokens_of(size_t free_bytes, size_t gradients)
+{
+    struct cuda_train_tokens tokens = {0};
+
+    card.bytes = free_bytes;
+    assert_int_equal(cuda_train_tokens(&backend, gradients, &tokens), 0);
+    return tokens;
+}
+
+/* Batches end at few places, and no sooner than at 1,024 tokens; what is kept has no such steps. */
+static void test_tokens(void **state)
+{
+    static const int tokens[][2] = {
+        {0, 1024},      {1500, 1024},   {1600, 1536},     {2100, 2048},  {3000, 2048},
+        {3100, 3072},   {4200, 4096},   {7000, 6144},     {12000, 8192}, {12500, 12288},
+        {16000, 12288}, {17000, 16384}, {1 << 20, 16384},
+    };
+
+    (void)state;
+    for (size_t i = 0; i < sizeof(tokens) / sizeof(tokens[0]); i++) {
+        size_t bytes = (size_t)((double)tokens[i][0] * TOKEN_BYTES / 0.6);
+        struct cuda_train_tokens found = tokens_of(bytes, 0);
+
+        assert_int_equal(found.batch, tokens[i][1]);
+        assert_in_range(found.kept, tokens[i][0] / 100 * 99, tokens[i][0]);
+        found = tokens_of(bytes + 500, 500);
+        assert_int_equal(found.batch, tokens[i][1]);
+    }
+    assert_int_equal(tokens_of(1000, 5000).kept, 0);
+}
+
+/* The memory that others hold is not free; the last step's own is. */
+static void test_others(void **state)
+{
+    int alone = tokens_of((size_t)10000 * TOKEN_BYTES, 0).kept;
+
+    (void)state;
+    card.others = card.bytes / 2;
+    assert_in_range(tokens_of(card.bytes, 0).kept, alone / 2 - 1, alone / 2 + 1);
+    backend.step.bytes = backend.context.bytes = card.bytes / 4;
+    assert_in_range(tokens_of(card.bytes, 0).kept, alone / 2 - 1, alone / 2 + 1);
+}
+
+/* A small batch on a full card computes its layers twice. */
+static void test_small_batch(void **state)
+{
+    struct rig rig;
+
+    (void)state;
+    card.bytes = (size_t)1000 * TOKEN_BYTES;
+    rig_open(&rig, 500);
+    assert_int_equal(reserve(&rig), 0);
+    assert_false(rig.step.space.recompute);
+    set_up(NULL);
+    card.bytes = (size_t)400 * TOKEN_BYTES;
+    rig_open(&rig, 500);
+    assert_int_equal(reserve(&rig), 0);
+    assert_true(rig.step.space.recompute);
+    assert_int_equal(card.refused, 0);
+}
+
+/* The room was there when the step was planned and is gone: saved copies go, then the layers are
+ * computed twice, and only then is it too much. */
+static void test_no_room(void **state)
+{
+    struct rig rig;
+
+    (void)state;
+    card.bytes = (size_t)1000 * TOKEN_BYTES;
+    rig_open(&rig, 500);
+    card.others = (size_t)600 * TOKEN_BYTES;
+    assert_int_equal(reserve(&rig), 0);
+    assert_true(rig.step.space.recompute);
+    assert_int_equal(card.swept, 1);
+    assert_int_equal(card.refused, 2);
+    assert_int_equal(card.taken, 1);
+    set_up(NULL);
+    card.bytes = (size_t)1000 * TOKEN_BYTES;
+    rig_open(&rig, 500);
+    backend.context.bytes = card.hot = (size_t)600 * TOKEN_BYTES;
+    assert_int_equal(reserve(&rig), 0);
+    assert_false(rig.step.space.recompute);
+    assert_int_equal(card.swept, 1);
+    set_up(NULL);
+    card.bytes = (size_t)1000 * TOKEN_BYTES;
+    rig_open(&rig, 500);
+    card.others = card.bytes;
+    assert_int_equal(reserve(&rig), CLAAS_ERR_NO_MEMORY);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup(test_tokens, set_up),
+        cmocka_unit_test_setup(test_others, set_up),
+        cmocka_unit_test_setup(test_small_batch, set_up),
+        cmocka_unit_test_setup(test_no_room, set_up),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
