@@ -248,26 +248,23 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
     bool adds_to_itself = gemm->beta != 0.0f && added(gemm) == gemm->out;
     size_t element = gemm->out_type == CUDA_TYPE_F32 ? 4 : 2;
     size_t bytes = (size_t)gemm->m * (size_t)gemm->ldo * element;
-    void *scratch = NULL;
+    struct cuda_region scratch = {};
     float best_time = -1.0f;
     int best = 0;
 
     *ret_measured = false;
-    if (adds_to_itself && cudaMalloc(&scratch, bytes) != cudaSuccess) {
-        (void)cudaGetLastError();
+    if (adds_to_itself && cuda_region_new(context, &scratch, bytes, "timing matrix products") < 0)
         return 0;
-    }
     for (int i = 0; i < count; i++) {
         float time = time_algo(context, gemm, plan, &proposals[i].algo,
-                               adds_to_itself ? scratch : gemm->out);
+                               adds_to_itself ? scratch.base : gemm->out);
 
         if (time >= 0.0f && (best_time < 0.0f || time < CLEARLY_FASTER * best_time)) {
             best_time = time;
             best = i;
         }
     }
-    if (scratch)
-        (void)cudaFree(scratch);
+    cuda_region_done(context, &scratch);
     *ret_measured = best_time >= 0.0f;
     return best;
 }
