@@ -234,6 +234,11 @@ static void host_free(claas_backend_t *backend, void *base)
     cuda_host_free(base);
 }
 
+static void give_back(claas_backend_t *backend)
+{
+    cuda_region_done(&backend->context, &backend->step);
+}
+
 static int measure_floor(const struct claas_backend_options *options,
                          struct claas_device_floor *ret)
 {
@@ -262,5 +267,6 @@ const struct claas_backend_ops claas_backend_cuda = {
     .host_free = host_free,
     .forward = cuda_forward,
     .train = cuda_train,
+    .give_back = give_back,
     .floor = measure_floor,
 };

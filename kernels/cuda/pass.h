@@ -160,7 +160,7 @@ struct claas_backend {
     int kv_blocks, max_tokens, max_sequences;
     struct cuda_region kv; /* [L][kv_blocks + 1][2][G][16][d] */
     struct cuda_forward_space forward;
-    struct cuda_region step;         /* of training; grown when a step needs more */
+    struct cuda_region step; /* of training; grown when a step needs more, kept for the next one */
     struct cuda_upload step_upload;  /* the rows of all its batches */
     struct cuda_upload chunk_upload; /* of one chunk of the head */
     cudaEvent_t turns[2];            /* of cuda_yield */

@@ -240,6 +240,21 @@ static int take_region(struct cuda_step *step, size_t bytes)
     return cuda_region_new(&backend->context, &backend->step, bytes, "a training step");
 }
 
+/* A quarter more than before where as much again stays free: steps that are each a little longer
+ * shall not each take and zero gigabytes. */
+static int grow_region(struct cuda_step *step, size_t need)
+{
+    claas_backend_t *backend = step->backend;
+    size_t roomy = backend->step.bytes + backend->step.bytes / 4, available = 0;
+    int code;
+
+    cuda_region_done(&backend->context, &backend->step);
+    code = cuda_memory_free(&backend->context, &available);
+    if (code < 0)
+        return code;
+    return take_region(step, need < roomy && roomy <= available / 2 ? roomy : need);
+}
+
 int cuda_space_reserve(struct cuda_step *step)
 {
     const struct claas_backend_train *request = step->plan.request;
@@ -248,8 +263,7 @@ int cuda_space_reserve(struct cuda_step *step)
 
     if (need <= step->backend->step.bytes)
         return 0;
-    cuda_region_done(&step->backend->context, &step->backend->step);
-    code = take_region(step, need);
+    code = grow_region(step, need);
     if (code == CLAAS_ERR_NO_MEMORY && request->make_room) {
         request->make_room(request->yield_arg);
         code = take_region(step, need);

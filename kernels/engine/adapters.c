@@ -185,15 +185,38 @@ size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_
     return count;
 }
 
+/* The lock is held. */
+static bool has_learner(const claas_device_t *device)
+{
+    for (const claas_adapter_t *a = device->adapters; a != NULL; a = a->all_next)
+        if (a->use == CLAAS_ADAPTER_TRAIN)
+            return true;
+    return false;
+}
+
+static void give_back(claas_device_t *device)
+{
+    bool is_idle;
+
+    pthread_mutex_lock(&device->lock);
+    is_idle = device->current == NULL && !has_learner(device);
+    pthread_mutex_unlock(&device->lock);
+    if (is_idle)
+        device->ops->give_back(device->backend);
+}
+
 void claas_adapters_sweep(claas_device_t *device)
 {
     claas_adapter_t *adapter;
+    bool room_wanted;
 
     pthread_mutex_lock(&device->lock);
     adapter = CLAAS_TAKE(device->dead);
-    device->sweeps_begun += adapter != NULL;
+    room_wanted = device->room_wanted;
+    device->room_wanted = false;
+    device->sweeps_begun += adapter != NULL || room_wanted;
     pthread_mutex_unlock(&device->lock);
-    if (adapter == NULL)
+    if (adapter == NULL && !room_wanted)
         return;
     while (adapter != NULL) {
         claas_adapter_t *next = adapter->next_dead;
@@ -204,6 +227,8 @@ void claas_adapters_sweep(claas_device_t *device)
         free(adapter);
         adapter = next;
     }
+    if (room_wanted)
+        give_back(device);
     pthread_mutex_lock(&device->lock);
     device->sweeps_done++;
     pthread_cond_broadcast(&device->swept);
@@ -215,7 +240,11 @@ void claas_adapters_await_sweep(claas_device_t *device)
     uint64_t wanted;
 
     pthread_mutex_lock(&device->lock);
-    wanted = device->sweeps_begun + (device->dead != NULL);
+    if (device->ops->give_back != NULL) {
+        device->room_wanted = true;
+        claas_device_poke(device);
+    }
+    wanted = device->sweeps_begun + (device->dead != NULL || device->room_wanted);
     while (device->sweeps_done < wanted && !device->stop)
         pthread_cond_wait(&device->swept, &device->lock);
     pthread_mutex_unlock(&device->lock);

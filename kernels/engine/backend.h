@@ -145,6 +145,9 @@ struct claas_backend_ops {
      * gradient is success with ret->finite false and nothing changed. */
     int (*train)(claas_backend_t *backend, const struct claas_backend_train *request,
                  struct claas_train_result *ret);
+    /* Lets go of the memory that the last step left for the next one, which takes it again. Not
+     * within train(). NULL: there is none that others could use. */
+    void (*give_back)(claas_backend_t *backend);
     /* What the device could do at best, measured now; needs no open back-end. Of the options it
      * reads precision and threads. */
     int (*floor)(const struct claas_backend_options *options, struct claas_device_floor *ret);

@@ -189,6 +189,7 @@ struct claas_device {
     struct claas_request *live;
     int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
+    bool room_wanted;                   /* by a load: of what a step left */
     claas_device_client_t *keepers;     /* of adapters that may go */
     int asked_count;                    /* of these, asked for memory and silent so far */
     int64_t asked_ms;                   /* when the last one was (claas_clock_ms) */
@@ -288,10 +289,12 @@ claas_adapter_t *claas_adapters_find_hot(claas_device_t *device,
                                          const struct claas_adapter_mark *mark, bool with_moments);
 /* Lets go of all of them: the memory is wanted. The next sweep frees it. */
 void claas_adapters_drop_hot(claas_device_t *device);
-/* Frees the adapters without references. Compute thread. */
+/* Frees the adapters without references, and what a step left if that is wanted and nothing learns:
+ * the next step of a cycle would only take it again. Compute thread. */
 void claas_adapters_sweep(claas_device_t *device);
-/* Waits until what had no references at the call is freed; at once when there was nothing, or when
- * the device closes. The thread that loads. */
+/* Waits until what had no references at the call is freed, and what a step left, on a back-end
+ * that keeps it; at once when there was nothing, or when the device closes. The thread that loads.
+ */
 void claas_adapters_await_sweep(claas_device_t *device);
 /* Frees every adapter; handles still held elsewhere stay valid but empty. Only while the device
  * closes. */

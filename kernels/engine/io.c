@@ -41,8 +41,8 @@ static int upload_once(claas_device_t *device, const struct claas_adapter_image 
 
 /* From a host image to a handle. Adapters that were let go may still be there, for the compute
  * thread frees them between two operations: a device without room is asked again after that, and
- * without its saved copies. What a failed try leaves behind is among them. An adapter to train then
- * has precedence over idle ones. */
+ * without its saved copies and what the last step left. What a failed try leaves behind is among
+ * them. An adapter to train then has precedence over idle ones. */
 static int upload(claas_device_t *device, const struct claas_adapter_image *image,
                   enum claas_adapter_use use, claas_adapter_t **ret)
 {

@@ -19,6 +19,7 @@ struct claas_backend {
     int blocks;
     struct slot *slots; /* [blocks][16] */
     bool training;
+    int left;           /* by a step; fake.lock */
     int64_t trained_ns; /* since the last pass */
     int operations;     /* since the last pass */
 };
@@ -149,7 +150,8 @@ static int new_adapter(claas_backend_t *backend, const struct claas_lora_config 
     bool is_full;
 
     pthread_mutex_lock(&fake.lock);
-    is_full = fake.adapter_room > 0 && atomic_load(&adapters_alive) >= fake.adapter_room;
+    is_full =
+        fake.adapter_room > 0 && atomic_load(&adapters_alive) + backend->left >= fake.adapter_room;
     fake.adapters_refused += is_full;
     pthread_cond_broadcast(&fake.changed);
     pthread_mutex_unlock(&fake.lock);
@@ -453,6 +455,7 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     operations = fake.train_operations;
     failing = fake.fail_trains;
     fake.fail_trains -= failing > 0;
+    backend->left = fake.step_leaves;
     pthread_mutex_unlock(&fake.lock);
     if (is_full)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device is full");
@@ -479,6 +482,15 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     return 0;
 }
 
+static void give_back(claas_backend_t *backend)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.broken += backend->training;
+    fake.given_back++;
+    backend->left = 0;
+    pthread_mutex_unlock(&fake.lock);
+}
+
 #define FAKE_OPERATIONS                                                                            \
     .name = "fake", .open = open_fake, .free = free_fake, .describe = describe, .memory = memory,  \
     .adapter_new = new_adapter, .adapter_free = free_adapter, .adapter_bytes = adapter_bytes,      \
@@ -487,6 +499,6 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
 const struct claas_backend_ops fake_backend = {FAKE_OPERATIONS};
 
 const struct claas_backend_ops fake_backend_with_memory = {
-    FAKE_OPERATIONS, .adapter_clone = clone_adapter, .host_new = host_new, .host_free = host_free,
-    .cycles = 3,
+    FAKE_OPERATIONS,        .adapter_clone = clone_adapter, .host_new = host_new,
+    .host_free = host_free, .give_back = give_back,         .cycles = 3,
 };

@@ -24,9 +24,10 @@ struct fake {
     int at_gate;       /* calls that came to a closed gate so far */
     int fail_forwards; /* so many next calls of forward() fail */
     int fail_trains;
-    int adapter_room;        /* adapters that fit; 0 = any number */
-    int train_room;          /* adapters beside which a step fits; 0 = any number */
-    int train_operations;    /* operations, and calls of yield, of one training step */
+    int adapter_room;     /* adapters that fit; 0 = any number */
+    int train_room;       /* adapters beside which a step fits; 0 = any number */
+    int step_leaves;      /* room of so many adapters stays taken after a step, until given back */
+    int train_operations; /* operations, and calls of yield, of one training step */
     int download_operations; /* the same of reading an adapter back */
     int64_t operation_ns;    /* of the test's clock */
     int64_t pass_ns, token_ns;
@@ -44,6 +45,7 @@ struct fake {
     int fewest_operations; /* between two turns of generation in training */
     int adapters_refused;  /* for want of room */
     int trains_refused;    /* the same of steps */
+    int given_back;        /* calls to give back what a step left */
     int teachers_left,
         teachers_taken; /* steps that left their teacher's rows, or were given them */
     _Atomic int uploads, host_blocks;

@@ -96,6 +96,32 @@ static void test_full_device(void **state)
     rig_close(&rig);
 }
 
+/* What a step left goes for an adapter that finds no room, but not while one learns: its next step
+ * would take it again. */
+static void test_step_gives_back(void **state)
+{
+    struct rig rig = rig_open_on(&fake_backend_with_memory, (struct claas_device_options){0});
+    claas_adapter_t *trained = adapter_new(&rig, 1), *served;
+    struct claas_lora_config lora = claas_adapter_lora(trained);
+    uint64_t id;
+
+    fake.step_leaves = 1;
+    assert_int_equal(train_submit(&rig, trained, true, &id), 0);
+    claas_device_event_done(
+        &(struct claas_device_event){.trained = wait_for(&rig, CLAAS_EVENT_TRAINED, id).trained});
+    fake.adapter_room = 2;
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
+    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(fake.given_back, 0);
+    claas_adapter_unref(&trained);
+    fake.adapter_room = 1;
+    assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
+    served = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
+    assert_int_equal(fake.given_back, 1);
+    claas_adapter_unref(&served);
+    rig_close(&rig);
+}
+
 /* A client that keeps adapters it could do without. */
 static void keeper_open(const struct rig *rig, struct rig *keeper)
 {
@@ -669,6 +695,7 @@ int main(void)
         cmocka_unit_test(test_training_ends),
         cmocka_unit_test(test_storm),
         cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_step_gives_back),
         cmocka_unit_test(test_idle_adapters_make_room),
         cmocka_unit_test(test_no_room_is_made),
         cmocka_unit_test(test_silent_keeper),

@@ -1,5 +1,5 @@
 /* The memory of a training step on a card of the test's own, which counts bytes and has none: which
- * batches keep their activations, what is tried when there is no room. */
+ * batches keep their activations, what is tried when there is no room, how the region grows. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -236,6 +236,37 @@ static void test_no_room(void **state)
     assert_int_equal(reserve(&rig), CLAAS_ERR_NO_MEMORY);
 }
 
+/* A step that is a little longer takes a quarter more than the last one had, where there is plenty;
+ * what was taken serves the shorter ones. */
+static void test_growth(void **state)
+{
+    struct rig rig;
+    size_t first;
+
+    (void)state;
+    card.bytes = (size_t)10000 * TOKEN_BYTES;
+    rig_open(&rig, 500);
+    assert_int_equal(reserve(&rig), 0);
+    first = backend.step.bytes;
+    rig_open(&rig, 510);
+    assert_int_equal(reserve(&rig), 0);
+    assert_int_equal(backend.step.bytes, first + first / 4);
+    rig_open(&rig, 600);
+    assert_int_equal(reserve(&rig), 0);
+    rig_open(&rig, 100);
+    assert_int_equal(reserve(&rig), 0);
+    assert_int_equal(card.taken, 2);
+    rig_open(&rig, 2000);
+    assert_int_equal(reserve(&rig), 0);
+    assert_in_range(backend.step.bytes, 3.9 * first, 4 * first);
+    card.others = (size_t)7000 * TOKEN_BYTES; /* and no more than needed where there is not */
+    rig_open(&rig, 2010);
+    rig.step.kept_tokens = 2010;
+    assert_int_equal(reserve(&rig), 0);
+    assert_in_range(backend.step.bytes, 3.9 * first, 4.1 * first);
+    assert_int_equal(card.refused, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -243,6 +274,7 @@ int main(void)
         cmocka_unit_test_setup(test_others, set_up),
         cmocka_unit_test_setup(test_small_batch, set_up),
         cmocka_unit_test_setup(test_no_room, set_up),
+        cmocka_unit_test_setup(test_growth, set_up),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
