@@ -226,7 +226,7 @@ static void load_failed(struct adapter_cache *cache, struct entry *entry, int er
 }
 
 /* The device's bytes are the true limit: once more with one adapter less. When none can go, it is
- * a matter of waiting, unless there was no other at all. */
+ * a matter of waiting, unless there was no other at all and nothing learns. */
 static void out_of_memory(struct adapter_cache *cache, struct entry *entry, const char *text)
 {
     if (drop_idle(cache)) {
@@ -237,12 +237,12 @@ static void out_of_memory(struct adapter_cache *cache, struct entry *entry, cons
         return;
     }
     claas_warning("no memory for another adapter: %s", text);
-    if (cache->entries != entry || entry->next)
+    if (cache->entries != entry || entry->next || claas_device_trains(cache->client))
         load_failed(cache, entry, CLAAS_ERR_OVERLOADED,
                     "there is no memory for it beside the adapters in use, try again later");
     else
         load_failed(cache, entry, CLAAS_ERR_NO_MEMORY,
-                    "there is no memory for it, even with no other adapter loaded for chat");
+                    "there is no memory for it, even with no other adapter loaded");
 }
 
 bool adapter_cache_event(struct adapter_cache *cache, struct claas_device_event *event)

@@ -1,8 +1,9 @@
 /* Adapter versions held on the device for chat: loaded on first use, dropped by least recent use,
  * when there are too many of them or the device's memory is too full for one more. Then only those
- * go that no chat uses; when none is left the load ends OVERLOADED, or NO_MEMORY if it was alone. A
- * version is immutable, so (uid, version) is the whole key and a new version simply is another
- * entry: chats in flight keep the one they began with, the next chat takes the new one. */
+ * go that no chat uses; when none is left the load ends OVERLOADED, or NO_MEMORY if it was alone
+ * and nothing learns. A version is immutable, so (uid, version) is the whole key and a new version
+ * simply is another entry: chats in flight keep the one they began with, the next chat takes the
+ * new one. */
 #ifndef CLAAS_SAMPLER_ADAPTER_CACHE_H
 #define CLAAS_SAMPLER_ADAPTER_CACHE_H
 

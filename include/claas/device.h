@@ -126,6 +126,8 @@ int claas_device_client_fd(const claas_device_client_t *client);
  * tried once more. */
 void claas_device_client_keeps_idle(claas_device_client_t *client);
 void claas_device_client_gave(claas_device_client_t *client);
+/* Whether an adapter in training is there: what that holds of the memory may be free soon. */
+bool claas_device_trains(const claas_device_client_t *client);
 
 /* --- adapters
  * -----------------------------------------------------------------------------------------------------

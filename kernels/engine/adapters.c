@@ -194,6 +194,17 @@ static bool has_learner(const claas_device_t *device)
     return false;
 }
 
+bool claas_device_trains(const claas_device_client_t *client)
+{
+    claas_device_t *device = client->device;
+    bool trains;
+
+    pthread_mutex_lock(&device->lock);
+    trains = has_learner(device);
+    pthread_mutex_unlock(&device->lock);
+    return trains;
+}
+
 static void give_back(claas_device_t *device)
 {
     bool is_idle;

@@ -110,6 +110,7 @@ static void test_step_gives_back(void **state)
     claas_device_event_done(
         &(struct claas_device_event){.trained = wait_for(&rig, CLAAS_EVENT_TRAINED, id).trained});
     fake.adapter_room = 2;
+    assert_true(claas_device_trains(rig.client));
     assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
     assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
     assert_int_equal(fake.given_back, 0);
@@ -118,6 +119,7 @@ static void test_step_gives_back(void **state)
     assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
     served = wait_for(&rig, CLAAS_EVENT_ADAPTER, id).adapter;
     assert_int_equal(fake.given_back, 1);
+    assert_false(claas_device_trains(rig.client));
     claas_adapter_unref(&served);
     rig_close(&rig);
 }

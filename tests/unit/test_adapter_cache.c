@@ -22,6 +22,7 @@ struct claas_adapter {
 
 static struct {
     int capacity, held, loads;
+    bool trains;
     uint64_t last_id;
     char asked[64]; /* directory of the load under way */
 } device;
@@ -55,6 +56,12 @@ void claas_adapter_unref(claas_adapter_t **ref)
 bool claas_adapter_is_shared(const claas_adapter_t *adapter)
 {
     return adapter->references > 1;
+}
+
+bool claas_device_trains(const claas_device_client_t *client)
+{
+    (void)client;
+    return device.trains;
 }
 
 /* The end of the load under way. */
@@ -250,12 +257,32 @@ static void test_never_fits(void **state)
     assert_int_equal(device.held, 0);
 }
 
+/* The same while an adapter learns, whose memory is free again soon. */
+static void test_beside_learning(void **state)
+{
+    struct adapter_cache *cache = new_cache(100, 0);
+    struct asker a;
+
+    (void)state;
+    device.trains = true;
+    a = get(cache, "a");
+    assert_null(a.adapter);
+    assert_int_equal(a.error, CLAAS_ERR_OVERLOADED);
+    device.trains = false;
+    assert_int_equal(get(cache, "a").error, CLAAS_ERR_NO_MEMORY);
+    device.capacity = 1;
+    use(cache, "a");
+    adapter_cache_free(&cache);
+    assert_int_equal(device.held, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_count),           cmocka_unit_test(test_drop_idle),
         cmocka_unit_test(test_full_device),     cmocka_unit_test(test_all_in_use),
         cmocka_unit_test(test_idle_goes_first), cmocka_unit_test(test_never_fits),
+        cmocka_unit_test(test_beside_learning),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
