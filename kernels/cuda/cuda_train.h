@@ -79,6 +79,8 @@ int cuda_train_tokens(claas_backend_t *backend, size_t gradients, struct cuda_tr
 
 int cuda_layer_saved(struct cuda_step *step, const struct cuda_batch *batch, int layer);
 int cuda_head(struct cuda_step *step, const struct cuda_batch *batch, bool saved);
+/* Bytes that all chunks of a step's head take of chunk_upload at most. */
+size_t cuda_head_bytes(int positions);
 int cuda_head_logprobs(struct cuda_step *step, const struct cuda_batch *batch);
 /* Adds to the gradients of the adapters that the pack's groups name. */
 int cuda_backward(struct cuda_step *step, const struct cuda_batch *batch);

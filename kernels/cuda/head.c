@@ -42,6 +42,12 @@ struct targets {
     const int32_t *starts, *items, *rows; /* device */
 };
 
+/* An array of count + 1 numbers, rounded up to 16 bytes, is at most 16 a position. */
+size_t cuda_head_bytes(int positions)
+{
+    return 3 * 16 * (size_t)positions;
+}
+
 /* Scored rows are in the order of the sequences, so those of one tail row need not be neighbours.
  */
 static int list_targets(const struct chunk *chunk, struct targets *ret)
@@ -91,10 +97,8 @@ static int chunk_backward(const struct chunk *chunk)
     struct cuda_step_space *space = &chunk->step->space;
     const struct claas_model_config *c = &backend->model.config;
     struct targets targets = {0};
-    int code = cuda_upload_begin(context, &backend->chunk_upload);
+    int code = list_targets(chunk, &targets);
 
-    if (code >= 0)
-        code = list_targets(chunk, &targets);
     if (code >= 0)
         code = cuda_upload_send(context, &backend->chunk_upload);
     if (code >= 0)

@@ -27,7 +27,7 @@ struct claas_backend_adapter {
 struct cuda_upload {
     uint8_t *host;
     struct cuda_region device;
-    size_t bytes, used;
+    size_t bytes, used, sent;
     cudaEvent_t copied; /* until then the host's side must not be written */
     bool pending;
 };
@@ -38,6 +38,7 @@ void cuda_upload_done(struct cuda_context *context, struct cuda_upload *upload);
 int cuda_upload_begin(struct cuda_context *context, struct cuda_upload *upload);
 /* Room for `bytes` on the host's side and its address on the device's. NULL when full. */
 void *cuda_upload_take(struct cuda_upload *upload, size_t bytes, const void **device);
+/* Copies what was taken since it began, or since the last call. */
 int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload);
 
 /* A pack as the device sees it (device pointers). */
@@ -162,7 +163,7 @@ struct claas_backend {
     struct cuda_forward_space forward;
     struct cuda_region step; /* of training; grown when a step needs more, kept for the next one */
     struct cuda_upload step_upload;  /* the rows of all its batches */
-    struct cuda_upload chunk_upload; /* of one chunk of the head */
+    struct cuda_upload chunk_upload; /* of the head's chunks, one behind the other */
     cudaEvent_t turns[2];            /* of cuda_yield */
     int turn;
     char name[96];

@@ -6,10 +6,10 @@
  *   student's rows   batch by batch: forward with activations kept, loss in chunks, backward
  *   update           per adapter: global norm, clip, AdamW, the act view again
  *
- * On the way the host is kept at most two layers, or one chunk of the head, ahead of the device
- * (cuda_yield, the chunks' upload), and times products whose shape is new; in the end it waits for
- * losses and gradient norms. Nothing of an adapter changes before all are known to be finite, and
- * from then on the step does not yield: it happens whole or not at all. */
+ * On the way the host is kept at most two layers, or two chunks of the head, ahead of the device
+ * (cuda_yield), and times products whose shape is new; in the end it waits for losses and gradient
+ * norms. Nothing of an adapter changes before all are known to be finite, and from then on the step
+ * does not yield: it happens whole or not at all. */
 #include "cuda/cuda_train.h"
 
 #include "claas/clock.h"
@@ -121,8 +121,7 @@ static int send_plan(struct cuda_step *step)
                                         side_bytes(&plan->base) + positions + 64);
 
     if (code >= 0)
-        code = ready_upload(context, &backend->chunk_upload,
-                            3 * ((size_t)plan->position_count + 8) * sizeof(int32_t) + 64);
+        code = ready_upload(context, &backend->chunk_upload, cuda_head_bytes(plan->position_count));
     if (code >= 0)
         code = fill_side(step, &plan->student, &step->student);
     if (code >= 0)

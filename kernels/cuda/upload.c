@@ -37,7 +37,7 @@ void cuda_upload_done(struct cuda_context *context, struct cuda_upload *upload)
 
 int cuda_upload_begin(struct cuda_context *context, struct cuda_upload *upload)
 {
-    upload->used = 0;
+    upload->used = upload->sent = 0;
     if (!upload->pending)
         return 0;
     upload->pending = false;
@@ -59,14 +59,17 @@ void *cuda_upload_take(struct cuda_upload *upload, size_t bytes, const void **de
 
 int cuda_upload_send(struct cuda_context *context, struct cuda_upload *upload)
 {
-    int code = cuda_check(context,
-                          cudaMemcpyAsync(upload->device.base, upload->host, upload->used,
-                                          cudaMemcpyHostToDevice, context->stream),
-                          "a copy to the device");
+    size_t from = upload->sent;
+    int code =
+        cuda_check(context,
+                   cudaMemcpyAsync((uint8_t *)upload->device.base + from, upload->host + from,
+                                   upload->used - from, cudaMemcpyHostToDevice, context->stream),
+                   "a copy to the device");
 
     if (code >= 0)
         code = cuda_check(context, cudaEventRecord(upload->copied, context->stream),
                           "a copy to the device");
+    upload->sent = upload->used;
     upload->pending = code >= 0;
     return code;
 }
