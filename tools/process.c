@@ -7,7 +7,35 @@
 #include "claas/chat_template.h"
 #include "claas/err.h"
 #include "claas/log.h"
+#include "claas/mem.h"
 #include "load_progress.h"
+
+static const struct claas_actor_class *const roles[] = {
+    &claas_storage_class,   &claas_trainer_class, &claas_sampler_class,
+    &claas_scheduler_class, &claas_bridge_class,
+};
+
+static bool is_role(const char *name)
+{
+    for (size_t i = 0; i < CLAAS_COUNT(roles); i++)
+        if (strcmp(roles[i]->name, name) == 0)
+            return true;
+    return false;
+}
+
+int process_check_roles(const struct process *process)
+{
+    const char *name = claas_config_list_at(process->config, "roles", 0);
+
+    if (!name)
+        return claas_fail(CLAAS_ERR_INVALID, "roles: a process without any has nothing to do");
+    for (size_t i = 0; (name = claas_config_list_at(process->config, "roles", i)); i++)
+        if (!is_role(name))
+            return claas_fail(CLAAS_ERR_INVALID,
+                              "roles: '%s' is not bridge, storage, scheduler, trainer or sampler",
+                              claas_quote(name).text);
+    return 0;
+}
 
 bool process_has_role(const struct process *process, const char *role)
 {
@@ -48,9 +76,10 @@ int process_open_device(struct process *process)
     return rc;
 }
 
-static int start_actor(struct process *process, const char *role,
-                       const struct claas_actor_class *actor_class, const void *args)
+static int start_actor(struct process *process, const struct claas_actor_class *actor_class,
+                       const void *args)
 {
+    const char *role = actor_class->name;
     char name[64];
     bool numbered = strcmp(role, "trainer") == 0 || strcmp(role, "sampler") == 0;
 
@@ -70,15 +99,15 @@ int process_start_actors(struct process *process)
     process->sampler = (struct claas_sampler_args){config, process->device};
     process->scheduler = (struct claas_scheduler_args){config};
     process->bridge = (struct claas_bridge_args){.config = config, .ret_port = &process->port};
-    rc = start_actor(process, "storage", &claas_storage_class, &process->storage);
+    rc = start_actor(process, &claas_storage_class, &process->storage);
     if (rc == 0)
-        rc = start_actor(process, "trainer", &claas_trainer_class, &process->trainer);
+        rc = start_actor(process, &claas_trainer_class, &process->trainer);
     if (rc == 0)
-        rc = start_actor(process, "sampler", &claas_sampler_class, &process->sampler);
+        rc = start_actor(process, &claas_sampler_class, &process->sampler);
     if (rc == 0)
-        rc = start_actor(process, "scheduler", &claas_scheduler_class, &process->scheduler);
+        rc = start_actor(process, &claas_scheduler_class, &process->scheduler);
     if (rc == 0)
-        rc = start_actor(process, "bridge", &claas_bridge_class, &process->bridge);
+        rc = start_actor(process, &claas_bridge_class, &process->bridge);
     return rc;
 }
 

@@ -274,8 +274,10 @@ static bool needs_device(const struct process *process)
 /* What the values alone do not tell, before a model is read for nothing. */
 static int check_config(const struct process *process)
 {
-    int rc = claas_runtime_check(process->config);
+    int rc = process_check_roles(process);
 
+    if (rc == 0)
+        rc = claas_runtime_check(process->config);
     if (rc == 0 && process_has_role(process, "bridge"))
         rc = claas_bridge_check(process->config);
     if (rc == 0 && needs_device(process) && !claas_config_string(process->config, "model")[0])

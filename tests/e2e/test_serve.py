@@ -87,6 +87,9 @@ def test_port_in_use(make_server, tmp_path):
     (["--model", TINY, "--connect", "ipc://"], 2, "is not an address"),
     (["--model", TINY, "--connect", "ipc:///" + 120 * "a"], 2, "at most 107 bytes"),
     (["--model", TINY, "--connect", "ipc:///tmp"], 2, "/tmp is not a socket"),
+    (["--model", TINY, "--role", "trainr"], 2, "roles: 'trainr' is not bridge, storage, scheduler, trainer or sampler"),
+    (["--model", TINY, "--set", "roles=trainer,samplerx"], 2, "'samplerx' is not"),
+    (["--model", TINY, "--roles", ""], 2, "a process without any has nothing to do"),
     (["--model", TINY, "--config", "/nonexistent.yaml"], 2, "/nonexistent.yaml"),
     (["--model", TINY, "--chat-template", "nonsense"], 2, "nonsense"),
 ])
