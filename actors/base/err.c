@@ -11,7 +11,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define TEXT_BYTES 1024
 #define QUOTED_MAX 100
 
 struct catalogue_row {
@@ -27,7 +26,7 @@ static const struct catalogue_row catalogue[] = {
 #undef X
 };
 
-static _Thread_local char last_text[TEXT_BYTES];
+static _Thread_local char last_text[CLAAS_ERROR_TEXT_BYTES];
 
 static const struct catalogue_row *find_row(int code)
 {
@@ -80,7 +79,7 @@ static void trim_broken_tail(char *text)
     unsigned char lead;
     size_t wanted;
 
-    if (length + 1 < TEXT_BYTES)
+    if (length + 1 < CLAAS_ERROR_TEXT_BYTES)
         return;
     while (start > 0 && length - start < 3 && ((unsigned char)text[start - 1] & 0xC0) == 0x80)
         start--;
@@ -99,7 +98,7 @@ static void record(const char *text)
 
 int claas_fail(int code, const char *format, ...)
 {
-    char text[TEXT_BYTES];
+    char text[CLAAS_ERROR_TEXT_BYTES];
     va_list args;
 
     if (!format) {
@@ -116,7 +115,7 @@ int claas_fail(int code, const char *format, ...)
 
 int claas_fail_context(int code, const char *format, ...)
 {
-    char text[TEXT_BYTES] = "";
+    char text[CLAAS_ERROR_TEXT_BYTES] = "";
     va_list args;
     size_t length;
 
@@ -141,7 +140,7 @@ static bool is_in_names(char c)
 int claas_fail_hide_path(int code, const char *path, const char *word)
 {
     size_t length = strlen(path), used = 0;
-    char text[TEXT_BYTES];
+    char text[CLAAS_ERROR_TEXT_BYTES];
     char before = '\0';
 
     for (const char *from = last_text; *from && used + 1 < sizeof(text);) {
@@ -240,7 +239,7 @@ static int code_of_errno(int number)
 int claas_fail_errno(const char *format, ...)
 {
     int number = errno;
-    char text[TEXT_BYTES];
+    char text[CLAAS_ERROR_TEXT_BYTES];
     char reason[128];
     va_list args;
     size_t length;

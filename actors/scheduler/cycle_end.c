@@ -142,7 +142,7 @@ static void record_end(struct cycle_run *run, const struct record *record)
 struct failed_run {
     struct cycle_run *run;
     int code;
-    char text[512];
+    char text[CLAAS_ERROR_TEXT_BYTES];
 };
 
 static void parked(struct scheduler *scheduler, void *arg, int error, const char *text,

@@ -54,26 +54,29 @@ static bool is_last(const struct claas_device_event *event)
     return event->kind != CLAAS_EVENT_TOKEN;
 }
 
-/* What holds the device's memory, behind the sentence that says which allocation failed: a job that
- * failed for it shows both. */
+/* What holds the device's memory, behind the sentence that says which allocation failed, unless
+ * that says it itself: a job that failed for it shows both. */
 static void add_memory_map(const struct trainer *trainer, struct claas_device_event *event)
 {
     size_t used = strnlen(event->text, sizeof(event->text));
     struct claas_device_stats s;
 
+    if (strstr(event->text, CLAAS_MEMORY_HELD))
+        return;
     claas_device_stats(trainer->device, &s);
     snprintf(event->text + used, sizeof(event->text) - used,
              " (MB: weights %" PRIu64 ", keys and values %" PRIu64 ", adapters %" PRIu64
              ", workspace %" PRIu64 ", at most %" PRIu64 ")",
              s.bytes_weights / 1000000, s.bytes_kv / 1000000, s.bytes_adapters / 1000000,
              s.bytes_workspace / 1000000, s.bytes_peak / 1000000);
-    claas_warning("%s", event->text);
 }
 
 static void look_at_failure(struct trainer *trainer, struct claas_device_event *event)
 {
-    if (event->error == CLAAS_ERR_NO_MEMORY)
+    if (event->error == CLAAS_ERR_NO_MEMORY) {
         add_memory_map(trainer, event);
+        claas_warning("%s", event->text);
+    }
     if (event->error != CLAAS_ERR_DEVICE_LOST)
         return;
     if (!trainer->lost[0])

@@ -33,9 +33,9 @@ struct trainer {
     struct cycle *cycles;
     struct probes *probes;
     struct imports *imports;
-    int stagings;         /* kept adapters that are being written, wanted or not */
-    int adapters_in_work; /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
-    char lost[256];       /* why the device is lost, "" = it is not */
+    int stagings;                      /* kept adapters that are being written, wanted or not */
+    int adapters_in_work;              /* ADAPTER_INIT and ADAPTER_IMPORT not answered yet */
+    char lost[CLAAS_ERROR_TEXT_BYTES]; /* why the device is lost, "" = it is not */
     bool draining;
 };
 

@@ -11,6 +11,7 @@
 #define CLAAS_DEVICE_H
 
 #include "claas/adapter.h"
+#include "claas/err.h"
 #include "claas/loss.h"
 #include "claas/model.h"
 
@@ -286,6 +287,9 @@ enum claas_finish {
     CLAAS_FINISH_CANCELLED,
 };
 
+/* Behind this the text of a NO_MEMORY says what holds the device's memory, where that is known. */
+#define CLAAS_MEMORY_HELD "; held: "
+
 struct claas_device_event {
     enum claas_device_event_kind kind;
     uint64_t id;
@@ -305,7 +309,7 @@ struct claas_device_event {
     struct claas_train_result trained;
     /* FAILED */
     int error;
-    char text[256];
+    char text[CLAAS_ERROR_TEXT_BYTES];
 };
 /* The next event: 1, or 0 when none waits. Release what it owns with claas_device_event_done. */
 int claas_device_client_next(claas_device_client_t *client, struct claas_device_event *ret);

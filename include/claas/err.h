@@ -22,6 +22,9 @@ enum claas_err {
 #undef X
 };
 
+/* Of a sentence with its end: whoever keeps one has room for all of it. */
+#define CLAAS_ERROR_TEXT_BYTES 1024
+
 /* Records the sentence for this thread and returns `code`. A NULL format keeps the catalogue's
  * text. */
 int claas_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -136,7 +136,7 @@ static int refuse(struct cuda_context *context, const char *what, size_t bytes)
         return CLAAS_ERR_DEVICE_LOST;
     return claas_fail(CLAAS_ERR_NO_MEMORY,
                       "no memory on the device for %s: %zu bytes (%zu MiB), %zu of %zu MiB are "
-                      "free; held: %s",
+                      "free" CLAAS_MEMORY_HELD "%s",
                       what, bytes, bytes >> 20, available >> 20, context->memory >> 20, map);
 }
 

@@ -68,7 +68,7 @@ struct claas_request *claas_request_new(claas_device_client_t *client, enum claa
         return NULL;
     request->last = CLAAS_NEW(struct claas_event_node);
     if (request->last != NULL)
-        request->last->text = claas_alloc(1, sizeof(((struct claas_device_event *)0)->text));
+        request->last->text = claas_alloc(1, CLAAS_ERROR_TEXT_BYTES);
     if (request->last == NULL || request->last->text == NULL) {
         claas_event_node_free(request->last);
         free(request);
@@ -242,8 +242,7 @@ void claas_request_fail(struct claas_request *request, int code)
 {
     request->last->kind = CLAAS_EVENT_FAILED;
     request->last->error = code;
-    snprintf(request->last->text, sizeof(((struct claas_device_event *)0)->text), "%s",
-             claas_error_text());
+    snprintf(request->last->text, CLAAS_ERROR_TEXT_BYTES, "%s", claas_error_text());
     claas_request_finish(request);
 }
 

@@ -422,7 +422,7 @@ static int act(const claas_message_t *message, struct script *script, cJSON *rep
     for (size_t i = 0; i < CLAAS_COUNT(acts); i++)
         if (acts[i].type == message->type && (!fails || script->after))
             rc = acts[i].act(message, reply);
-    return fails ? claas_fail(fails, "as the test wants it") : rc;
+    return fails ? claas_fail(fails, "as the test wants it %0*d", FAILURE_BYTES - 21, 0) : rc;
 }
 
 static int answer(claas_actor_t *actor, const claas_message_t *message, struct script *script,

@@ -13,6 +13,8 @@
 #define CYCLES_MAX 64
 #define GATHER_MAX 4
 #define WAIT_S     20
+/* The sentence of scripted failures: as long as one with the map of a device's memory. */
+#define FAILURE_BYTES 700
 
 struct world_job {
     char id[16], lora_id[64], principal[16], state[16], key[16], feedback[32];

@@ -46,6 +46,8 @@ static void test_strikes_park(void **state)
 {
     struct rig *rig = *state;
     struct question question = ask_feedback("me/a", "shorter", true);
+    const struct world_job *job;
+    const char *error = "";
 
     fail_next(CLAAS_MSG_CYCLE_STEP, 9, CLAAS_ERR_DEVICE, false);
     rig_start(rig);
@@ -53,6 +55,10 @@ static void test_strikes_park(void **state)
     assert_non_null(strstr(question.reply, "\"state\":\"failed\""));
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_STEP), 2);
     assert_true(look()->seeds[0] == look()->seeds[1]);
+    job = look_for("job-1");
+    claas_json_get_string(cJSON_GetArrayItem(job->events, cJSON_GetArraySize(job->events) - 1),
+                          "error", &error);
+    assert_int_equal(strlen(error), FAILURE_BYTES); /* the whole sentence */
 }
 
 static void test_absent_peers_are_no_strikes(void **state)

@@ -69,6 +69,11 @@ void fake_open_gate(void)
     pthread_mutex_unlock(&fake.lock);
 }
 
+static int refuse(void)
+{
+    return claas_fail(CLAAS_ERR_NO_MEMORY, FAKE_FULL "%0*d", FAKE_MAP_BYTES, 0);
+}
+
 void fake_wait_refused(int count)
 {
     pthread_mutex_lock(&fake.lock);
@@ -156,7 +161,7 @@ static int new_adapter(claas_backend_t *backend, const struct claas_lora_config 
     pthread_cond_broadcast(&fake.changed);
     pthread_mutex_unlock(&fake.lock);
     if (is_full)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device is full");
+        return refuse();
     adapter = CLAAS_NEW(claas_backend_adapter_t);
     adapter->lora = *lora;
     adapter->use = use;
@@ -458,7 +463,7 @@ static int train(claas_backend_t *backend, const struct claas_backend_train *req
     backend->left = fake.step_leaves;
     pthread_mutex_unlock(&fake.lock);
     if (is_full)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, "the fake device is full");
+        return refuse();
     run_teacher(backend, request);
     begin_work(backend);
     for (int i = 0; i < operations; i++) {

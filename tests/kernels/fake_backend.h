@@ -72,5 +72,8 @@ int32_t fake_next(const int32_t *tokens, size_t count, uint64_t stamp, uint64_t 
 float fake_logprob(int32_t token);
 
 #define FAKE_VOCAB 512
+/* What a full one says, with a map of its memory as long as a card's. */
+#define FAKE_FULL      "the fake device is full" CLAAS_MEMORY_HELD
+#define FAKE_MAP_BYTES 600
 
 #endif

@@ -62,6 +62,7 @@ static void test_full_device(void **state)
     claas_adapter_t *first = adapter_new(&rig, 1), *second = adapter_new(&rig, 2);
     struct claas_lora_config lora = claas_adapter_lora(first);
     struct job *job = jobs_new(1);
+    struct claas_device_event refused;
     uint64_t id;
 
     fake.adapter_room = 2;
@@ -70,7 +71,9 @@ static void test_full_device(void **state)
     job_submit(&rig, job);
     fake_wait_at_gate();
     assert_int_equal(claas_device_adapter_init(rig.client, &lora, 3, CLAAS_ADAPTER_SERVE, &id), 0);
-    assert_int_equal(wait_for(&rig, CLAAS_EVENT_FAILED, id).error, CLAAS_ERR_NO_MEMORY);
+    refused = wait_for(&rig, CLAAS_EVENT_FAILED, id);
+    assert_int_equal(refused.error, CLAAS_ERR_NO_MEMORY);
+    assert_int_equal(strlen(refused.text), strlen(FAKE_FULL) + FAKE_MAP_BYTES); /* all of the map */
     assert_int_equal(fake.adapters_refused, 2);
     assert_false(claas_adapter_is_shared(first));
     claas_adapter_unref(&first);

@@ -19,7 +19,7 @@
 #define SKIP       77
 
 static int passed, failed;
-static char why[512]; /* the group's first failure, or "" */
+static char why[64 + CLAAS_ERROR_TEXT_BYTES]; /* the group's first failure, or "" */
 
 #define FAIL(...)                                                                                  \
     do {                                                                                           \
