@@ -2,6 +2,8 @@
 import http.client
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +181,27 @@ def test_out_of_memory_to_the_end(make):
     assert server.chat("a/one")["choices"]
     assert server.versions("a/one")["current"] == 0
     assert server.stop() == 0
+
+
+def test_unit(tmp_path):
+    """examples/claas.service: what it names is there, and a card that is lost is started for again."""
+    text = (ROOT / "examples" / "claas.service").read_text(encoding="utf-8")
+    lines = [line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#")]
+    unit = dict(lines)
+    assert len(unit) == len(lines), "a key twice"
+    header = (ROOT / "include" / "claas" / "device.h").read_text(encoding="utf-8")
+    assert unit["Environment"] == re.search(r'define CLAAS_DEVICE_LOST_VARIABLE "(\w+)"', header)[1] + "=1"
+    codes = (ROOT / "tools" / "verbs.h").read_text(encoding="utf-8")
+    assert unit["RestartForceExitStatus"] == re.search(r"EXIT_CODE_AGAIN\s*=\s*(\d+)", codes)[1]
+    assert unit["Restart"] == "on-abnormal"  # no other code than that
+    _, verb, *arguments = unit["ExecStart"].split()
+    known = subprocess.run([BINARY, verb, "--help"], capture_output=True, text=True, check=True).stdout
+    assert verb == "serve" and {a for a in arguments if a.startswith("-")} <= set(re.findall(r"--[a-z-]+", known))
+    if shutil.which("systemd-analyze"):
+        copy = tmp_path / "claas.service"
+        copy.write_text(text.replace("/usr/local/bin/claas", str(pathlib.Path(BINARY).resolve())), encoding="utf-8")
+        checked = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False)
+        assert "claas.service" not in checked.stderr, checked.stderr
 
 
 def test_fault_must_be_understood(tmp_path):
