@@ -151,7 +151,7 @@ static void requeue(struct scheduler *scheduler, const cJSON *list)
         claas_json_get_string(json, "job_id", &id);
         job = job_find(scheduler, id);
         if (job && !job->run)
-            record_waits(scheduler, job);
+            record_waits(scheduler, job, "");
     }
 }
 

@@ -53,7 +53,7 @@ static void record_waiting(struct cycle_run *run)
 {
     for (int i = 0; i < run->job_count && !run->waits; i++)
         if (!run->jobs[i]->cancel)
-            record_waits(run->scheduler, run->jobs[i]);
+            record_waits(run->scheduler, run->jobs[i], run->away);
 }
 
 void cycle_run_abandon(struct cycle_run *run)
@@ -292,6 +292,7 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     } else if (is_crowded(run, code)) {
         requeue(run, retry_delay(code, 0));
     } else if (is_blameless(code)) {
+        claas_copy_text(run->away, sizeof(run->away), text);
         requeue(run, code == CLAAS_ERR_NO_SPACE ? RETRY_FULL_MS : away_delay(run));
     } else if (!is_hopeless(code)) {
         strike(run, code, text);

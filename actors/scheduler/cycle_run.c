@@ -1,7 +1,7 @@
-/* A cycle, step by step: input from storage, CYCLE_BEGIN, one CYCLE_STEP after the other with the
- * gate's judgement in between, CYCLE_KEEP whenever a candidate is the best so far, and around every
- * step CYCLE_CHECK. Each function sends one request; its reply starts the next. The end of a cycle
- * is in cycle_end.c. */
+/* A cycle, step by step: the sampler's model, input from storage, CYCLE_BEGIN, one CYCLE_STEP after
+ * the other with the gate's judgement in between, CYCLE_KEEP whenever a candidate is the best so
+ * far, and around every step CYCLE_CHECK. Each function sends one request; its reply starts the
+ * next. The end of a cycle is in cycle_end.c. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -293,6 +293,8 @@ static cJSON *begin_body(struct cycle_run *run, const cJSON *input)
 
     claas_json_get_string(input, "directory", &directory);
     claas_json_set_string(body, "lora_id", run->lora_id);
+    claas_json_set_string(body, "model", run->model);
+    claas_json_set_string(body, "fingerprint", run->fingerprint);
     claas_json_set_int(body, "version", run->version);
     claas_json_set_string(body, "directory", directory);
     claas_json_set_int(body, "seed", (int64_t)run->seed);
@@ -352,6 +354,34 @@ static void ask_input(struct cycle_run *run)
         cycle_run_fail(run, rc, claas_error_text());
 }
 
+/* Without the sampler nobody could say whether the trainer has its model: the jobs wait for it too.
+ */
+static void model_read(void *self, void *arg, claas_message_t *reply)
+{
+    struct cycle_run *run = arg;
+    const char *model = "", *fingerprint = "";
+
+    (void)self;
+    run->ask = 0;
+    if (reply->error) {
+        cycle_run_fail(run, CLAAS_ERR_UNAVAILABLE, reply->error_text);
+        return;
+    }
+    claas_json_get_string(reply->body, "name", &model);
+    claas_json_get_string(reply->body, "fingerprint", &fingerprint);
+    claas_copy_text(run->model, sizeof(run->model), model);
+    claas_copy_text(run->fingerprint, sizeof(run->fingerprint), fingerprint);
+    ask_input(run);
+}
+
+static void ask_model(struct cycle_run *run)
+{
+    int rc = cycle_run_ask(run, "sampler", CLAAS_MSG_MODEL_INFO, NULL, ASK_MS, model_read);
+
+    if (rc < 0)
+        cycle_run_fail(run, rc, claas_error_text());
+}
+
 /* FNV-1a of a job's id: the cycle's seed, so that a resumed job makes the same cycle. */
 static uint64_t seed_of(const char *text)
 {
@@ -392,5 +422,5 @@ void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int c
     scheduler->runs = run;
     scheduler->run_count++;
     record_state(run, "batched");
-    ask_input(run);
+    ask_model(run);
 }

@@ -70,10 +70,12 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
     return rc;
 }
 
-void record_waits(struct scheduler *scheduler, struct job *job)
+void record_waits(struct scheduler *scheduler, struct job *job, const char *reason)
 {
     cJSON *event = cJSON_CreateObject();
 
     claas_json_set_string(event, "kind", "state");
+    if (reason[0])
+        claas_json_set_string(event, "reason", reason);
     (void)record_jobs(scheduler, &job, 1, &(struct record){.state = "queued", .event = event});
 }

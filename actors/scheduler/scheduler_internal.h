@@ -2,6 +2,7 @@
 #ifndef CLAAS_SCHEDULER_INTERNAL_H
 #define CLAAS_SCHEDULER_INTERNAL_H
 
+#include "claas/err.h"
 #include "plan.h"
 #include "scheduler.h"
 
@@ -52,7 +53,8 @@ struct cycle_run {
     struct scheduler *scheduler;
     char cycle_id[65];
     char lora_id[257];
-    char trainer[CLAAS_NAME_MAX]; /* "trainer" until one has begun the cycle */
+    char trainer[CLAAS_NAME_MAX];     /* "trainer" until one has begun the cycle */
+    char model[257], fingerprint[65]; /* the sampler's, which the trainer's has to be */
     struct job *jobs[CYCLE_JOBS_MAX];
     int job_count;
     struct plan plan;
@@ -70,6 +72,7 @@ struct cycle_run {
     bool publishing; /* too late to cancel */
     bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
     bool waits;      /* over, and on disk its jobs wait again already */
+    char away[CLAAS_ERROR_TEXT_BYTES]; /* over, and what its jobs wait for, "" = their turn */
     bool company; /* another cycle ran at some time of its life: who spoilt what is not certain */
     int64_t started_ms, started_unix_ms;
 };
@@ -152,8 +155,9 @@ struct record {
 };
 int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
                 const struct record *record);
-/* The job waits again; where that cannot be recorded, it does all the same. */
-void record_waits(struct scheduler *scheduler, struct job *job);
+/* The job waits again, for its turn (reason "") or for what the reason says; where that cannot be
+ * recorded, it does all the same. */
+void record_waits(struct scheduler *scheduler, struct job *job, const char *reason);
 
 /* crash.c */
 /* Whether a trainer in a process of its own crashed at that time or later: a sentence that says so.

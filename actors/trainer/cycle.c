@@ -182,6 +182,23 @@ static int read_standing(struct cycle *cycle, const cJSON *list)
     return 0;
 }
 
+/* Another model's tokens and log-probs would be trained as if they were this one's. The job waits
+ * for a trainer of its model. */
+static int check_model(const struct trainer *trainer, const cJSON *body)
+{
+    const char *own = claas_model_fingerprint(trainer->model);
+    const char *model = "", *fingerprint = "";
+
+    claas_json_get_string(body, "model", &model);
+    claas_json_get_string(body, "fingerprint", &fingerprint);
+    if (strcmp(fingerprint, own) == 0)
+        return 0;
+    return claas_fail(CLAAS_ERR_UNAVAILABLE,
+                      "the trainer has the model %s (fingerprint %s), the sampler %s (fingerprint "
+                      "%s): both need the same --model",
+                      claas_model_name(trainer->model), own, model, fingerprint);
+}
+
 static int read_begin(struct cycle *cycle, const claas_message_t *message)
 {
     const cJSON *body = message->body;
@@ -276,7 +293,9 @@ int handle_cycle_begin(void *self, claas_message_t *message)
     drop_orphans(trainer, &message->reply_to);
     cycle->trainer = trainer;
     cycle->reply_to = message->reply_to;
-    rc = read_begin(cycle, message);
+    rc = check_model(trainer, message->body);
+    if (rc == 0)
+        rc = read_begin(cycle, message);
     if (rc == 0 && cycle_find(trainer, cycle->id))
         rc = claas_fail(CLAAS_ERR_EXISTS, "cycle %s is open", cycle->id);
     claas_json_get_string(message->body, "directory", &directory);

@@ -253,3 +253,32 @@ def test_trainer_alone(tmp_path):
     finally:
         for server in (*alone, main):
             server.kill()
+
+
+@pytest.mark.parametrize("model", ["random:tiny-llama:1", "random:tiny-qwen3"])
+def test_trainer_of_another_model(tmp_path, model):
+    """Nothing is trained on it, and nothing is lost: the feedback waits, with the reason, for the right one."""
+    main = Server(tmp_path / "db", arguments=["--roles", "bridge,storage,scheduler,sampler"])
+    right, wrong = (Server(tmp_path / "db", arguments=["--role", "trainer"], log=tmp_path / "trainer.log", **more)
+                    for more in ({}, {"model": model}))
+    try:
+        main.start()
+        right.start()
+        main.wait_until(lambda: main.health()["status"] == "healthy", what="a joined trainer")
+        main.init("a/one")
+        assert right.stop() == 0
+        wrong.start()
+        main.wait_until(lambda: main.health()["status"] == "healthy", what="a joined trainer")
+        job_id = main.feedback("a/one", wait=False)["job_id"]
+        reason = main.wait_until(lambda: next((e["reason"] for e in main.job(job_id)["events"] if "the trainer has" in e.get("reason", "")), None),
+                                 what="the reason")
+        assert f"the trainer has the model {model.replace(':', '-')} (" in reason and "the sampler random-tiny-llama (" in reason, reason
+        assert wrong.stop() == 0
+        right.start()
+        job = main.wait_state(job_id)
+        assert ends_of(job) == ["done"] and job["strikes"] == 0, job
+        assert main.chat("a/one")["choices"]
+        assert main.stop() == 0
+    finally:
+        for server in (right, wrong, main):
+            server.kill()

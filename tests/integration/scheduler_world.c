@@ -292,6 +292,21 @@ static int job_get(const claas_message_t *message, cJSON *reply)
     return 0;
 }
 
+/* --- sampler -----------------------------------------------------------------------------------
+ */
+
+static int model_info(const claas_message_t *message, cJSON *reply)
+{
+    (void)message;
+    claas_json_set_string(reply, "name", "tiny");
+    claas_json_set_string(reply, "fingerprint", "f");
+    claas_json_set_int(reply, "context", 128);
+    claas_json_set_string(reply, "chat_template", "chatml");
+    claas_json_set(reply, "device", cJSON_CreateObject());
+    claas_json_set_int(reply, "created", 1);
+    return 0;
+}
+
 /* --- trainer -----------------------------------------------------------------------------------
  */
 
@@ -325,8 +340,13 @@ static int cycle_begin(const claas_message_t *message, cJSON *reply)
 {
     char *ids = world.cycles[world.cycle_count];
     bool bad = false;
+    const char *model = "", *fingerprint = "";
     const cJSON *item;
 
+    claas_json_get_string(message->body, "model", &model);
+    claas_json_get_string(message->body, "fingerprint", &fingerprint);
+    assert_string_equal(model, "tiny");
+    assert_string_equal(fingerprint, "f");
     assert_true(world.cycle_count < CYCLES_MAX);
     ids[0] = '\0';
     cJSON_ArrayForEach(item, claas_json_get(message->body, "items"))
@@ -404,6 +424,7 @@ static const struct {
     {CLAAS_MSG_CYCLE_CHECK, cycle_check},
     {CLAAS_MSG_VERSION_PUBLISH, version_publish},
     {CLAAS_MSG_JOB_GET, job_get},
+    {CLAAS_MSG_MODEL_INFO, model_info},
     {CLAAS_MSG_CYCLE_BEGIN, cycle_begin},
     {CLAAS_MSG_CYCLE_STEP, cycle_step},
     {CLAAS_MSG_CYCLE_KEEP, cycle_keep},
@@ -484,6 +505,9 @@ static const struct claas_handler storage_handlers[] = {
     {CLAAS_MSG_VERSION_PUBLISH, fake_handle}, {CLAAS_MSG_JOB_GET, fake_handle},
     {CLAAS_MSG_CYCLE_CHECK, fake_handle},
 };
+static const struct claas_handler sampler_handlers[] = {
+    {CLAAS_MSG_MODEL_INFO, fake_handle},
+};
 static const struct claas_handler trainer_handlers[] = {
     {CLAAS_MSG_CYCLE_BEGIN, fake_handle}, {CLAAS_MSG_CYCLE_STEP, fake_handle},
     {CLAAS_MSG_CYCLE_KEEP, fake_handle},  {CLAAS_MSG_CYCLE_STAGE, fake_handle},
@@ -491,6 +515,8 @@ static const struct claas_handler trainer_handlers[] = {
 };
 static const struct claas_actor_class storage_class = {
     "storage", storage_handlers, CLAAS_COUNT(storage_handlers), fake_start, NULL, fake_stop};
+static const struct claas_actor_class sampler_class = {
+    "sampler", sampler_handlers, CLAAS_COUNT(sampler_handlers), fake_start, NULL, fake_stop};
 static const struct claas_actor_class trainer_class = {
     "trainer", trainer_handlers, CLAAS_COUNT(trainer_handlers), fake_start, NULL, fake_stop};
 
@@ -503,6 +529,7 @@ void rig_start(struct rig *rig)
     assert_int_equal(claas_runtime_new(rig->config, &rig->runtime), 0);
     assert_int_equal(claas_runtime_start(rig->runtime, &storage_class, "storage", NULL), 0);
     assert_int_equal(claas_runtime_start(rig->runtime, &trainer_class, "trainer.0", NULL), 0);
+    assert_int_equal(claas_runtime_start(rig->runtime, &sampler_class, "sampler.0", NULL), 0);
     assert_int_equal(
         claas_runtime_start(rig->runtime, &claas_scheduler_class, "scheduler", &rig->args), 0);
     assert_int_equal(claas_runtime_start(rig->runtime, &driver_class, "driver", rig->probe), 0);

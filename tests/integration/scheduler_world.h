@@ -1,6 +1,7 @@
-/* A fake storage and a fake trainer around the scheduler that keep just enough of a world (jobs,
- * versions, events) to notice what would be lost, done twice or never done. The test scripts them:
- * the n-th call fails, fails after it has taken effect, waits, or is never answered. */
+/* A fake storage, a fake sampler and a fake trainer around the scheduler that keep just enough of a
+ * world (jobs, versions, events) to notice what would be lost, done twice or never done. The test
+ * scripts them: the n-th call fails, fails after it has taken effect, waits, or is never answered.
+ */
 #ifndef CLAAS_TEST_SCHEDULER_WORLD_H
 #define CLAAS_TEST_SCHEDULER_WORLD_H
 

@@ -77,6 +77,25 @@ static void test_absent_peers_are_no_strikes(void **state)
     assert_int_equal(count_state(look_for("job-1"), "queued"), 4); /* each time it waits */
 }
 
+/* Which model was sampled cannot be told: nothing is trained meanwhile, and it is no strike. */
+static void test_absent_sampler(void **state)
+{
+    struct rig *rig = *state;
+    const char *reason = "";
+    const cJSON *event;
+
+    fail_next(CLAAS_MSG_MODEL_INFO, 1, CLAAS_ERR_DEADLINE, false);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    assert_int_equal(look_for("job-1")->strikes, 0);
+    assert_int_equal(calls_of(CLAAS_MSG_MODEL_INFO), 2);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 1);
+    cJSON_ArrayForEach(event, look_for("job-1")->events)
+        claas_json_get_string(event, "reason", &reason);
+    assert_int_equal(strlen(reason), FAILURE_BYTES); /* what it waited for */
+}
+
 /* What a job's own kernels fault on would lose every device, one life after the other. */
 static void test_job_that_loses_devices(void **state)
 {
@@ -409,6 +428,7 @@ int main(void)
         TEST(test_rejected),
         TEST(test_strikes_park),
         TEST(test_absent_peers_are_no_strikes),
+        TEST(test_absent_sampler),
         TEST(test_job_that_loses_devices),
         TEST(test_bad_company),
         TEST(test_adapters_take_turns),

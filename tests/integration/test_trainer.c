@@ -289,11 +289,13 @@ static cJSON *about_cycle(const char *id)
     return body;
 }
 
-static void begin(struct rig *rig, const char *id, int max_tokens)
+/* With what the sampler of that model said. */
+static struct question ask_begin(struct rig *rig, const char *id, int max_tokens,
+                                 const char *fingerprint)
 {
     static const int32_t prompt[] = {5, 6, 7, 8}, response[] = {9, 10};
     static const float logprobs[] = {-1, -2};
-    const struct claas_attachment parts[] = {
+    static const struct claas_attachment parts[] = {
         {.data = prompt, .length = sizeof(prompt)},
         {.data = response, .length = sizeof(response)},
         {.data = logprobs, .length = sizeof(logprobs)},
@@ -302,6 +304,8 @@ static void begin(struct rig *rig, const char *id, int max_tokens)
     cJSON *body = about_cycle(id);
 
     claas_json_set_string(body, "lora_id", "me/a");
+    claas_json_set_string(body, "model", "sampled");
+    claas_json_set_string(body, "fingerprint", fingerprint);
     claas_json_set_int(body, "version", 0);
     claas_json_set_string(body, "directory", directory);
     claas_json_set_int(body, "seed", 3);
@@ -312,7 +316,34 @@ static void begin(struct rig *rig, const char *id, int max_tokens)
     claas_json_set(body, "replay", cJSON_CreateArray());
     claas_json_set(body, "standing", cJSON_CreateArray());
     claas_json_set(body, "recent", cJSON_CreateArray());
-    cJSON_Delete(call(rig, CLAAS_MSG_CYCLE_BEGIN, body, parts, CLAAS_COUNT(parts)));
+    return (struct question){.to = "trainer",
+                             .type = CLAAS_MSG_CYCLE_BEGIN,
+                             .body = body,
+                             .attachments = parts,
+                             .attachment_count = CLAAS_COUNT(parts),
+                             .timeout_ms = WAIT_MS};
+}
+
+static void begin(struct rig *rig, const char *id, int max_tokens)
+{
+    struct question question = ask_begin(rig, id, max_tokens, claas_model_fingerprint(rig->model));
+
+    if (probe_call(rig->probe, &question) != 0)
+        fail_msg("%s", question.text);
+}
+
+/* Before anything is loaded, and in words that say which is which. */
+static void test_another_model(void **state)
+{
+    struct rig *rig = *state;
+    struct question question = ask_begin(rig, "c", 1, "0123456789abcdef");
+
+    init(rig, "me/a");
+    assert_int_equal(probe_call(rig->probe, &question), CLAAS_ERR_UNAVAILABLE);
+    assert_non_null(
+        strstr(question.text, "the trainer has the model random-tiny-llama (fingerprint "));
+    assert_non_null(strstr(question.text, "the sampler sampled (fingerprint 0123456789abcdef)"));
+    begin(rig, "c", 1);
 }
 
 #define ROWS                                                                                       \
@@ -609,6 +640,7 @@ int main(void)
         TEST(test_a_large_upload_is_not_read),
         TEST(test_import),
         TEST(test_errors_name_no_paths_of_the_server),
+        TEST(test_another_model),
         TEST(test_steps_begun_ahead),
         TEST(test_staging_begins_early),
         TEST(test_a_staged_directory_that_is_gone),
