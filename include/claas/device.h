@@ -114,7 +114,7 @@ struct claas_cards {
 int claas_device_cards(struct claas_cards *ret);
 
 /* Set in the environment by whoever starts a process again that lost its card: a card that is not
- * there is then DEVICE_LOST, and `auto` does not make do with the CPU. */
+ * there, or does not open, is then DEVICE_LOST, and `auto` does not make do with the CPU. */
 #define CLAAS_DEVICE_LOST_VARIABLE "CLAAS_DEVICE_LOST"
 
 int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret);

@@ -220,6 +220,12 @@ void *cuda_take(struct cuda_arena *arena, size_t bytes)
 
 /* --- opening --- */
 
+/* A card was lost, and this process was started to go on with it. */
+static bool is_second_life(void)
+{
+    return getenv(CLAAS_DEVICE_LOST_VARIABLE) != NULL;
+}
+
 int cuda_find_device(void)
 {
     int count = 0, driver = 0;
@@ -230,7 +236,7 @@ int cuda_find_device(void)
         return 0;
     (void)cudaDriverGetVersion(&driver);
     (void)cudaGetLastError();
-    if (driver > 0 && getenv(CLAAS_DEVICE_LOST_VARIABLE))
+    if (driver > 0 && is_second_life())
         return claas_fail(CLAAS_ERR_DEVICE_LOST, "the card has not come back: %s",
                           code == cudaSuccess ? "no CUDA device" : cudaGetErrorString(code));
     if (code == cudaSuccess || code == cudaErrorNoDevice)
@@ -346,7 +352,8 @@ int cuda_context_open(enum cuda_type act, struct cuda_context *ret)
         rc = open_library(&context);
     if (rc < 0) {
         cuda_context_close(&context);
-        return rc;
+        /* It is listed, and not ready yet. */
+        return rc == CLAAS_ERR_DEVICE && is_second_life() ? CLAAS_ERR_DEVICE_LOST : rc;
     }
     (void)pthread_mutex_destroy(&context.capture); /* a mutex in use must not be copied */
     *ret = context;

@@ -73,8 +73,9 @@ struct cuda_context {
 /* Whether there is a usable driver and a card: 0, or UNSUPPORTED with one clear line. */
 int cuda_find_device(void);
 /* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, a
- * driver or a card too old (below sm_80). CLAAS_CUDA_MEMORY_LIMIT=BYTES makes the card as small as
- * that for cuda_region_new: to see on a large card what happens on a full one. */
+ * driver or a card too old (below sm_80). A card that is listed and does not open is DEVICE, or
+ * DEVICE_LOST with CLAAS_DEVICE_LOST_VARIABLE set. CLAAS_CUDA_MEMORY_LIMIT=BYTES makes the card as
+ * small as that for cuda_region_new: to see on a large card what happens on a full one. */
 int cuda_context_open(enum cuda_type act, struct cuda_context *ret);
 void cuda_context_close(struct cuda_context *context);
 
