@@ -81,13 +81,16 @@ static int fail_archive(struct archive *archive)
     return claas_fail(CLAAS_ERR_IO, "export: %s", archive_error_string(archive));
 }
 
-static int copy_file(struct archive *archive, int fd, int64_t size, char *block)
+static int copy_file(struct archive *archive, int fd, int64_t size, char *block,
+                     const atomic_bool *stop)
 {
     int64_t at = 0;
 
     while (at < size) {
         ssize_t n = pread(fd, block, BLOCK_BYTES, (off_t)at);
 
+        if (atomic_load(stop))
+            return claas_fail(CLAAS_ERR_CANCELLED, "export: nobody waits for it any more");
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
@@ -100,7 +103,8 @@ static int copy_file(struct archive *archive, int fd, int64_t size, char *block)
     return 0;
 }
 
-static int add_file(struct archive *archive, int fd, const char *name, char *block)
+static int add_file(struct archive *archive, int fd, const char *name, char *block,
+                    const atomic_bool *stop)
 {
     CLAAS_AUTO(entry_done) struct archive_entry *entry = archive_entry_new();
     struct stat info;
@@ -116,10 +120,10 @@ static int add_file(struct archive *archive, int fd, const char *name, char *blo
     archive_entry_set_mtime(entry, 0, 0);
     if (archive_write_header(archive, entry) != ARCHIVE_OK)
         return fail_archive(archive);
-    return copy_file(archive, fd, (int64_t)info.st_size, block);
+    return copy_file(archive, fd, (int64_t)info.st_size, block, stop);
 }
 
-static int write_zip(const struct export_files *files, int fd)
+static int write_zip(const struct export_files *files, int fd, const atomic_bool *stop)
 {
     CLAAS_AUTO(archive_done) struct archive *archive = archive_write_new();
     CLAAS_AUTO_FREE char *block = claas_alloc(BLOCK_BYTES, 1);
@@ -133,7 +137,7 @@ static int write_zip(const struct export_files *files, int fd)
         archive_write_open_fd(archive, fd) != ARCHIVE_OK)
         return fail_archive(archive);
     for (size_t i = 0; i < files->count; i++) {
-        int rc = add_file(archive, files->fds[i], files->names[i], block);
+        int rc = add_file(archive, files->fds[i], files->names[i], block, stop);
 
         if (rc < 0)
             return rc;
@@ -141,14 +145,14 @@ static int write_zip(const struct export_files *files, int fd)
     return archive_write_close(archive) == ARCHIVE_OK ? 0 : fail_archive(archive);
 }
 
-int export_write(const struct export_files *files, const char *path)
+int export_write(const struct export_files *files, const char *path, const atomic_bool *stop)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     int rc;
 
     if (fd < 0)
         return claas_fail_errno("export");
-    rc = write_zip(files, fd);
+    rc = write_zip(files, fd, stop);
     close(fd);
     if (rc < 0)
         unlink(path);

@@ -4,6 +4,7 @@
 #ifndef CLAAS_STORAGE_EXPORT_H
 #define CLAAS_STORAGE_EXPORT_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -19,8 +20,8 @@ struct export_files {
 /* Opens the files of the directory; with `optimizer` its state too: NOT_FOUND if that is gone. */
 int export_open(const char *directory, bool optimizer, struct export_files *ret);
 void export_close(struct export_files *files);
-/* Writes `path`, which must not exist; removes it again on failure. Reads and writes in bulk: not
- * for an actor's loop. */
-int export_write(const struct export_files *files, const char *path);
+/* Writes `path`, which must not exist; removes it again on failure. `stop` breaks it off:
+ * CANCELLED. Reads and writes in bulk: not for an actor's loop. */
+int export_write(const struct export_files *files, const char *path, const atomic_bool *stop);
 
 #endif

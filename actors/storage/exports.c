@@ -1,14 +1,20 @@
 /* Zips being written beside the storage actor's loop: a thread each, at most a few. A thread owns
  * its work until it has put the work's number into the pipe; then the loop joins it and answers. So
- * nothing is shared and nothing is locked. */
+ * nothing is locked, and nothing is shared but the word that nobody waits any more.
+ *
+ * Who gets the answer opens the zip and unlinks it at once. Where the asker went while the answer
+ * was on its way, nobody does: such zips are swept. */
 #include "exports.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "claas/err.h"
@@ -17,12 +23,15 @@
 #include "export.h"
 
 #define WORKS_MAX 4
+#define PREFIX    "export-"
+#define KEPT_S    120 /* nobody waits longer for an export, and its answer takes milliseconds */
 
 struct work {
     bool busy;
     pthread_t thread;
     int done; /* write end of the pipe */
     unsigned char index;
+    atomic_bool stop; /* the asker has gone */
     struct export_order order;
     struct export_files files;
     char *path;
@@ -67,6 +76,7 @@ void exports_free(struct exports **exports)
 
         if (!work->busy)
             continue;
+        atomic_store(&work->stop, true);
         pthread_join(work->thread, NULL);
         if (work->rc == 0)
             unlink(work->path);
@@ -83,7 +93,7 @@ static void *run(void *arg)
 {
     struct work *work = arg;
 
-    work->rc = export_write(&work->files, work->path);
+    work->rc = export_write(&work->files, work->path, &work->stop);
     if (work->rc < 0)
         snprintf(work->error, sizeof(work->error), "%s", claas_error_text());
     /* One byte into an empty pipe of 64 KiB: neither short nor blocking. */
@@ -124,7 +134,7 @@ int exports_start(struct exports *exports, const struct export_order *order, con
     work->done = exports->pipe[1];
     work->order = *order;
     claas_random_hex(hex, 8);
-    work->path = claas_format("%s/export-%s.zip", staging, hex);
+    work->path = claas_format("%s/" PREFIX "%s.zip", staging, hex);
     rc = work->path ? export_open(directory, order->optimizer, &work->files)
                     : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     if (rc == 0)
@@ -149,26 +159,79 @@ int exports_fd(const struct exports *exports)
     return exports->pipe[0];
 }
 
+void exports_abandon(struct exports *exports, const struct claas_reply_to *to)
+{
+    for (size_t i = 0; i < WORKS_MAX; i++) {
+        struct work *work = &exports->works[i];
+
+        if (work->busy && work->order.reply_to.correlation == to->correlation &&
+            strcmp(work->order.reply_to.to, to->to) == 0)
+            atomic_store(&work->stop, true);
+    }
+}
+
+/* The answer is of no use to an asker that is gone, but it is only lost: the zip would stay. */
+static void answer(struct exports *exports, struct work *work)
+{
+    cJSON *body;
+
+    if (work->rc < 0) {
+        claas_actor_reply_error(exports->actor, &work->order.reply_to, work->rc, work->error);
+        return;
+    }
+    body = cJSON_CreateObject();
+    claas_json_set_string(body, "path", work->path);
+    claas_json_set_string(body, "lora_id", work->order.lora_id);
+    claas_json_set_int(body, "version", work->order.version);
+    if (atomic_load(&work->stop) ||
+        claas_actor_reply(exports->actor, &work->order.reply_to, CLAAS_TAKE(body)) < 0)
+        unlink(work->path);
+    claas_json_free(&body);
+}
+
 void exports_finish(struct exports *exports)
 {
     unsigned char index = WORKS_MAX;
     struct work *work;
-    cJSON *body;
 
     if (read(exports->pipe[0], &index, 1) != 1 || index >= WORKS_MAX)
         return;
     work = &exports->works[index];
     pthread_join(work->thread, NULL);
-    if (work->rc < 0) {
-        claas_actor_reply_error(exports->actor, &work->order.reply_to, work->rc, work->error);
-    } else {
-        body = cJSON_CreateObject();
-        claas_json_set_string(body, "path", work->path);
-        claas_json_set_string(body, "lora_id", work->order.lora_id);
-        claas_json_set_int(body, "version", work->order.version);
-        /* Nobody to open it: nobody to unlink it either. */
-        if (claas_actor_reply(exports->actor, &work->order.reply_to, body) < 0)
-            unlink(work->path);
-    }
+    answer(exports, work);
     work_done(work);
+}
+
+/* --- zips that nobody fetched ---------------------------------------------------------- */
+
+static bool is_written(const struct exports *exports, const char *path)
+{
+    for (size_t i = 0; i < WORKS_MAX; i++)
+        if (exports->works[i].busy && strcmp(exports->works[i].path, path) == 0)
+            return true;
+    return false;
+}
+
+static void sweep(const struct exports *exports, const char *path)
+{
+    struct stat info;
+
+    if (!is_written(exports, path) && stat(path, &info) == 0 && time(NULL) - info.st_mtime > KEPT_S)
+        unlink(path);
+}
+
+void exports_sweep(const struct exports *exports, const char *staging)
+{
+    DIR *dir = opendir(staging);
+    struct dirent *entry;
+
+    if (!dir)
+        return;
+    while ((entry = readdir(dir)) != NULL) {
+        CLAAS_AUTO_FREE char *path = claas_format("%s/%s", staging, entry->d_name);
+
+        if (path && strncmp(entry->d_name, PREFIX, strlen(PREFIX)) == 0)
+            sweep(exports, path);
+    }
+    closedir(dir);
 }

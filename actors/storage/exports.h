@@ -18,12 +18,16 @@ struct export_order {
 };
 
 int exports_new(claas_actor_t *actor, struct exports **ret);
-/* Waits for what is being written; answers nobody any more. */
+/* Breaks off what is being written; answers nobody any more. */
 void exports_free(struct exports **exports);
 /* Opens the version's files at once, writes a zip below `staging` in a thread, then answers the
  * order. OVERLOADED when too many are under way. */
 int exports_start(struct exports *exports, const struct export_order *order, const char *directory,
                   const char *staging);
+/* The asker has gone: what is written for it is broken off and removed. */
+void exports_abandon(struct exports *exports, const struct claas_reply_to *to);
+/* Removes zips whose asker went when they were written already. */
+void exports_sweep(const struct exports *exports, const char *staging);
 bool exports_idle(const struct exports *exports);
 /* For the actor's watch on exports_fd. */
 int exports_fd(const struct exports *exports);

@@ -270,6 +270,8 @@ static void tend(void *self, void *arg)
         rc = storage->store->ops->tend(storage->store);
     if (rc > 0)
         delay = TEND_BUSY_MS;
+    else
+        exports_sweep(storage->exports, storage->staging);
     if (rc < 0) {
         if (!storage->tend_failed)
             claas_warning("upkeep of the data directory: %s", claas_error_text());
@@ -277,6 +279,13 @@ static void tend(void *self, void *arg)
     }
     storage->tend_failed = rc < 0;
     storage->tend_timer = claas_actor_timer(storage->actor, delay, tend, NULL);
+}
+
+static void given_up(void *self, const struct claas_reply_to *to)
+{
+    struct storage *storage = self;
+
+    exports_abandon(storage->exports, to);
 }
 
 static void exported(void *self, int fd)
@@ -378,6 +387,7 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
         rc = claas_actor_watch(actor, storage->soon, commit_soon);
     if (rc < 0)
         return rc;
+    claas_actor_on_cancel(actor, given_up);
     storage->tend_timer = claas_actor_timer(actor, TEND_IDLE_MS, tend, NULL);
     *ret_self = CLAAS_TAKE(storage);
     return 0;

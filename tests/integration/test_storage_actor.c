@@ -6,8 +6,13 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <dirent.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/eventfd.h>
+#include <time.h>
 
 #include "../unit/storage_fixture.h"
 #include "claas/actor.h"
@@ -27,7 +32,8 @@ struct question {
     cJSON *body; /* taken by the asking */
     const struct claas_attachment *attachments;
     size_t attachment_count;
-    int repeat; /* so many at once, with one outstanding per producer */
+    bool give_up; /* nobody waits for the answer: cancelled when it is asked */
+    int repeat;   /* so many at once, with one outstanding per producer */
     /* the answer */
     bool done;
     int error, ended, failed;
@@ -47,6 +53,7 @@ static struct driver {
 } driver = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
 static void ask_next(struct question *question);
+static void question_ended(struct question *question);
 
 static void keep_answer(struct question *question, claas_message_t *reply)
 {
@@ -75,8 +82,12 @@ static void answered(void *self, void *arg, claas_message_t *reply)
         keep_answer(question, reply);
     if (driver.started < question->repeat)
         ask_next(question);
-    if (question->ended < question->repeat)
-        return;
+    if (question->ended == question->repeat)
+        question_ended(question);
+}
+
+static void question_ended(struct question *question)
+{
     pthread_mutex_lock(&driver.lock);
     question->done = true;
     pthread_cond_signal(&driver.changed);
@@ -85,6 +96,7 @@ static void answered(void *self, void *arg, claas_message_t *reply)
 
 static void ask_next(struct question *question)
 {
+    uint64_t id = 0;
     int rc;
 
     driver.started++;
@@ -99,10 +111,14 @@ static void ask_next(struct question *question)
                              .reply = answered,
                              .arg = question,
                          },
-                         NULL);
+                         &id);
     if (rc < 0) {
         fprintf(stderr, "ask: %s\n", claas_error_text());
         abort();
+    }
+    if (question->give_up) {
+        claas_actor_cancel(driver.actor, id);
+        question_ended(question);
     }
 }
 
@@ -330,6 +346,72 @@ static void test_export(void **ret)
     question_done(&question);
 }
 
+static int count_staged(const struct process *process)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/staging", process->data);
+    DIR *dir = opendir(path);
+    int count = 0;
+
+    assert_non_null(dir);
+    for (struct dirent *entry; (entry = readdir(dir));)
+        count += entry->d_name[0] != '.';
+    closedir(dir);
+    return count;
+}
+
+static void await_staged(const struct process *process, int count)
+{
+    for (int i = 0; i < WAIT_MS && count_staged(process) != count; i++)
+        (void)poll(NULL, 0, 1);
+    assert_int_equal(count_staged(process), count);
+}
+
+/* Who gives an export up leaves no zip. The weights are long enough that it is still written. */
+static void test_export_given_up(void **ret)
+{
+    struct process *process = *ret;
+    CLAAS_AUTO_FREE char *weights =
+        claas_format("%s/adapters/u/a/v000000/adapter_model.safetensors", process->data);
+    struct question question = {.type = CLAAS_MSG_ADAPTER_EXPORT, .give_up = true};
+    struct stat info;
+
+    make_adapter(process);
+    assert_int_equal(stat(weights, &info), 0);
+    assert_int_equal(truncate(weights, (off_t)512 << 20), 0);
+    question.body = cJSON_CreateObject();
+    claas_json_set_string(question.body, "lora_id", "u/a");
+    put(&question);
+    question_done(&question);
+    /* Told before this is answered, and the end waits for exports. */
+    assert_int_equal(ask(&question, CLAAS_MSG_ADAPTER_LIST, "{}"), 0);
+    question_done(&question);
+    stop_process(process);
+    assert_int_equal(count_staged(process), 0);
+    assert_int_equal(truncate(weights, info.st_size), 0);
+    assert_int_equal(start_process(process), 0);
+}
+
+/* One whose asker went when its answer was on its way is swept when nobody can want it any more. */
+static void test_exports_that_nobody_fetched(void **ret)
+{
+    struct process *process = *ret;
+    CLAAS_AUTO_FREE char *old = claas_format("%s/staging/export-0.zip", process->data);
+    CLAAS_AUTO_FREE char *other = claas_format("%s/staging/upload-0.zip", process->data);
+    struct timespec times[2] = {{.tv_sec = time(NULL) - 3600}, {.tv_sec = time(NULL) - 3600}};
+    struct question question;
+
+    make_adapter(process);
+    assert_int_equal(ask(&question, CLAAS_MSG_ADAPTER_EXPORT, "{\"lora_id\":\"u/a\"}"), 0);
+    assert_int_equal(claas_file_write(other, "x", 1), 0);
+    assert_int_equal(utimensat(AT_FDCWD, other, times, 0), 0);
+    assert_int_equal(claas_file_write(old, "x", 1), 0);
+    assert_int_equal(utimensat(AT_FDCWD, old, times, 0), 0);
+    await_staged(process, 2);
+    assert_int_equal(access(other, F_OK), 0);
+    assert_int_equal(access(text_of(question.reply, "path"), F_OK), 0);
+    question_done(&question);
+}
+
 /* Groups under one commit, each request acknowledged once, and the rate. */
 static void test_flood(void **ret)
 {
@@ -364,6 +446,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_life, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_export, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_export_given_up, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_exports_that_nobody_fetched, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_flood, set_up, tear_down),
     };
 

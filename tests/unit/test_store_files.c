@@ -394,12 +394,14 @@ static void test_rollout_retention(void **ret)
 
 /* --- export ---------------------------------------------------------------------------- */
 
+static const atomic_bool go_on;
+
 static void export_to(const char *directory, bool optimizer, const char *path)
 {
     struct export_files files;
 
     assert_int_equal(export_open(directory, optimizer, &files), 0);
-    assert_int_equal(export_write(&files, path), 0);
+    assert_int_equal(export_write(&files, path, &go_on), 0);
     export_close(&files);
 }
 
@@ -414,6 +416,7 @@ static void test_export(void **ret)
     CLAAS_AUTO_FREE char *a = NULL;
     CLAAS_AUTO_FREE char *b = NULL;
     CLAAS_AUTO_FREE char *plain = NULL;
+    const atomic_bool stop = true;
     struct export_files files;
     size_t a_length, b_length, plain_length;
 
@@ -440,9 +443,13 @@ static void test_export(void **ret)
     /* An existing file is not written over; a directory that went meanwhile is still readable. */
     assert_int_equal(export_open(directory, false, &files), 0);
     assert_int_equal(claas_remove_all(directory), 0);
-    assert_true(export_write(&files, first) < 0);
+    assert_true(export_write(&files, first, &go_on) < 0);
     unlink(second);
-    assert_int_equal(export_write(&files, second), 0);
+    assert_int_equal(export_write(&files, second, &go_on), 0);
+    /* One that nobody waits for leaves nothing. */
+    unlink(second);
+    assert_int_equal(export_write(&files, second, &stop), CLAAS_ERR_CANCELLED);
+    assert_int_equal(access(second, F_OK), -1);
     export_close(&files);
     assert_true(export_open(directory, false, &files) < 0);
 }
