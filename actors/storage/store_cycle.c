@@ -14,11 +14,14 @@
 #include "claas/mem.h"
 #include "store_sqlite.h"
 
-/* A message holds 64 MiB. Replay stops in time; the new items have to fit. */
-#define REPLAY_BYTES_MAX ((size_t)32 << 20)
-#define INPUT_BYTES_MAX  ((size_t)56 << 20)
-#define RECENT_BYTES_MAX ((int64_t)256 << 10) /* longer ones make no rows of a cycle */
-#define RECENT_SCAN      256                  /* answers looked at for distinct conversations */
+/* A message holds 64 MiB, CYCLE_BEGIN's body and attachments together, and all of the input goes
+ * into one: so all of it is counted, as long as it is in JSON. The new items have to fit, and what
+ * is still there for the teacher to see stays as long as it does; conversations that only keep them
+ * company stop earlier. What is left out is the oldest. The rest is for keys and brackets. */
+#define INPUT_BYTES_MAX   ((size_t)56 << 20)
+#define COMPANY_BYTES_MAX ((size_t)32 << 20)
+#define RECENT_BYTES_MAX  ((int64_t)256 << 10) /* longer ones make no rows of a cycle */
+#define RECENT_SCAN       256                  /* answers looked at for distinct conversations */
 
 /* ?1 adapter, ?2 version: the version and its ancestors; depth is the age in versions. */
 #define CHAIN                                                                                      \
@@ -38,12 +41,48 @@ struct input {
     const struct claas_store_request *request;
     struct claas_store_answer *answer;
     struct store_adapter adapter;
-    size_t bytes; /* of messages and arrays so far */
+    size_t bytes; /* of texts and arrays so far */
 };
 
 /* --- items ----------------------------------------------------------------------------- */
 
-static int attach(struct claas_store_answer *answer, sqlite3_stmt *row, int column, size_t *bytes)
+/* A text in JSON, without its quotes. */
+static size_t string_bytes(const char *text)
+{
+    size_t bytes = 0;
+
+    for (; *text; text++) {
+        bool plain = (unsigned char)*text >= 0x20;
+
+        bytes += plain ? 1 + (*text == '"' || *text == '\\') : strlen("\\u0000");
+    }
+    return bytes;
+}
+
+/* Takes its part of the message; false when there is none. */
+static bool take_room(struct input *input, size_t bytes, size_t limit)
+{
+    if (input->bytes + bytes > limit)
+        return false;
+    input->bytes += bytes;
+    return true;
+}
+
+/* Of an item. */
+static size_t row_bytes(sqlite3_stmt *row)
+{
+    static const int texts[] = {2, 3, 5, 6}, plain[] = {4, 9, 10, 11};
+    size_t bytes = 0;
+
+    for (size_t i = 0; i < CLAAS_COUNT(texts); i++)
+        if (!db_is_null(row, texts[i]))
+            bytes += string_bytes(db_text(row, texts[i]));
+    for (size_t i = 0; i < CLAAS_COUNT(plain); i++)
+        bytes += (size_t)sqlite3_column_bytes(row, plain[i]);
+    return bytes;
+}
+
+static int attach(struct claas_store_answer *answer, sqlite3_stmt *row, int column)
 {
     size_t length = (size_t)sqlite3_column_bytes(row, column);
     struct claas_store_blob *grown;
@@ -60,7 +99,6 @@ static int attach(struct claas_store_answer *answer, sqlite3_stmt *row, int colu
         memcpy(copy, sqlite3_column_blob(row, column), length);
     answer->blobs = grown;
     answer->blobs[answer->blob_count++] = (struct claas_store_blob){copy, length};
-    *bytes += length;
     return 0;
 }
 
@@ -90,13 +128,12 @@ static int item_row(struct input *input, sqlite3_stmt *row, cJSON **ret)
     if (!db_is_null(row, 3))
         store_set_text(item, "prompt", row, 3);
     rc = set_messages(item, row);
-    input->bytes += (size_t)sqlite3_column_bytes(row, 4) + (size_t)sqlite3_column_bytes(row, 6);
     store_set_text(item, "response", row, 6);
     store_set_text(item, "finish_reason", row, 7);
     store_set_int(item, "version", row, 8);
     claas_json_set_int(item, "attachments", (int64_t)input->answer->blob_count);
     for (int column = 9; rc == 0 && column <= 11; column++)
-        rc = attach(input->answer, row, column, &input->bytes);
+        rc = attach(input->answer, row, column);
     if (rc < 0)
         return rc;
     *ret = CLAAS_TAKE(item);
@@ -119,6 +156,9 @@ static int add_job_items(struct input *input, const struct store_job *job, cJSON
         if (cJSON_GetArraySize(list) == STORE_ITEMS_MAX)
             return claas_fail(CLAAS_ERR_LIMIT, "the jobs have more than %d items together",
                               STORE_ITEMS_MAX);
+        if (!take_room(input, row_bytes(statement), INPUT_BYTES_MAX))
+            return claas_fail(CLAAS_ERR_TOO_LARGE,
+                              "the jobs' conversations are too large together");
         rc = item_row(input, statement, &item);
         if (rc < 0)
             return rc;
@@ -157,8 +197,6 @@ static int add_items(struct input *input)
     }
     if (cJSON_GetArraySize(list) == 0)
         return claas_fail(CLAAS_ERR_NOT_FOUND, "the jobs have no items left to learn from");
-    if (input->bytes > INPUT_BYTES_MAX)
-        return claas_fail(CLAAS_ERR_TOO_LARGE, "the jobs' conversations are too large together");
     return 0;
 }
 
@@ -183,7 +221,7 @@ static int add_replay(struct input *input)
     while ((rc = db_step(db, statement)) > 0) {
         cJSON *item = NULL;
 
-        if (input->bytes > REPLAY_BYTES_MAX)
+        if (!take_room(input, row_bytes(statement), COMPANY_BYTES_MAX))
             return 0;
         rc = item_row(input, statement, &item);
         if (rc < 0)
@@ -201,21 +239,22 @@ static int add_standing(struct input *input)
     DB_STATEMENT *statement = NULL;
     int rc =
         db_query(db, &statement,
-                 CHAIN "SELECT id, text FROM ("
-                       " SELECT f.id, f.text, max(f.seq) AS seq FROM chain"
-                       "  JOIN feedback f ON f.adapter = ?1 AND f.version = chain.number"
-                       "  WHERE f.withdrawn IS NULL GROUP BY f.text"
-                       "  ORDER BY 3 DESC LIMIT ?3) ORDER BY seq",
+                 CHAIN "SELECT f.id, f.text, max(f.seq) FROM chain"
+                       " JOIN feedback f ON f.adapter = ?1 AND f.version = chain.number"
+                       " WHERE f.withdrawn IS NULL GROUP BY f.text ORDER BY 3 DESC LIMIT ?3",
                  "iii", input->adapter.id, input->adapter.current, (int64_t)STORE_STANDING_MAX);
 
     if (rc < 0)
         return rc;
     while ((rc = db_step(db, statement)) > 0) {
-        cJSON *item = cJSON_CreateObject();
+        cJSON *item;
 
+        if (!take_room(input, string_bytes(db_text(statement, 1)), INPUT_BYTES_MAX))
+            return 0;
+        item = cJSON_CreateObject();
         store_set_text(item, "id", statement, 0);
         store_set_text(item, "text", statement, 1);
-        cJSON_AddItemToArray(list, item);
+        cJSON_InsertItemInArray(list, 0, item);
     }
     return rc;
 }
@@ -231,7 +270,7 @@ static int add_recent(struct input *input)
     int rc = db_query(db, &statement,
                       "SELECT messages, conversation FROM rollouts r"
                       " WHERE principal = ?1 AND lora_id = ?2 AND kept = 0"
-                      " AND length(messages) <= ?4"
+                      " AND length(CAST(messages AS BLOB)) <= ?4"
                       " AND NOT EXISTS (SELECT 1 FROM rollouts k WHERE k.principal = ?1"
                       "  AND k.conversation = r.conversation AND k.kept = 1)"
                       " ORDER BY seq DESC LIMIT ?3",
@@ -249,6 +288,8 @@ static int add_recent(struct input *input)
             known = memcmp(seen[i], hash, sizeof(seen[0])) == 0;
         if (known)
             continue;
+        if (!take_room(input, (size_t)sqlite3_column_bytes(statement, 0), COMPANY_BYTES_MAX))
+            return 0;
         rc = store_parse(db_text(statement, 0), &messages);
         if (rc < 0)
             return rc;
@@ -293,11 +334,11 @@ int store_cycle_input(struct store *store, const struct claas_store_request *req
     claas_json_set_int(answer->body, "withdrawn", withdrawn);
     rc = add_items(&input);
     if (rc == 0)
-        rc = add_replay(&input);
-    if (rc == 0)
         rc = add_standing(&input);
     if (rc == 0)
         rc = add_recent(&input);
+    if (rc == 0)
+        rc = add_replay(&input);
     return rc;
 }
 

@@ -1,5 +1,10 @@
 """Conversations that fill the context: neither the user's recent ones nor earlier feedback nor a long list of standing
 feedback may spoil the learning of new feedback."""
+import contextlib
+import json
+import os
+import sqlite3
+
 import pytest
 
 from server import FAST, serving
@@ -50,3 +55,26 @@ def test_too_long_alone_is_nobody_elses_failure(server):
     server.wait_jobs(jobs)
     assert [server.job(job)["state"] for job in jobs] == ["done", "failed", "done"]
     assert "context" in server.job(jobs[1])["error"]
+
+
+def copy_row(database, table, **changes):
+    """The first row of the table once more, with these columns changed."""
+    database.row_factory = sqlite3.Row
+    row = dict(database.execute(f"SELECT * FROM {table} ORDER BY 1 LIMIT 1").fetchone(), **changes)
+    database.execute(f"INSERT INTO {table}({','.join(row)}) VALUES({','.join('?' * len(row))})", list(row.values()))
+
+
+def test_more_earlier_feedback_than_a_message_holds(tmp_path):
+    """The newest of it is replayed; the adapter learns on."""
+    with serving(tmp_path / "db") as server:
+        server.init("long/much")
+        assert server.feedback("long/much")["version"] == 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "db" / "claas.db")) as database:
+        for i in range(63):
+            messages = json.dumps([{"role": "user", "content": "w " * 300000 + str(i)}])
+            copy_row(database, "rollouts", seq=5000 + i, response_id=f"r{i}", messages=messages, conversation=os.urandom(32), kept=1)
+            copy_row(database, "rollout_choices", rollout=5000 + i)
+            copy_row(database, "feedback", seq=5000 + i, id=f"fb-{i:012x}", rollout=5000 + i)
+        database.commit()
+    with serving(tmp_path / "db") as server:
+        assert server.feedback("long/much")["version"] == 2

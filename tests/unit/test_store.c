@@ -956,6 +956,79 @@ static void test_replay_bounds(void **ret)
     claas_store_answer_done(&answer);
 }
 
+static size_t message_bytes(const struct claas_store_answer *answer)
+{
+    CLAAS_AUTO_FREE char *text = claas_json_print(answer->body);
+    size_t bytes = strlen(text);
+
+    for (size_t i = 0; i < answer->blob_count; i++)
+        bytes += answer->blobs[i].length;
+    return bytes;
+}
+
+/* `length` of one character, free with free(). */
+static char *long_text(char c, size_t length)
+{
+    char *text = claas_alloc(length + 1, 1);
+
+    memset(text, c, length);
+    return text;
+}
+
+/* All of an input goes into one message. A control character is six in JSON. */
+static void test_large_input(void **ret)
+{
+    struct state *state = *ret;
+    CLAAS_AUTO_FREE char *text = long_text('\1', (size_t)1 << 20);
+    CLAAS_AUTO_FREE char *large = long_text('\1', (size_t)5 << 20);
+    CLAAS_AUTO_FREE char *recent = long_text('r', (size_t)200 << 10);
+    struct claas_store_answer answer;
+    char job[65], id[32];
+
+    assert_int_equal(fixture_publish(state->store, state->data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(fixture_rollout(state->store, "new", "u/a", "q", "text", 1), 0);
+    assert_int_equal(fixture_rollout(state->store, "recent", "u/a", recent, "text", 1), 0);
+    for (int i = 0; i < 8; i++) {
+        snprintf(id, sizeof(id), "r%d", i);
+        assert_int_equal(fixture_rollout(state->store, id, "u/a", id, text, i), 0);
+    }
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(fixture_rollout(state->store, i ? "l1" : "l0", "u/a", "l", large, i), 0);
+    commit(state);
+    for (int i = 0; i < 8; i++) {
+        snprintf(id, sizeof(id), "r%d", i);
+        learn(state, id, id, i, i + 1);
+    }
+    assert_int_equal(fixture_feedback(state->store, "u/a", "new", "be new", job), 0);
+    assert_int_equal(fixture_call(state->store, CLAAS_STORE_CYCLE_INPUT, &answer,
+                                  "{\"lora_id\":\"u/a\",\"job_ids\":[\"%s\"]}", job),
+                     0);
+    assert_int_equal(size_of(answer.body, "items"), 1);
+    assert_int_equal(size_of(answer.body, "standing"), 8);
+    assert_int_equal(size_of(answer.body, "recent"), 2);
+    assert_int_equal(size_of(answer.body, "replay"), 5); /* the newest */
+    assert_string_equal(text_of(at(answer.body, "replay", 0), "feedback"), "r7");
+    assert_true(message_bytes(&answer) < (size_t)33 << 20);
+    claas_store_answer_done(&answer);
+    /* New items have to fit, together with what they are learnt beside. */
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(
+            fixture_call(state->store, CLAAS_STORE_FEEDBACK_PUT, &answer,
+                         "{\"requests\":[{\"lora_id\":\"u/a\",\"response_id\":\"l0\","
+                         "\"feedback\":\"x\"},{\"lora_id\":\"u/a\",\"response_id\":\"%s\","
+                         "\"feedback\":\"x\"}]}",
+                         i ? "l1" : "new"),
+            0);
+        snprintf(job, sizeof(job), "%s", text_of(answer.body, "job_id"));
+        claas_store_answer_done(&answer);
+        commit(state);
+        assert_int_equal(fixture_call(state->store, CLAAS_STORE_CYCLE_INPUT, &answer,
+                                      "{\"lora_id\":\"u/a\",\"job_ids\":[\"%s\"]}", job),
+                         i ? CLAAS_ERR_TOO_LARGE : 0);
+        claas_store_answer_done(&answer);
+    }
+}
+
 static void test_publish_jobs(void **ret)
 {
     struct state *state = *ret;
@@ -1067,6 +1140,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_lists_follow_versions, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_cycle_check, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_replay_bounds, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_large_input, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_publish_jobs, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_group, set_up, tear_down),
     };
