@@ -290,7 +290,8 @@ static int add_transitions(struct db *db, int64_t job, cJSON *object)
     return rc;
 }
 
-/* `transitions`: a query more per job; a restarted scheduler has no use for them. */
+/* `transitions`: a query more per job; a restarted scheduler has no use for them. The result, a
+ * hundred KiB and more, is only for who asks for one job. */
 static int job_row(struct db *db, sqlite3_stmt *row, bool transitions, cJSON **ret)
 {
     CLAAS_AUTO(claas_json_free) cJSON *job = cJSON_CreateObject();
@@ -305,9 +306,7 @@ static int job_row(struct db *db, sqlite3_stmt *row, bool transitions, cJSON **r
     store_set_int(job, "version", row, 7);
     store_set_text(job, "reason", row, 8);
     store_set_text(job, "error", row, 9);
-    rc = store_set_json(job, "result", row, 10);
-    if (rc == 0)
-        rc = store_set_json(job, "training", row, 11);
+    rc = store_set_json(job, "training", row, 11);
     store_set_int(job, "strikes", row, 12);
     store_set_int(job, "items", row, 13);
     if (rc == 0 && transitions)
@@ -367,7 +366,9 @@ int store_job_get(struct store *store, const struct claas_store_request *request
         return rc;
     answer->body = cJSON_CreateObject();
     claas_json_set(answer->body, "job", job);
-    rc = add_feedback(&store->reader, db_int(statement, 0), job);
+    rc = store_set_json(job, "result", statement, 10);
+    if (rc == 0)
+        rc = add_feedback(&store->reader, db_int(statement, 0), job);
     if (rc == 0)
         rc = list_events(&store->reader, db_int(statement, 0), id, since,
                          claas_json_set(job, "events", cJSON_CreateArray()));

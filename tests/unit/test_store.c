@@ -660,6 +660,12 @@ static void list_jobs(claas_store_t *store, char jobs[3][65])
     claas_store_answer_done(&answer);
     assert_fails(CLAAS_ERR_INVALID,
                  fixture_call(store, CLAAS_STORE_JOB_LIST, &answer, "{\"state\":\"odd\"}"));
+    /* The result is for who asks for the job. */
+    assert_int_equal(fixture_call(store, CLAAS_STORE_JOB_LIST, &answer, "{\"state\":\"rejected\"}"),
+                     0);
+    assert_int_equal(size_of(answer.body, "jobs"), 1);
+    assert_false(cJSON_HasObjectItem(at(answer.body, "jobs", 0), "result"));
+    claas_store_answer_done(&answer);
 }
 
 static void test_jobs(void **ret)
