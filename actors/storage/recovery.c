@@ -16,12 +16,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "claas/clock.h"
 #include "claas/err.h"
 #include "claas/file.h"
 #include "claas/mem.h"
 #include "store_sqlite.h"
 
-#define WARNINGS_MAX 20
+#define WARNINGS_MAX   20
+#define TRASH_RETRY_MS 30000 /* until what could not be removed is tried again */
 
 void store_warn(const struct store *store, const char *format, ...)
 {
@@ -95,20 +97,27 @@ static int sweep_entry(struct store *store, const char *directory, const char *n
     return path ? claas_remove_all(path) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
-int store_empty_trash(struct store *store)
+/* The first one behind those that could not be removed; > 0 if there is one. */
+static int find_trash(struct store *store, char **ret)
 {
-    CLAAS_AUTO_FREE char *path = NULL;
-    CLAAS_AUTO_FREE char *entry = NULL;
     DB_STATEMENT *statement = NULL;
-    int rc = db_query(&store->writer, &statement, "SELECT path FROM trash LIMIT 1", "");
+    int rc = db_query(&store->writer, &statement,
+                      "SELECT path FROM trash WHERE path > ? ORDER BY path LIMIT 1", "t",
+                      store->trash_stuck ? store->trash_stuck : "");
 
     if (rc == 0)
         rc = db_step(&store->writer, statement);
     if (rc <= 0)
         return rc;
-    entry = claas_strdup(db_text(statement, 0));
-    db_statement_done(&statement);
-    path = entry ? claas_format("%s/%s", store->data, entry) : NULL;
+    *ret = claas_strdup(db_text(statement, 0));
+    return *ret ? 1 : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+}
+
+static int remove_trash(struct store *store, const char *entry)
+{
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s", store->data, entry);
+    int rc;
+
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = claas_remove_all(path);
@@ -120,7 +129,31 @@ int store_empty_trash(struct store *store)
     }
     if (rc == 0)
         rc = db_run(&store->writer, "DELETE FROM trash WHERE path = ?", "t", entry);
-    return rc < 0 ? rc : 1;
+    return rc < 0 ? rc : 0;
+}
+
+int store_empty_trash(struct store *store)
+{
+    CLAAS_AUTO_FREE char *entry = NULL;
+    int rc = find_trash(store, &entry);
+
+    if (rc == 0 && !store->trash_stuck)
+        store->trash_told = false;
+    else if (rc == 0 && claas_clock_ms() >= store->trash_retry_ms)
+        free(CLAAS_TAKE(store->trash_stuck));
+    if (rc <= 0)
+        return rc;
+    rc = remove_trash(store, entry);
+    if (rc == 0)
+        return 1;
+    /* It is passed by: what comes behind it can go all the same. */
+    if (!store->trash_told)
+        store_warn(store, "a leftover cannot be removed: %s", claas_error_text());
+    store->trash_told = true;
+    free(store->trash_stuck);
+    store->trash_stuck = CLAAS_TAKE(entry);
+    store->trash_retry_ms = claas_clock_ms() + TRASH_RETRY_MS;
+    return 1;
 }
 
 /* --- versions against directories ------------------------------------------------------ */
@@ -259,9 +292,9 @@ int store_recover(struct store *store)
         return claas_fail_context(rc, "staging cannot be emptied: ");
     while ((rc = store_empty_trash(store)) > 0)
         continue;
-    /* A leftover that cannot be removed is no reason not to serve; upkeep tries again. */
+    /* Leftovers are no reason not to serve; upkeep tries again. */
     if (rc < 0)
-        store_warn(store, "a leftover cannot be removed: %s", claas_error_text());
+        store_warn(store, "leftovers cannot be removed: %s", claas_error_text());
     rc = check_versions(store);
     if (rc == 0)
         rc = tell_unknown(store);

@@ -43,8 +43,10 @@ static int expire(struct store *store, int64_t adapter, int64_t number, const ch
                     "ii", adapter, number);
     if (rc >= 0)
         rc = db_run(&store->writer, "INSERT OR IGNORE INTO trash(path) VALUES(?)", "t", path);
-    if (rc < 0)
+    if (rc < 0) {
+        store->base.ops->abort(&store->base);
         return rc;
+    }
     rc = store->base.ops->commit(&store->base);
     return rc < 0 ? rc : 1;
 }
@@ -120,21 +122,32 @@ static int drop_moments(struct store *store)
                : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
+static int retain(struct store *store)
+{
+    int rc = store->retention_due ? expire_version(store) : 0;
+
+    if (rc == 0 && store->retention_due)
+        rc = drop_moments(store);
+    if (rc == 0)
+        store->retention_due = false;
+    return rc;
+}
+
+/* The first part that has something to do does it. One that fails is no reason to leave out those
+ * behind it: a file that cannot be removed must not let answers pile up. */
 int store_tend(struct store *store)
 {
-    int rc = store_empty_trash(store);
+    static int (*const parts[])(struct store *) = {store_empty_trash, retain, drop_rollouts};
+    int failed = 0;
 
-    if (rc == 0 && store->retention_due) {
-        rc = expire_version(store);
-        if (rc == 0)
-            rc = drop_moments(store);
-        if (rc == 0)
-            store->retention_due = false;
+    for (size_t i = 0; i < CLAAS_COUNT(parts); i++) {
+        int rc = parts[i](store);
+
+        if (rc > 0)
+            return rc;
+        if (rc < 0)
+            failed = rc;
     }
-    if (rc == 0)
-        rc = drop_rollouts(store);
-    if (rc == 0)
-        sqlite3_wal_checkpoint_v2(store->writer.handle, NULL, SQLITE_CHECKPOINT_PASSIVE, NULL,
-                                  NULL);
-    return rc;
+    sqlite3_wal_checkpoint_v2(store->writer.handle, NULL, SQLITE_CHECKPOINT_PASSIVE, NULL, NULL);
+    return failed;
 }

@@ -277,7 +277,8 @@ static void tend(void *self, void *arg)
             claas_warning("upkeep of the data directory: %s", claas_error_text());
         delay = TEND_FAILED_MS;
     }
-    storage->tend_failed = rc < 0;
+    if (rc <= 0)
+        storage->tend_failed = rc < 0;
     storage->tend_timer = claas_actor_timer(storage->actor, delay, tend, NULL);
 }
 

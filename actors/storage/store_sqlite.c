@@ -218,6 +218,7 @@ static void store_close(claas_store_t **base)
         close(store->lock);
     free(store->data);
     free(store->staging);
+    free(store->trash_stuck);
     free(store);
     *base = NULL;
 }

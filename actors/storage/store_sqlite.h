@@ -29,6 +29,11 @@ struct store {
     /* Jobs not at their end, kept here because counting 10,000 rows for every feedback is too slow:
      * the value of the writer's transaction, and the committed one to fall back to. */
     int64_t unfinished, unfinished_committed;
+    /* The last path of `trash` that could not be removed (NULL: none): those behind it are next,
+     * until the time to begin from the front again. */
+    char *trash_stuck;
+    int64_t trash_retry_ms;
+    bool trash_told;
     bool retention_due; /* versions came or the pointer moved since retention had nothing to do */
 };
 
@@ -58,7 +63,8 @@ int store_recover(struct store *store);
 int store_count_crash(struct store *store);
 /* Those that ran wait again. */
 int store_requeue(struct store *store);
-/* Removes what the table `trash` names; at most one path. > 0 if there was one. */
+/* Removes what the table `trash` names; at most one path. > 0 if there was one; one that cannot be
+ * removed is passed by. */
 int store_empty_trash(struct store *store);
 void store_warn(const struct store *store, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
