@@ -128,6 +128,15 @@ static int handle_cancel(void *self, claas_message_t *message)
     return rc;
 }
 
+/* Storage ended jobs with their adapter: which, its list says. */
+static int handle_jobs_ended(void *self, claas_message_t *message)
+{
+    struct scheduler *scheduler = self;
+
+    jobs_load(scheduler);
+    return claas_actor_reply(scheduler->actor, &message->reply_to, NULL);
+}
+
 /* --- life
  * -------------------------------------------------------------------------------------------------------------
  */
@@ -190,6 +199,7 @@ static const struct claas_handler handlers[] = {
     {CLAAS_MSG_FEEDBACK, handle_feedback},
     {CLAAS_MSG_JOB_WATCH, handle_job_watch},
     {CLAAS_MSG_JOB_CANCEL, handle_cancel},
+    {CLAAS_MSG_JOBS_ENDED, handle_jobs_ended},
 };
 
 const struct claas_actor_class claas_scheduler_class = {

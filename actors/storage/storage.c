@@ -31,6 +31,7 @@
 struct waiting {
     struct claas_reply_to reply_to;
     cJSON *body;
+    bool jobs_ended;
 };
 
 struct storage {
@@ -51,12 +52,22 @@ struct storage {
 
 /* --- the group ------------------------------------------------------------------------- */
 
+/* They wait in its list, and people for them. Were it lost, the end of a cycle would tell. */
+static void tell_jobs_ended(struct storage *storage)
+{
+    if (claas_actor_tell(storage->actor, "scheduler", CLAAS_MSG_JOBS_ENDED, NULL) < 0)
+        claas_debug("the scheduler was not told of jobs that ended: %s", claas_error_text());
+}
+
 static void answer_group(struct storage *storage, int rc, const char *text)
 {
+    bool jobs_ended = false;
+
     for (size_t i = 0; i < storage->count; i++) {
         struct waiting *waiting = &storage->waiting[i];
 
         if (rc == 0) {
+            jobs_ended = jobs_ended || waiting->jobs_ended;
             claas_actor_reply(storage->actor, &waiting->reply_to, CLAAS_TAKE(waiting->body));
         } else {
             claas_json_free(&waiting->body);
@@ -64,6 +75,8 @@ static void answer_group(struct storage *storage, int rc, const char *text)
         }
     }
     storage->count = 0;
+    if (jobs_ended)
+        tell_jobs_ended(storage);
 }
 
 static void commit_group(struct storage *storage)
@@ -119,9 +132,11 @@ static void set_soon(struct storage *storage)
     (void)!write(storage->soon, &one, sizeof(one));
 }
 
-static int join_group(struct storage *storage, const struct claas_reply_to *reply_to, cJSON *body)
+static int join_group(struct storage *storage, const struct claas_reply_to *reply_to,
+                      struct claas_store_answer *answer)
 {
-    storage->waiting[storage->count++] = (struct waiting){*reply_to, body};
+    storage->waiting[storage->count++] =
+        (struct waiting){*reply_to, CLAAS_TAKE(answer->body), answer->jobs_ended};
     if (storage->count == GROUP_MAX)
         commit_group(storage);
     else if (storage->count >= storage->expected)
@@ -227,7 +242,9 @@ static int handle(void *self, claas_message_t *message)
     if (rc < 0)
         return rc;
     if (kind == CLAAS_STORE_CHANGE)
-        return join_group(storage, &message->reply_to, CLAAS_TAKE(answer.body));
+        return join_group(storage, &message->reply_to, &answer);
+    if (answer.jobs_ended)
+        tell_jobs_ended(storage);
     return reply_answer(storage, &message->reply_to, &answer);
 }
 

@@ -56,6 +56,7 @@ struct claas_store_answer {
     cJSON *body;                    /* never NULL after success */
     struct claas_store_blob *blobs; /* owned, each one too */
     size_t blob_count;
+    bool jobs_ended; /* with their adapter, which is gone: the scheduler has to be told */
 };
 void claas_store_answer_done(struct claas_store_answer *answer);
 

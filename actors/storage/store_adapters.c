@@ -267,7 +267,8 @@ int store_adapter_rollback(struct store *store, const struct claas_store_request
 
 /* --- deletion -------------------------------------------------------------------------- */
 
-static int cancel_jobs(struct store *store, const struct store_adapter *adapter, const char *why)
+static int cancel_jobs(struct store *store, const struct store_adapter *adapter, const char *why,
+                       bool *ret_ended)
 {
     CLAAS_AUTO(claas_json_free) cJSON *extra = cJSON_CreateObject();
     int rc;
@@ -289,17 +290,19 @@ static int cancel_jobs(struct store *store, const struct store_adapter *adapter,
             rc = store_end_job(store, &job, "cancelled", extra, NULL, -1, NULL);
         if (rc < 0)
             return rc;
+        *ret_ended = true;
     }
 }
 
-int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why)
+int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why,
+                       bool *ret_jobs_ended)
 {
     CLAAS_AUTO_FREE char *path = claas_format("adapters/%s", adapter->dir);
     int rc;
 
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = cancel_jobs(store, adapter, why);
+    rc = cancel_jobs(store, adapter, why, ret_jobs_ended);
     /* Its answers are nobody's standing feedback any more: retention may have them. */
     if (rc >= 0)
         rc = db_run(&store->writer,
@@ -330,7 +333,7 @@ int store_adapter_delete(struct store *store, const struct claas_store_request *
     if (rc == CLAAS_ERR_NOT_FOUND)
         rc = 0;
     if (rc == 0 && found)
-        rc = store_drop_adapter(store, &adapter, "the adapter was deleted");
+        rc = store_drop_adapter(store, &adapter, "the adapter was deleted", &answer->jobs_ended);
     if (rc < 0)
         return rc;
     answer->body = cJSON_CreateObject();

@@ -38,6 +38,7 @@ struct publication {
     int64_t number;
     char *path, *trash; /* absolute, and below data; owned */
     cJSON *events;      /* owned */
+    bool jobs_ended;    /* those of the adapter that was there before */
 };
 
 static void publication_done(struct publication *publication)
@@ -200,7 +201,7 @@ static int insert_adapter(struct publication *publication)
 
     if (publication->exists)
         rc = store_drop_adapter(publication->store, &publication->adapter,
-                                "the adapter was started anew");
+                                "the adapter was started anew", &publication->jobs_ended);
     if (rc < 0)
         return rc;
     claas_random_hex(uid, 8);
@@ -365,5 +366,6 @@ int store_version_publish(struct store *store, const struct claas_store_request 
     claas_json_set_int(answer->body, "version", publication.number);
     claas_json_set_string(answer->body, "directory", publication.path);
     claas_json_set(answer->body, "events", CLAAS_TAKE(publication.events));
+    answer->jobs_ended = publication.jobs_ended;
     return 0;
 }

@@ -87,9 +87,10 @@ int store_find_adapter(struct db *db, const char *principal, const char *asked,
  * no memory. */
 char *store_version_path(const struct store *store, const char *dir, int64_t version,
                          bool relative);
-/* Drops the adapter's rows; ends its unfinished jobs as cancelled; its directory goes to the trash.
- */
-int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why);
+/* Drops the adapter's rows; ends its unfinished jobs as cancelled, if there are any; its directory
+ * goes to the trash. */
+int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why,
+                       bool *ret_jobs_ended);
 
 /* --- store_jobs.c ---------------------------------------------------------------------- */
 struct store_job {

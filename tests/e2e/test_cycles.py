@@ -244,6 +244,27 @@ def test_waiting_client_of_a_cancelled_job(slow_server):
     assert cancelled["cancelled"] and waited.status == 409 and waited.json["job_id"] == cancelled["job"]["job_id"]
 
 
+def test_waiting_client_of_a_deleted_adapter(slow_server):
+    """It gets its answer at once, not when the cycle of somebody else ends."""
+    server = slow_server
+    for name in ("m/busy", "m/leaves"):
+        server.init(name)
+    answers = [server.chat("m/leaves")["id"] for _ in range(2)]
+    busy = start_cycle(server, "m/busy")
+
+    def wait():
+        return server.request("POST", "/v1/feedback", {"lora_id": "m/leaves", "response_id": answers[0], "feedback": "x"})
+
+    def delete():
+        server.wait_until(lambda: server.call("GET", "/v1/jobs?lora_id=m/leaves")["jobs"])
+        server.call("DELETE", "/v1/lora?lora_id=m/leaves")
+
+    waited, _ = in_parallel([wait, delete])
+    assert waited.status == 409, waited
+    assert server.job(busy)["state"] == "training"
+    server.call("DELETE", "/v1/jobs/" + busy)
+
+
 def test_chat_goes_on_while_training(slow_server):
     """Streams and short chats beside a cycle; a version that comes meanwhile is used by the next chat."""
     server = slow_server

@@ -340,6 +340,32 @@ static void test_adapter_deleted_while_jobs_wait(void **state)
     assert_non_null(strstr(watch.reply, "\"state\":\"cancelled\""));
 }
 
+/* Who waits for a job of another adapter does not wait for the cycle under way. */
+static void test_told_that_jobs_ended(void **state)
+{
+    struct rig *rig = *state;
+    struct question watch = ask_feedback("me/b", "shorter", true);
+    struct question tell = {.to = "scheduler", .type = CLAAS_MSG_JOBS_ENDED, .is_tell = true};
+
+    tell.body = cJSON_CreateObject();
+    rig_start(rig);
+    set_block(CLAAS_MSG_CYCLE_STEP, true);
+    submit(rig, "me/a", "longer");
+    await_calls(CLAAS_MSG_CYCLE_STEP, 1);
+    probe_ask(rig->probe, &watch);
+    probe_await_progress(rig->probe, &watch, 1);
+    pthread_mutex_lock(&world.lock);
+    cJSON_Delete(add_event(&world.jobs[1], "cancelled", NULL));
+    unlock();
+    probe_ask(rig->probe, &tell);
+    probe_await(rig->probe, &watch);
+    assert_int_equal(watch.code, 0);
+    assert_non_null(strstr(watch.reply, "\"state\":\"cancelled\""));
+    assert_string_equal(look_for("job-1")->state, "training");
+    set_block(CLAAS_MSG_CYCLE_STEP, false);
+    check_end("job-1", "done");
+}
+
 static void test_lost_answer_of_a_publication(void **state)
 {
     struct rig *rig = *state;
@@ -442,6 +468,7 @@ int main(void)
         TEST(test_a_check_without_answer),
         TEST(test_adapter_deleted_during_a_cycle),
         TEST(test_adapter_deleted_while_jobs_wait),
+        TEST(test_told_that_jobs_ended),
         TEST(test_lost_answer_of_a_publication),
         TEST(test_lost_answer_of_a_feedback),
         TEST(test_lost_answer_of_an_end),

@@ -151,6 +151,34 @@ static void driver_stop(void **self)
 static const struct claas_actor_class driver_class = {"driver",     NULL, 0,
                                                       driver_start, NULL, driver_stop};
 
+/* Where the scheduler would be. */
+static atomic_int told;
+
+static int hear(void *self, claas_message_t *message)
+{
+    (void)self;
+    (void)message;
+    atomic_fetch_add(&told, 1);
+    return 0;
+}
+
+static int listener_start(claas_actor_t *actor, const void *args, void **ret_self)
+{
+    (void)actor;
+    (void)args;
+    *ret_self = &told;
+    return 0;
+}
+
+static void listener_stop(void **self)
+{
+    *self = NULL;
+}
+
+static const struct claas_handler heard[] = {{CLAAS_MSG_JOBS_ENDED, hear}};
+static const struct claas_actor_class listener_class = {"scheduler",    heard, 1,
+                                                        listener_start, NULL,  listener_stop};
+
 static void question_done(struct question *question)
 {
     claas_json_free(&question->body);
@@ -213,6 +241,8 @@ static int start_process(struct process *process)
         rc = claas_runtime_start(process->runtime, &claas_storage_class, "storage", &process->args);
     if (rc == 0)
         rc = claas_runtime_start(process->runtime, &driver_class, "driver", NULL);
+    if (rc == 0)
+        rc = claas_runtime_start(process->runtime, &listener_class, "scheduler", NULL);
     return rc;
 }
 
@@ -412,6 +442,34 @@ static void test_exports_that_nobody_fetched(void **ret)
     question_done(&question);
 }
 
+/* An adapter's end is its jobs' end: the scheduler is told, once it is durable. */
+static void test_scheduler_is_told(void **ret)
+{
+    struct process *process = *ret;
+    struct question question;
+
+    for (int i = 0; i < 2; i++) {
+        make_adapter(process);
+        if (i == 0)
+            make_rollout();
+        assert_int_equal(ask(&question, CLAAS_MSG_FEEDBACK_PUT, FEEDBACK, "r"), 0);
+        question_done(&question);
+        assert_int_equal(ask(&question, CLAAS_MSG_ADAPTER_DELETE, "{\"lora_id\":\"u/a\"}"), 0);
+        question_done(&question);
+        for (int ms = 0; ms < WAIT_MS && atomic_load(&told) <= i; ms++)
+            (void)poll(NULL, 0, 1);
+        assert_int_equal(atomic_load(&told), i + 1);
+    }
+    /* No jobs, no word. */
+    make_adapter(process);
+    assert_int_equal(ask(&question, CLAAS_MSG_ADAPTER_DELETE, "{\"lora_id\":\"u/a\"}"), 0);
+    question_done(&question);
+    assert_int_equal(ask(&question, CLAAS_MSG_JOBS_UNFINISHED, "{}"), 0);
+    assert_int_equal(cJSON_GetArraySize(claas_json_get(question.reply, "jobs")), 0);
+    question_done(&question);
+    assert_int_equal(atomic_load(&told), 2);
+}
+
 /* Groups under one commit, each request acknowledged once, and the rate. */
 static void test_flood(void **ret)
 {
@@ -448,6 +506,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_export, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_export_given_up, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_exports_that_nobody_fetched, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_scheduler_is_told, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_flood, set_up, tear_down),
     };
 
