@@ -225,7 +225,12 @@ int claas_mkdir_all(const char *path)
         if (kept != '/' && kept != '\0')
             continue;
         *end = '\0';
-        if (mkdir(prefix, 0700) < 0) {
+        if (mkdir(prefix, 0700) == 0) {
+            int rc = claas_fsync_parent(prefix);
+
+            if (rc < 0)
+                return rc;
+        } else {
             /* On a read-only parent an existing directory answers EROFS, not EEXIST. */
             int number = errno;
 
