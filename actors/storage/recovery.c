@@ -159,15 +159,17 @@ int store_empty_trash(struct store *store)
 /* --- versions against directories ------------------------------------------------------ */
 
 struct known_version {
+    int64_t adapter;
     const char *name, *dir;
     int64_t number;
     bool current;
+    bool missing; /* as far as is known */
     bool sized;
     int64_t bytes;
 };
 
-/* The current version is read in full (its headers); of the others the size of the weights must be
- * what it was. */
+/* The current version and one that was lost are read in full (their headers); of the others the
+ * size of the weights must be what it was. */
 static int check_version(const struct store *store, const struct known_version *version)
 {
     CLAAS_AUTO_FREE char *path = store_version_path(store, version->dir, version->number, false);
@@ -183,44 +185,58 @@ static int check_version(const struct store *store, const struct known_version *
     else if (version->sized && (int64_t)info.st_size != version->bytes)
         rc = claas_fail(CLAAS_ERR_FORMAT, "%s has %jd bytes instead of %" PRId64, weights,
                         (intmax_t)info.st_size, version->bytes);
-    else if (version->current)
+    else if (version->current || version->missing)
         rc = adapter_check(path, false, &facts);
     return rc;
 }
 
-static int mark_missing(struct store *store, int64_t adapter, int64_t number)
+static int mark(struct store *store, const struct known_version *version, const char *state)
 {
-    int rc = db_run(&store->writer,
-                    "UPDATE versions SET state = 'missing' WHERE adapter = ? AND number = ?", "ii",
-                    adapter, number);
+    int rc =
+        db_run(&store->writer, "UPDATE versions SET state = ? WHERE adapter = ? AND number = ?",
+               "tii", state, version->adapter, version->number);
 
     return rc < 0 ? rc : 0;
+}
+
+/* One adapter's loss is not the others': they are served, and it too once there is a way back. */
+static void tell_lost(struct store *store, const struct known_version *version, int *warnings)
+{
+    if (version->current)
+        store_warn(store,
+                   "the current version %" PRId64
+                   " of adapter '%s' is lost and not served: restore "
+                   "its directory from a backup and start again, or roll it back: %s",
+                   version->number, version->name, claas_error_text());
+    else if (!version->missing && (*warnings)++ < WARNINGS_MAX)
+        store_warn(store, "version %" PRId64 " of adapter '%s' is lost: %s", version->number,
+                   version->name, claas_error_text());
 }
 
 static int check_row(struct store *store, sqlite3_stmt *row, int *warnings)
 {
     struct known_version version = {
+        .adapter = db_int(row, 0),
         .name = db_text(row, 1),
         .dir = db_text(row, 2),
         .number = db_int(row, 3),
         .current = db_int(row, 4) != 0,
         .sized = !db_is_null(row, 5),
         .bytes = db_int(row, 5),
+        .missing = strcmp(db_text(row, 6), "missing") == 0,
     };
     int rc = check_version(store, &version);
 
-    if (rc == 0 || rc == CLAAS_ERR_NO_MEMORY)
+    if (rc == CLAAS_ERR_NO_MEMORY)
         return rc;
-    if (version.current)
-        return claas_fail_context(CLAAS_ERR_CORRUPT,
-                                  "the current version %" PRId64
-                                  " of adapter '%s' is missing or damaged, restore its directory "
-                                  "from a backup: ",
-                                  version.number, version.name);
-    if ((*warnings)++ < WARNINGS_MAX)
-        store_warn(store, "version %" PRId64 " of adapter '%s' is lost: %s", version.number,
-                   version.name, claas_error_text());
-    return mark_missing(store, db_int(row, 0), version.number);
+    if (rc < 0)
+        tell_lost(store, &version, warnings);
+    else if (version.missing)
+        store_warn(store, "version %" PRId64 " of adapter '%s' is there again", version.number,
+                   version.name);
+    if (version.missing == (rc < 0))
+        return 0;
+    return mark(store, &version, rc < 0 ? "missing" : "available");
 }
 
 static int check_versions(struct store *store)
@@ -228,9 +244,9 @@ static int check_versions(struct store *store)
     DB_STATEMENT *statement = NULL;
     int warnings = 0;
     int rc = db_query(&store->reader, &statement,
-                      "SELECT a.id, a.name, a.dir, v.number, v.number = a.current, v.bytes"
-                      " FROM adapters a JOIN versions v ON v.adapter = a.id"
-                      " WHERE v.state = 'available' ORDER BY a.id, v.number",
+                      "SELECT a.id, a.name, a.dir, v.number, v.number = a.current, v.bytes,"
+                      " v.state FROM adapters a JOIN versions v ON v.adapter = a.id"
+                      " WHERE v.state IN ('available', 'missing') ORDER BY a.id, v.number",
                       "");
 
     if (rc < 0)

@@ -82,9 +82,8 @@ char *store_version_path(const struct store *store, const char *dir, int64_t ver
                         relative ? "" : "/", dir, version);
 }
 
-/* 0 when the version can be served. */
-static int check_available(struct db *db, const struct store_adapter *adapter, int64_t version,
-                           bool *ret_trained)
+int store_check_available(struct db *db, const struct store_adapter *adapter, int64_t version,
+                          bool *ret_trained)
 {
     DB_STATEMENT *statement = NULL;
     const char *state;
@@ -100,10 +99,15 @@ static int check_available(struct db *db, const struct store_adapter *adapter, i
         return claas_fail(CLAAS_ERR_NOT_FOUND, "LoRA '%s' has no version %" PRId64, adapter->name,
                           version);
     state = db_text(statement, 0);
-    if (strcmp(state, "available") != 0)
-        return claas_fail(CLAAS_ERR_NOT_FOUND, "the weights of version %" PRId64 " of '%s' are %s",
-                          version, adapter->name,
-                          strcmp(state, "expired") == 0 ? "no longer kept" : "missing on disk");
+    if (strcmp(state, "expired") == 0)
+        return claas_fail(CLAAS_ERR_NOT_FOUND,
+                          "the weights of version %" PRId64 " of '%s' are no longer kept", version,
+                          adapter->name);
+    if (strcmp(state, "available") != 0) /* ours to answer for */
+        return claas_fail(CLAAS_ERR_CORRUPT,
+                          "the weights of version %" PRId64
+                          " of '%s' are lost on the server's disk",
+                          version, adapter->name);
     *ret_trained = db_int(statement, 1) != 0;
     return 0;
 }
@@ -124,7 +128,7 @@ int store_adapter_resolve(struct store *store, const struct claas_store_request 
         return rc;
     if (version == CLAAS_LORA_CURRENT)
         version = adapter.current;
-    rc = check_available(&store->reader, &adapter, version, &trained);
+    rc = store_check_available(&store->reader, &adapter, version, &trained);
     if (rc < 0)
         return rc;
     path = store_version_path(store, adapter.dir, version, false);
@@ -186,16 +190,19 @@ int store_adapter_list(struct store *store, const struct claas_store_request *re
     return rc;
 }
 
-/* In the answer the pointer counts as a state; what is stored is the state of the files. */
+/* In the answer the pointer counts as a state, unless the files are lost; what is stored is the
+ * state of the files. */
 static cJSON *version_row(sqlite3_stmt *row, int64_t current)
 {
     cJSON *item = cJSON_CreateObject();
+    bool is_current;
 
     store_set_int(item, "version", row, 0);
     store_set_int(item, "parent", row, 1);
     store_set_int(item, "created", row, 2);
     store_set_text(item, "job_id", row, 3);
-    claas_json_set_string(item, "state", db_int(row, 0) == current ? "current" : db_text(row, 4));
+    is_current = db_int(row, 0) == current && strcmp(db_text(row, 4), "available") == 0;
+    claas_json_set_string(item, "state", is_current ? "current" : db_text(row, 4));
     claas_json_set_bool(item, "moments", db_int(row, 5) != 0);
     return item;
 }
@@ -243,7 +250,7 @@ int store_adapter_rollback(struct store *store, const struct claas_store_request
     if (rc == 0)
         rc = store_find_adapter(&store->writer, request->principal, asked, &adapter, NULL);
     if (rc == 0)
-        rc = check_available(&store->writer, &adapter, version, &trained);
+        rc = store_check_available(&store->writer, &adapter, version, &trained);
     if (rc < 0)
         return rc;
     path = store_version_path(store, adapter.dir, version, false);

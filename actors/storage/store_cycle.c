@@ -316,10 +316,13 @@ int store_cycle_input(struct store *store, const struct claas_store_request *req
     CLAAS_AUTO_FREE char *path = NULL;
     const char *asked = NULL;
     int64_t withdrawn = 0;
+    bool trained;
     int rc = store_need_text(request->body, "lora_id", &asked);
 
     if (rc == 0)
         rc = store_find_adapter(&store->reader, request->principal, asked, &input.adapter, NULL);
+    if (rc == 0)
+        rc = store_check_available(&store->reader, &input.adapter, input.adapter.current, &trained);
     if (rc == 0)
         rc = count_withdrawn(store, &input.adapter, &withdrawn);
     if (rc < 0)

@@ -56,8 +56,8 @@ int store_begin(struct store *store);
 
 /* --- recovery.c ------------------------------------------------------------------------ */
 int store_lock_directory(struct store *store);
-/* After the migration: staging emptied, half-done publications removed, current versions checked.
- */
+/* After the migration: staging emptied, half-done publications removed, versions checked: what is
+ * lost is marked, what is there again too. */
 int store_recover(struct store *store);
 /* Strikes for the jobs that ran when the last process crashed (crash_marker.c). */
 int store_count_crash(struct store *store);
@@ -87,6 +87,9 @@ int store_find_adapter(struct db *db, const char *principal, const char *asked,
  * no memory. */
 char *store_version_path(const struct store *store, const char *dir, int64_t version,
                          bool relative);
+/* 0 when the version's weights are there to be used. */
+int store_check_available(struct db *db, const struct store_adapter *adapter, int64_t version,
+                          bool *ret_trained);
 /* Drops the adapter's rows; ends its unfinished jobs as cancelled, if there are any; its directory
  * goes to the trash. */
 int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why,

@@ -169,47 +169,41 @@ def damage(path, at, data=b"\xff" * 64):
         file.write(data)
 
 
-def test_damaged_data(tmp_path):
-    """A broken database or a missing version is said at the start, with the file's name."""
+def test_damaged_database(tmp_path):
+    """It is said at the start, with the file's name."""
     with serving(tmp_path / "db") as server:
         server.init("a/one")
-        server.feedback("a/one")
-    shutil.copytree(tmp_path / "db", tmp_path / "good", ignore=shutil.ignore_patterns("*.ipc"))
-
-    def said_of(harm):
-        shutil.rmtree(tmp_path / "db")
-        shutil.copytree(tmp_path / "good", tmp_path / "db")
-        harm(tmp_path / "db")
-        code, said = Server(tmp_path / "db", log=tmp_path / "log").fail_to_start()
-        assert code == 1, (code, said)
-        return said
-
-    assert "claas.db" in said_of(lambda data: damage(data / "claas.db", 0))
-    assert "v000001" in said_of(lambda data: shutil.rmtree(data / "adapters" / "a" / "one" / "v000001"))
+    damage(tmp_path / "db" / "claas.db", 0)
+    code, said = Server(tmp_path / "db", log=tmp_path / "log").fail_to_start()
+    assert code == 1 and "claas.db" in said, (code, said)
 
 
-def test_damaged_weights(tmp_path):
-    """A damaged version that is found when it is needed: an error for its chats, and none for the others."""
+@pytest.mark.parametrize("harm", ["gone", "cut", "header"])
+def test_damaged_weights(tmp_path, harm):
+    """A damaged current version: a line at the start, an error for its chats and its feedback, and none for the others."""
     with serving(tmp_path / "db") as server:
         for name in ("a/one", "b/two"):
             server.init(name)
             server.feedback(name)
-    weights = tmp_path / "db" / "adapters" / "a" / "one" / "v000001" / "adapter_model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:8] + b"\xff" * 40 + content[48:])
-    server = Server(tmp_path / "db")
-    try:
-        server.start()
-    except RuntimeError as error:
-        assert "v000001" in str(error)
-        return
-    try:
+        answer = server.chat("a/one")["id"]
+    version = tmp_path / "db" / "adapters" / "a" / "one" / "v000001"
+    weights = version / "adapter_model.safetensors"
+    if harm == "gone":
+        shutil.rmtree(version)
+    elif harm == "cut":
+        os.truncate(weights, 100)
+    else:
+        damage(weights, 8)
+    with serving(tmp_path / "db", log=tmp_path / "log") as server:
+        assert "current version 1 of adapter 'a/one' is lost" in server.log() and "v000001" in server.log()
         with pytest.raises(Failed) as raised:
             server.chat("a/one")
-        assert raised.value.answer.status == 500
-        assert server.chat("b/two")["choices"]
-        assert server.is_healthy()
+        assert raised.value.answer.status == 500 and "lost on the server's disk" in raised.value.answer.detail
+        with pytest.raises(Failed) as raised:
+            server.feedback("a/one", response_id=answer)
+        assert raised.value.answer.status == 500 and "lost on the server's disk" in raised.value.answer.detail
+        assert server.chat("b/two")["choices"] and server.feedback("b/two")["version"] == 2
+        assert server.versions("a/one")["versions"][1]["state"] == "missing"
         server.call("POST", "/v1/lora/rollback", {"lora_id": "a/one", "version": 0})
-        assert server.chat("a/one")["choices"]
-    finally:
-        server.stop()
+        assert server.chat("a/one")["choices"] and server.feedback("a/one")["version"] == 2
+        assert server.is_healthy()

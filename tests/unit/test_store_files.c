@@ -651,40 +651,100 @@ static void test_damaged(void **ret)
     close_store(&store);
 }
 
+static int resolve(claas_store_t *store, const char *name)
+{
+    struct claas_store_answer answer;
+    int rc = fixture_call(store, CLAAS_STORE_ADAPTER_RESOLVE, &answer, "{\"name\":\"%s\"}", name);
+
+    claas_store_answer_done(&answer);
+    return rc;
+}
+
+static void roll_back(claas_store_t *store, int version)
+{
+    struct claas_store_answer answer;
+
+    assert_int_equal(fixture_call(store, CLAAS_STORE_ADAPTER_ROLLBACK, &answer,
+                                  "{\"lora_id\":\"u/a\",\"version\":%d}", version),
+                     0);
+    claas_store_answer_done(&answer);
+    assert_int_equal(store->ops->commit(store), 0);
+}
+
 static void test_missing_version(void **ret)
 {
     const char *data = *ret;
     struct claas_store_options options = fixture_options(data);
     CLAAS_AUTO_FREE char *first = claas_format("%s/adapters/u/a/v000001", data);
-    CLAAS_AUTO_FREE char *current = claas_format("%s/adapters/u/a/v000002", data);
+    claas_store_t *store = open_store(&options);
+    struct claas_store_answer answer;
+    int warnings = 0;
+
+    for (int i = -1; i < 2; i++)
+        assert_int_equal(fixture_publish(store, data, "u/a", i, "[]", false), i + 1);
+    close_store(&store);
+    assert_int_equal(claas_remove_all(first), 0);
+    options.warn = count_warning;
+    options.arg = &warnings;
+    for (int i = 0; i < 2; i++) { /* told once */
+        store = open_store(&options);
+        assert_int_equal(warnings, 1);
+        assert_int_equal(fixture_call(store, CLAAS_STORE_ADAPTER_ROLLBACK, &answer,
+                                      "{\"lora_id\":\"u/a\",\"version\":1}"),
+                         CLAAS_ERR_CORRUPT);
+        assert_non_null(strstr(claas_error_text(), "lost on the server's disk"));
+        assert_int_equal(resolve(store, "u/a"), 0);
+        close_store(&store);
+    }
+}
+
+/* One adapter's loss is its own; the way out is a backup or a rollback. */
+static void test_missing_current_version(void **ret)
+{
+    const char *data = *ret;
+    struct claas_store_options options = fixture_options(data);
+    CLAAS_AUTO_FREE char *current = claas_format("%s/adapters/u/a/v000001", data);
     CLAAS_AUTO_FREE char *aside = claas_format("%s/aside", data);
     CLAAS_AUTO_FREE char *weights = claas_format("%s/adapter_model.safetensors", current);
     claas_store_t *store = open_store(&options);
+    char job[65];
     struct claas_store_answer answer;
     int warnings = 0;
 
     assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
     assert_int_equal(fixture_publish(store, data, "u/a", 0, "[]", false), 1);
-    assert_int_equal(fixture_publish(store, data, "u/a", 1, "[]", false), 2);
+    assert_int_equal(fixture_publish(store, data, "u/b", -1, "[]", false), 0);
+    assert_int_equal(fixture_rollout(store, "r", "u/a", "q", "t", 1), 0);
+    assert_int_equal(fixture_feedback(store, "u/a", "r", "x", job), 0);
     close_store(&store);
-    assert_int_equal(rename(current, aside), 0);
-    assert_int_equal(claas_store_open_sqlite(&options, &store), CLAAS_ERR_CORRUPT);
-    assert_non_null(strstr(claas_error_text(), "the current version 2 of adapter 'u/a'"));
-    assert_int_equal(rename(aside, current), 0);
-    assert_int_equal(truncate(weights, 30), 0);
-    assert_int_equal(claas_store_open_sqlite(&options, &store), CLAAS_ERR_CORRUPT);
-    fixture_safetensors(weights, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
-                        1.0f);
-    /* Another version's loss is told, and that version cannot be used. */
-    assert_int_equal(claas_remove_all(first), 0);
     options.warn = count_warning;
     options.arg = &warnings;
+    assert_int_equal(rename(current, aside), 0);
+    for (int i = 1; i <= 2; i++) { /* told at each start */
+        store = open_store(&options);
+        assert_int_equal(warnings, i);
+        assert_int_equal(resolve(store, "u/a"), CLAAS_ERR_CORRUPT);
+        assert_non_null(strstr(claas_error_text(), "version 1 of 'u/a' are lost"));
+        assert_int_equal(resolve(store, "u/a@0"), 0);
+        assert_int_equal(resolve(store, "u/b"), 0);
+        assert_int_equal(fixture_call(store, CLAAS_STORE_CYCLE_INPUT, &answer,
+                                      "{\"lora_id\":\"u/a\",\"job_ids\":[\"%s\"]}", job),
+                         CLAAS_ERR_CORRUPT);
+        close_store(&store);
+    }
+    /* Restored: it is served again. */
+    assert_int_equal(rename(aside, current), 0);
     store = open_store(&options);
-    assert_int_equal(warnings, 1);
-    assert_int_equal(fixture_call(store, CLAAS_STORE_ADAPTER_ROLLBACK, &answer,
-                                  "{\"lora_id\":\"u/a\",\"version\":1}"),
-                     CLAAS_ERR_NOT_FOUND);
-    assert_non_null(strstr(claas_error_text(), "missing on disk"));
+    assert_int_equal(warnings, 3);
+    assert_int_equal(resolve(store, "u/a"), 0);
+    close_store(&store);
+    assert_int_equal(truncate(weights, 30), 0);
+    store = open_store(&options);
+    assert_int_equal(warnings, 4);
+    assert_int_equal(resolve(store, "u/a"), CLAAS_ERR_CORRUPT);
+    roll_back(store, 0);
+    assert_int_equal(resolve(store, "u/a"), 0);
+    assert_int_equal(fixture_publish(store, data, "u/a", 0, "[]", false), 2);
     close_store(&store);
 }
 
@@ -828,6 +888,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_lock, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_damaged, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_missing_version, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_missing_current_version, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_database_full, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_small_disk, set_up, tear_down),
     };
