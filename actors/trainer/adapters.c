@@ -335,9 +335,12 @@ static int check_staged(const struct trainer *trainer, const char *path)
     CLAAS_AUTO_FREE char *staging =
         claas_format("%s/staging/", claas_config_string(trainer->config, "data"));
 
+    const char *name;
+
     if (!staging)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (strncmp(path, staging, strlen(staging)) != 0 || strstr(path, "..") ||
+    name = strncmp(path, staging, strlen(staging)) == 0 ? path + strlen(staging) : "";
+    if (!name[0] || name[0] == '.' || strchr(name, '/') ||
         strlen(path) >= sizeof(((struct adapter_work *)0)->zip))
         return claas_fail(CLAAS_ERR_DENIED, "imports come from the staging folder");
     return 0;

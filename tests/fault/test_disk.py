@@ -207,3 +207,11 @@ def test_damaged_weights(tmp_path, harm):
         server.call("POST", "/v1/lora/rollback", {"lora_id": "a/one", "version": 0})
         assert server.chat("a/one")["choices"] and server.feedback("a/one")["version"] == 2
         assert server.is_healthy()
+
+
+def test_odd_name_of_the_data_directory(tmp_path):
+    with serving(tmp_path / "my..data") as server:
+        server.init("a/one")
+        content = server.request("GET", "/v1/lora/export?lora_id=a/one").body
+        server.call("POST", "/v1/lora/import?lora_id=a/two", content, headers={"Content-Type": "application/zip"})
+        assert server.chat("a/two")["choices"]

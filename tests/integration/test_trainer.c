@@ -229,6 +229,20 @@ static void test_import(void **state)
     assert_non_null(strstr(question.reply, "\"version\":1"));
 }
 
+/* Nothing outside the staging folder is touched; its own path may look odd. */
+static void test_places_of_imports(void **state)
+{
+    static const char *const names[] = {"", ".", "..", "../lock", "deep/x.zip", "../staging/x"};
+    struct rig *rig = *state;
+
+    for (size_t i = 0; i < CLAAS_COUNT(names); i++) {
+        CLAAS_AUTO_FREE char *path = claas_format("%s/staging/%s", rig->dir, names[i]);
+        struct question question = ask_import("me/a", path);
+
+        assert_int_equal(probe_call(rig->probe, &question), CLAAS_ERR_DENIED);
+    }
+}
+
 /* Neither what is wrong with the upload nor what is wrong with this disk says where it lies. */
 static void test_errors_name_no_paths_of_the_server(void **state)
 {
@@ -639,6 +653,7 @@ int main(void)
         TEST(test_imports_run_beside_the_loop),
         TEST(test_a_large_upload_is_not_read),
         TEST(test_import),
+        TEST(test_places_of_imports),
         TEST(test_errors_name_no_paths_of_the_server),
         TEST(test_another_model),
         TEST(test_steps_begun_ahead),
