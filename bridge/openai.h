@@ -31,12 +31,13 @@ cJSON *openai_completion_body(struct request *request, const cJSON *json, struct
 char *openai_content_text(const cJSON *content);
 
 /* --- answers (openai_answer.c) --- */
-/* The whole answer from CHAT's reply. */
+/* The whole answer from CHAT's reply, which must outlive it: it lends the log-probs. */
 cJSON *openai_answer(const struct openai_call *call, const cJSON *reply);
 cJSON *openai_usage(const cJSON *reply);
 /* One chunk with an empty list of choices. */
 cJSON *openai_chunk(const struct openai_call *call);
-/* Log-prob entries in the call's form (chat or completion); NULL entries give null. */
+/* Log-prob entries in the call's form (chat, which lends them, or completion); NULL entries give
+ * null. */
 cJSON *openai_logprobs(const struct openai_call *call, const cJSON *entries, size_t offset);
 
 /* --- the stream (openai_stream.c) --- */

@@ -12,12 +12,13 @@ static size_t characters(const char *text)
     return count;
 }
 
-/* Chat: the entries as they are. */
+/* Chat: the entries as they are, lent by the reply: of a long answer there are millions of values.
+ */
 static cJSON *chat_logprobs(const cJSON *entries)
 {
     cJSON *logprobs = cJSON_CreateObject();
 
-    claas_json_set(logprobs, "content", cJSON_Duplicate(entries, true));
+    claas_json_set(logprobs, "content", cJSON_CreateArrayReference(entries->child));
     claas_json_set_null(logprobs, "refusal");
     return logprobs;
 }

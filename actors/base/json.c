@@ -150,7 +150,7 @@ static int scan_number(struct scan *scan)
 }
 
 /* What cJSON would let through. Brackets are only counted here, matching them is cJSON's work. */
-static int scan_text(struct scan *scan)
+static int scan_text(struct scan *scan, size_t values_max)
 {
     int depth = 0;
     size_t values = 0;
@@ -170,7 +170,7 @@ static int scan_text(struct scan *scan)
             values += c == ',' || c == '[' || c == '{';
             if (depth > CLAAS_JSON_DEPTH_MAX)
                 rc = fail_at(scan->text, scan->at, "nested too deeply");
-            else if (values > CLAAS_JSON_VALUES_MAX)
+            else if (values > values_max)
                 rc = fail_at(scan->text, scan->at, "too many values");
             scan->at++;
         }
@@ -229,7 +229,7 @@ static int check_tree(const cJSON *item)
     return rc;
 }
 
-int claas_json_parse(const char *text, size_t length, size_t limit, cJSON **ret)
+static int parse(const char *text, size_t length, size_t limit, size_t values_max, cJSON **ret)
 {
     struct scan scan = {text, length, 0};
     CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
@@ -245,7 +245,7 @@ int claas_json_parse(const char *text, size_t length, size_t limit, cJSON **ret)
     broken = u8_check((const uint8_t *)text, length);
     if (broken)
         return fail_at(text, (size_t)((const char *)broken - text), "broken UTF-8");
-    rc = scan_text(&scan);
+    rc = scan_text(&scan, values_max);
     if (rc < 0)
         return rc;
     errno = 0;
@@ -263,6 +263,16 @@ int claas_json_parse(const char *text, size_t length, size_t limit, cJSON **ret)
         return rc;
     *ret = CLAAS_TAKE(json);
     return 0;
+}
+
+int claas_json_parse(const char *text, size_t length, size_t limit, cJSON **ret)
+{
+    return parse(text, length, limit, CLAAS_JSON_VALUES_MAX, ret);
+}
+
+int claas_json_parse_own(const char *text, size_t length, size_t limit, cJSON **ret)
+{
+    return parse(text, length, limit, SIZE_MAX, ret);
 }
 
 void claas_json_free(cJSON **json)

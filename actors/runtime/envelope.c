@@ -43,6 +43,14 @@ static int list_attachments(struct envelope *envelope)
     return 0;
 }
 
+/* Answers come from the actor that was asked, and one of many log-probs has millions of values. */
+static int parse_json(uint8_t kind, const char *text, size_t length, size_t limit, cJSON **ret)
+{
+    if (kind == CLAAS_KIND_REP || kind == CLAAS_KIND_PROGRESS)
+        return claas_json_parse_own(text, length, limit, ret);
+    return claas_json_parse(text, length, limit, ret);
+}
+
 static int parse_body(struct envelope *envelope, size_t limit)
 {
     zframe_t *frame = envelope->load ? zmsg_first(envelope->load) : NULL;
@@ -54,7 +62,8 @@ static int parse_body(struct envelope *envelope, size_t limit)
         return claas_fail(CLAAS_ERR_UNSUPPORTED, "codec %u of a body of %zu bytes", codec, length);
     if (length == 0)
         return 0; /* the empty object that is there already */
-    int rc = claas_json_parse((const char *)zframe_data(frame), length, limit, &body);
+    int rc =
+        parse_json(envelope->message.kind, (const char *)zframe_data(frame), length, limit, &body);
     if (rc < 0)
         return rc;
     claas_json_free(&envelope->message.body);

@@ -51,35 +51,19 @@ cJSON *chat_logprob_entry(const claas_tokenizer_t *tokenizer,
     return entry;
 }
 
-/* Moves the entries gathered since the last piece into the answer's list; returns a copy for the
- * stream, or NULL. */
-static cJSON *take_entries(struct choice *choice, bool copy)
-{
-    cJSON *piece;
-
-    if (!choice->entries)
-        return NULL;
-    piece = copy ? cJSON_Duplicate(choice->entries, true) : NULL;
-    while (choice->entries->child)
-        cJSON_AddItemToArray(choice->all_entries, cJSON_DetachItemFromArray(choice->entries, 0));
-    return piece;
-}
-
 int chat_send_piece(struct chat *chat, struct choice *choice, bool last)
 {
     CLAAS_AUTO_FREE char *text = NULL;
     int rc = text_stream_next(&choice->stream, last, &text);
-    cJSON *body, *entries;
+    cJSON *body;
 
     if (rc < 0)
         return rc;
     rc = claas_buf_add_text(&choice->visible, text);
     if (rc < 0)
         return rc;
-    if (!chat->params.stream) {
-        take_entries(choice, false);
+    if (!chat->params.stream)
         return 0;
-    }
     /* Long hidden thinking shows no text, but its log-probs have to go at some time. */
     if (text[0] == '\0' && !last && cJSON_GetArraySize(choice->entries) < PIECE_ENTRIES)
         return 0;
@@ -87,9 +71,10 @@ int chat_send_piece(struct chat *chat, struct choice *choice, bool last)
     claas_json_set_string(body, "id", chat->id);
     claas_json_set_int(body, "choice", choice - chat->choices);
     claas_json_set_string(body, "text", text);
-    entries = take_entries(choice, true);
-    if (entries)
-        claas_json_set(body, "logprobs", entries);
+    if (choice->entries) {
+        claas_json_set(body, "logprobs", CLAAS_TAKE(choice->entries));
+        choice->entries = cJSON_CreateArray();
+    }
     if (last)
         claas_json_set_string(body, "finish_reason", choice->finish_reason);
     return claas_actor_progress(chat->sampler->actor, &chat->reply_to, body);
@@ -165,8 +150,8 @@ static void send_reply(struct chat *chat)
         claas_json_set_string(item, "text", visible_text(choice));
         claas_json_set_string(item, "finish_reason", choice->finish_reason);
         claas_json_set_int(item, "tokens", (int64_t)choice->count);
-        if (choice->all_entries)
-            claas_json_set(item, "logprobs", CLAAS_TAKE(choice->all_entries));
+        if (choice->entries && !chat->params.stream)
+            claas_json_set(item, "logprobs", CLAAS_TAKE(choice->entries));
         cJSON_AddItemToArray(choices, item);
         completion_tokens += (int64_t)choice->count;
     }

@@ -17,6 +17,7 @@
 
 #define RESOLVE_TIMEOUT_MS 10000
 #define STOP_TOKENS_MAX    16
+#define LOGPROB_BYTES      100 /* of one token in JSON, at 9 bytes of text: 55, text, numbers */
 
 void chat_free(struct chat *chat)
 {
@@ -37,7 +38,6 @@ void chat_free(struct chat *chat)
         free(choice->tokens);
         free(choice->logprobs);
         cJSON_Delete(choice->entries);
-        cJSON_Delete(choice->all_entries);
         text_stream_done(&choice->stream);
         claas_buf_done(&choice->visible);
     }
@@ -141,17 +141,37 @@ static int start_choice(struct chat *chat, int index)
 
     text_stream_init(&choice->stream, p->stops, p->stop_count, p->messages == NULL);
     claas_buf_init(&choice->visible, CLAAS_MESSAGE_BYTES);
-    if (p->logprobs) {
+    if (p->logprobs)
         choice->entries = cJSON_CreateArray();
-        choice->all_entries = cJSON_CreateArray();
-    }
     return claas_device_generate(chat->sampler->client, &request, &choice->request);
+}
+
+/* Without streaming all log-probs go out in one message. A request that names too many tokens for
+ * it hears so before the work, one that names none gets as many as it holds. */
+static int bound_logprobs(struct chat *chat)
+{
+    struct chat_params *p = &chat->params;
+    int room = claas_model_config(chat->sampler->model)->context - (int)chat->prompt_count;
+    int most = CLAAS_MESSAGE_BYTES / (LOGPROB_BYTES * (1 + p->top_logprobs) * p->n);
+    int wanted = p->max_tokens > 0 && p->max_tokens < room ? p->max_tokens : room;
+
+    if (!p->logprobs || p->stream || wanted <= most)
+        return 0;
+    if (claas_json_get(chat->body, "max_tokens"))
+        return claas_fail(CLAAS_ERR_INVALID,
+                          "with these log-probs an answer may have %d tokens, %d are asked for: "
+                          "lower max_tokens, top_logprobs or n, or stream",
+                          most, wanted);
+    p->max_tokens = most;
+    return 0;
 }
 
 static void start_generation(struct chat *chat)
 {
     int rc = encode_prompt(chat);
 
+    if (rc == 0)
+        rc = bound_logprobs(chat);
     for (int i = 0; rc == 0 && i < chat->params.n; i++) {
         rc = start_choice(chat, i);
         if (rc == 0)

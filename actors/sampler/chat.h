@@ -32,8 +32,7 @@ struct choice {
     float *logprobs; /* [count], temperature 1 */
     size_t count, capacity;
     struct text_stream stream;
-    cJSON *entries;     /* log-prob entries of tokens whose text is not shown yet (streaming) */
-    cJSON *all_entries; /* log-prob entries of the whole answer */
+    cJSON *entries; /* of log-probs: not sent yet, so without streaming the whole answer's */
     struct claas_buf visible;
     const char *finish_reason; /* NULL while it runs */
     int64_t last_token_ns;

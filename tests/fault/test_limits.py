@@ -89,6 +89,27 @@ def test_more_than_the_cache(server):
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_many_logprobs(server):
+    """Millions of values in one answer: whole or streamed. What cannot fit into a message is refused before the work."""
+    body = dict(n=8, max_tokens=server.context - 100, logprobs=True, top_logprobs=20, temperature=0)
+    reply = server.chat("base", timeout=300, **body)
+    assert reply["usage"]["completion_tokens"] > 10000  # 117 values each: more than 2^20
+    entries = [entry for choice in reply["choices"] for entry in choice["logprobs"]["content"]]
+    assert len(entries) >= reply["usage"]["completion_tokens"] - 8 and all(len(entry["top_logprobs"]) == 20 for entry in entries)
+    streamed = 0
+    chunks = [data for _, _, data in server.events("/v1/chat/completions", {
+        "model": "base", "stream": True, "messages": [{"role": "user", "content": "hello"}], **body}, timeout=300)]
+    assert chunks[-1] == "[DONE]", chunks[-1]
+    for chunk in map(json.loads, chunks[:-1]):
+        streamed += sum(len((choice["logprobs"] or {"content": []})["content"]) for choice in chunk["choices"])
+    assert streamed == len(entries)
+    answer = complete(server, 1, n=16, max_tokens=server.context - 20, logprobs=5)
+    assert answer.status == 200, answer
+    answer = server.request("POST", "/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "x"}],
+                            **body, "n": 16, "max_tokens": server.context})
+    assert answer.status == 400 and "max_tokens" in answer.detail, answer
+
+
 def test_more_than_the_cache_while_training(server):
     job = server.feedback("a/one", wait=False, training={"steps": 30})["job_id"]
     in_parallel([lambda: server.chat("base", "go on", timeout=200, n=16, max_tokens=400) for _ in range(3)])

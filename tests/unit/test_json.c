@@ -163,6 +163,29 @@ static void test_json_limits(void **state)
     assert_int_equal(claas_json_parse("[1,2]", 5, 5, &json), 0);
 }
 
+/* Our own actors' texts are bounded by their length alone. */
+static void test_json_values(void **state)
+{
+    size_t length =
+        2 * (size_t)CLAAS_JSON_VALUES_MAX + 1; /* [0,0,…,0]: as many zeros and the list */
+    CLAAS_AUTO_FREE char *text = claas_alloc(length + 1, 1);
+    CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
+
+    (void)state;
+    assert_non_null(text);
+    for (size_t i = 0; i < length; i++)
+        text[i] = i % 2 ? '0' : ',';
+    text[0] = '[';
+    text[length - 1] = ']';
+    assert_int_equal(claas_json_parse(text, length, length, &json), 0);
+    claas_json_free(&json);
+    memmove(text + 3, text + 2, length++ - 2); /* [[],0,…]: one more */
+    memcpy(text + 1, "[]", 2);
+    assert_int_equal(claas_json_parse(text, length, length, &json), CLAAS_ERR_FORMAT);
+    assert_int_equal(claas_json_parse_own(text, length, length, &json), 0);
+    assert_int_equal(claas_json_parse_own(text, length, length - 1, &json), CLAAS_ERR_TOO_LARGE);
+}
+
 /* Every cut of a valid text is refused, except where what is left is whole. */
 static void test_json_truncations(void **state)
 {
@@ -319,10 +342,11 @@ static void test_json_mutations(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_json_refusals), cmocka_unit_test(test_json_accepts),
-        cmocka_unit_test(test_json_limits),   cmocka_unit_test(test_json_truncations),
-        cmocka_unit_test(test_json_getters),  cmocka_unit_test(test_json_builders),
-        cmocka_unit_test(test_utf8),          cmocka_unit_test(test_json_mutations),
+        cmocka_unit_test(test_json_refusals),    cmocka_unit_test(test_json_accepts),
+        cmocka_unit_test(test_json_limits),      cmocka_unit_test(test_json_values),
+        cmocka_unit_test(test_json_truncations), cmocka_unit_test(test_json_getters),
+        cmocka_unit_test(test_json_builders),    cmocka_unit_test(test_utf8),
+        cmocka_unit_test(test_json_mutations),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
