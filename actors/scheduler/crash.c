@@ -76,13 +76,26 @@ static bool has_run(const cJSON *json, int64_t until_ms)
             strcmp(state, "gating") == 0 || strcmp(state, "publishing") == 0);
 }
 
-static int find_jobs(struct scheduler *scheduler, const cJSON *list, int64_t until_ms,
-                     struct job **ret, int64_t *ret_strikes)
+void crash_note(struct scheduler *scheduler, const cJSON *page)
+{
+    const cJSON *json;
+
+    if (!scheduler->crash_jobs)
+        scheduler->crash_jobs = cJSON_CreateArray();
+    cJSON_ArrayForEach(json, page)
+    {
+        if (has_run(json, INT64_MAX - 1))
+            cJSON_AddItemToArray(scheduler->crash_jobs, cJSON_Duplicate(json, true));
+    }
+}
+
+static int find_jobs(struct scheduler *scheduler, int64_t until_ms, struct job **ret,
+                     int64_t *ret_strikes)
 {
     const cJSON *json;
     int count = 0;
 
-    cJSON_ArrayForEach(json, list)
+    cJSON_ArrayForEach(json, scheduler->crash_jobs)
     {
         const char *id = "";
         struct job *job;
@@ -137,17 +150,15 @@ static int record_crash(struct scheduler *scheduler, struct job *const *jobs, in
 
 /* What a kill left, or a crash that is counted: it waits now, and shall not pay for the next one.
  * Where it cannot be recorded, it goes on all the same. */
-static void requeue(struct scheduler *scheduler, const cJSON *list)
+static void requeue(struct scheduler *scheduler)
 {
     const cJSON *json;
 
-    cJSON_ArrayForEach(json, list)
+    cJSON_ArrayForEach(json, scheduler->crash_jobs)
     {
         const char *id = "";
         struct job *job;
 
-        if (!has_run(json, INT64_MAX - 1))
-            continue;
         claas_json_get_string(json, "job_id", &id);
         job = job_find(scheduler, id);
         if (job && !job->run)
@@ -155,7 +166,7 @@ static void requeue(struct scheduler *scheduler, const cJSON *list)
     }
 }
 
-bool crash_count(struct scheduler *scheduler, const cJSON *list)
+bool crash_count(struct scheduler *scheduler)
 {
     CLAAS_AUTO_FREE char *path = marker_path(scheduler);
     int64_t retries = claas_config_int(scheduler->config, "cycle.retries"), strikes = 0;
@@ -164,11 +175,11 @@ bool crash_count(struct scheduler *scheduler, const cJSON *list)
     int count = 0;
 
     if (read_marker(scheduler, &marker))
-        count = find_jobs(scheduler, list, marker.unix_ms + SLACK_MS, jobs, &strikes);
+        count = find_jobs(scheduler, marker.unix_ms + SLACK_MS, jobs, &strikes);
     if (count == 0) {
         if (path && unlink(path) < 0 && errno != ENOENT)
             claas_warning("%s: %s", path, strerror(errno));
-        requeue(scheduler, list);
+        requeue(scheduler);
         return false;
     }
     claas_warning("%s: a strike for %d jobs", marker.text, count);

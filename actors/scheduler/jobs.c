@@ -11,14 +11,14 @@
 #include "claas/metrics.h"
 #include "scheduler_internal.h"
 
-#define RETRY_MS       1000
-#define UNFINISHED_MAX 100000 /* jobs of one JOBS_UNFINISHED */
+#define RETRY_MS  1000
+#define PAGE_JOBS 1000 /* of one JOBS_UNFINISHED */
 
 struct job *job_add(struct scheduler *scheduler, const char *id, const char *lora_id,
                     const char *principal, int items, const cJSON *training)
 {
     struct job *job = CLAAS_NEW(struct job);
-    struct job **link = &scheduler->jobs;
+    struct job **link = scheduler->last_job ? &scheduler->last_job->next : &scheduler->jobs;
 
     if (!job)
         return NULL; /* it stays on disk and is found at the next start */
@@ -28,10 +28,9 @@ struct job *job_add(struct scheduler *scheduler, const char *id, const char *lor
     job->items = items > 0 ? items : 1;
     job->training = training ? cJSON_Duplicate(training, true) : NULL;
     job->accepted_ms = claas_clock_ms();
-    while (*link)
-        link = &(*link)->next;
-    *link = job;
+    *link = scheduler->last_job = job;
     scheduler->job_count++;
+    scheduler->unlisted++;
     claas_metric_set(CLAAS_METRIC_JOBS_QUEUED, (double)scheduler->job_count);
     return job;
 }
@@ -47,13 +46,17 @@ struct job *job_find(struct scheduler *scheduler, const char *id)
 
 void job_remove(struct scheduler *scheduler, struct job *job)
 {
-    struct job **link = &scheduler->jobs;
+    struct job **link = &scheduler->jobs, *before = NULL;
 
-    while (*link && *link != job)
-        link = &(*link)->next;
+    while (*link && *link != job) {
+        before = *link;
+        link = &before->next;
+    }
     if (!*link)
         return;
     *link = job->next;
+    if (scheduler->last_job == job)
+        scheduler->last_job = before;
     cJSON_Delete(job->training);
     free(job);
     scheduler->job_count--;
@@ -149,12 +152,13 @@ void jobs_load_later(struct scheduler *scheduler)
     claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
 }
 
-/* Storage lists in order of arrival, as the list here is: most often the job is the next one. */
+/* Storage lists in order of arrival, as the list here is: most often the job is the next one. At
+ * the start nothing is to be looked for. */
 static struct job *find_next(struct scheduler *scheduler, struct job *last, const char *id)
 {
     if (last && last->next && strcmp(last->next->id, id) == 0)
         return last->next;
-    return job_find(scheduler, id);
+    return scheduler->unlisted > 0 ? job_find(scheduler, id) : NULL;
 }
 
 static void take_unfinished(struct scheduler *scheduler, const cJSON *jobs)
@@ -181,6 +185,7 @@ static void take_unfinished(struct scheduler *scheduler, const cJSON *jobs)
             job = job_add(scheduler, id, lora_id, principal, (int)items, training);
         if (!job)
             continue;
+        scheduler->unlisted--;
         job->listing = false;
         job->alone = job->alone || strikes > 0;
         job->sole = job->sole || strikes > 0;
@@ -205,21 +210,30 @@ static void drop_ended(struct scheduler *scheduler)
     }
 }
 
+static void ask_unfinished(struct scheduler *scheduler, const char *after);
+
 static void unfinished(void *self, void *arg, claas_message_t *reply)
 {
     struct scheduler *scheduler = self;
-    const cJSON *list = claas_json_get(reply->body, "jobs");
+    const cJSON *page = claas_json_get(reply->body, "jobs");
+    const char *last = NULL;
 
     (void)arg;
     if (reply->error) {
         jobs_load_later(scheduler);
         return;
     }
+    take_unfinished(scheduler, page);
+    if (!scheduler->crash_known)
+        crash_note(scheduler, page);
+    claas_json_get_string(cJSON_GetArrayItem(page, PAGE_JOBS - 1), "job_id", &last);
+    if (last) {
+        ask_unfinished(scheduler, last);
+        return;
+    }
     scheduler->loading = false;
-    take_unfinished(scheduler, list);
-    if (cJSON_GetArraySize(list) < UNFINISHED_MAX)
-        drop_ended(scheduler);
-    if (!scheduler->crash_known && crash_count(scheduler, list))
+    drop_ended(scheduler);
+    if (!scheduler->crash_known && crash_count(scheduler))
         return; /* the list is read anew when the strikes are on disk */
     scheduler->crash_known = true;
     if (scheduler->load_again) {
@@ -232,10 +246,29 @@ static void unfinished(void *self, void *arg, claas_message_t *reply)
     jobs_dispatch(scheduler);
 }
 
-void jobs_load(struct scheduler *scheduler)
+static void ask_unfinished(struct scheduler *scheduler, const char *after)
 {
+    cJSON *body = cJSON_CreateObject();
     int rc;
 
+    claas_json_set_int(body, "limit", PAGE_JOBS);
+    if (after)
+        claas_json_set_string(body, "after", after);
+    rc = claas_actor_ask(scheduler->actor,
+                         &(struct claas_ask){
+                             .to = "storage",
+                             .type = CLAAS_MSG_JOBS_UNFINISHED,
+                             .body = body,
+                             .timeout_ms = ASK_MS,
+                             .reply = unfinished,
+                         },
+                         NULL);
+    if (rc < 0)
+        jobs_load_later(scheduler);
+}
+
+void jobs_load(struct scheduler *scheduler)
+{
     scheduler->loaded = false;
     scheduler->load_again = scheduler->loading;
     if (scheduler->loading)
@@ -243,14 +276,7 @@ void jobs_load(struct scheduler *scheduler)
     for (struct job *job = scheduler->jobs; job; job = job->next)
         job->listing = true; /* later ones may be too new for the list */
     scheduler->loading = true;
-    rc = claas_actor_ask(scheduler->actor,
-                         &(struct claas_ask){
-                             .to = "storage",
-                             .type = CLAAS_MSG_JOBS_UNFINISHED,
-                             .timeout_ms = ASK_MS,
-                             .reply = unfinished,
-                         },
-                         NULL);
-    if (rc < 0)
-        jobs_load_later(scheduler);
+    scheduler->unlisted = scheduler->job_count;
+    claas_json_free(&scheduler->crash_jobs);
+    ask_unfinished(scheduler, NULL);
 }

@@ -157,6 +157,7 @@ static void stop(void **self)
     watch_free_all(scheduler, false);
     while (scheduler->jobs)
         job_remove(scheduler, scheduler->jobs);
+    claas_json_free(&scheduler->crash_jobs);
     free(scheduler);
     *self = NULL;
 }

@@ -80,8 +80,9 @@ struct cycle_run {
 struct scheduler {
     claas_actor_t *actor;
     const claas_config_t *config;
-    struct job *jobs;
+    struct job *jobs, *last_job;
     size_t job_count;
+    size_t unlisted; /* jobs here that the list under way has not named yet: at most so many */
     struct watcher *watchers;
     struct cycle_run *runs;
     int run_count;
@@ -96,6 +97,7 @@ struct scheduler {
     int records;                 /* JOB_RECORDs that storage has not answered */
     bool crash_known;            /* what an earlier life's crash left is counted (crash.c) … */
     bool crash_many;             /* … and struck someone: who comes later did not run by itself */
+    cJSON *crash_jobs;           /* of the list under way, those that were in a cycle on disk */
     bool draining;
     int timer; /* of the next dispatch, 0 = none; due at wake_ms */
     int64_t wake_ms;
@@ -163,10 +165,12 @@ void record_waits(struct scheduler *scheduler, struct job *job, const char *reas
 /* Whether a trainer in a process of its own crashed at that time or later: a sentence that says so.
  */
 bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_text, size_t size);
+/* Keeps of a page of storage's list what crash_count needs. */
+void crash_note(struct scheduler *scheduler, const cJSON *page);
 /* At the start, with storage's list: strikes for the jobs that ran when the trainer crashed and
  * this process with it. True while they are being recorded: the list is read anew then. In the end
  * none of the jobs is in a cycle on disk. */
-bool crash_count(struct scheduler *scheduler, const cJSON *list);
+bool crash_count(struct scheduler *scheduler);
 
 /* cycle_run.c, cycle_end.c */
 void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int count);

@@ -434,9 +434,18 @@ int store_jobs_unfinished(struct store *store, const struct claas_store_request 
                           struct claas_store_answer *answer)
 {
     DB_STATEMENT *statement = NULL;
-    int rc = db_query(&store->reader, &statement,
-                      JOB_COLUMNS "WHERE ended = 0 ORDER BY seq LIMIT 100000", "");
+    const char *after = NULL;
+    int64_t limit = LIST_MAX;
+    struct store_job job = {.seq = 0};
+    int rc = claas_json_get_int(request->body, "limit", 1, LIST_MAX, &limit);
 
-    (void)request;
+    if (rc >= 0)
+        rc = claas_json_get_string(request->body, "after", &after);
+    if (rc >= 0 && after)
+        rc = store_find_job(&store->reader, after, &job);
+    if (rc >= 0)
+        rc = db_query(&store->reader, &statement,
+                      JOB_COLUMNS "WHERE ended = 0 AND seq > ? ORDER BY seq LIMIT ?", "ii", job.seq,
+                      limit);
     return rc < 0 ? rc : list_rows(store, statement, false, answer);
 }

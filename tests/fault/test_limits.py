@@ -1,6 +1,8 @@
 """At the edges of what fits: the context, the key/value cache, connections, queues. Everything ends; nothing blocks the others."""
+import contextlib
 import json
 import socket
+import sqlite3
 import threading
 
 import pytest
@@ -120,6 +122,25 @@ def test_hundreds_of_chats(server):
     answers = in_parallel([lambda i=i: server.chat("a/one", f"{i}", temperature=0, timeout=200, max_tokens=10) for i in range(200)])
     assert len(answers) == 200 and all(answer["choices"] for answer in answers)
     assert answers[7]["choices"][0]["message"] == server.chat("a/one", "7", temperature=0, max_tokens=10)["choices"][0]["message"]
+
+
+# --- queues ---
+
+def test_many_unfinished_jobs(tmp_path):
+    """More than one answer of storage could ever list: the next start still finds them, and works."""
+    settings = FAST + ("feedback.queue_max=1000000",)
+    with serving(tmp_path / "db", settings=settings) as server:
+        server.init("a/one")
+        server.feedback("a/one")
+    with contextlib.closing(sqlite3.connect(tmp_path / "db" / "claas.db")) as db, db:
+        columns = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+        job = dict(zip(columns, db.execute("SELECT * FROM jobs").fetchone()))
+        job.update(state="queued", ended=0, result=None, version=None, idempotency_key=None)
+        db.executemany(f"INSERT INTO jobs({','.join(columns)}) VALUES({','.join('?' * len(columns))})",
+                       ([{**job, "seq": 1000 + i, "job_id": f"job-{i}"}[column] for column in columns] for i in range(90000)))
+    with serving(tmp_path / "db", settings=settings) as server:
+        assert ends_of(server.wait_state("job-0")) == ["failed"]  # there is no feedback of its own
+        assert server.request("DELETE", "/v1/jobs/job-89999").json["cancelled"]
 
 
 # --- feedback on odd answers ---

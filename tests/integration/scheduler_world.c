@@ -191,9 +191,14 @@ static int job_record(const claas_message_t *message, cJSON *reply)
 static int jobs_unfinished(const claas_message_t *message, cJSON *reply)
 {
     cJSON *list = claas_json_set(reply, "jobs", cJSON_CreateArray());
+    const char *after = NULL;
+    int64_t limit = 1000;
+    int first = 0;
 
-    (void)message;
-    for (int i = 0; i < world.job_count; i++) {
+    claas_json_get_int(message->body, "limit", 1, 1000, &limit);
+    if (claas_json_get_string(message->body, "after", &after) == 1)
+        first = (int)(find(after) - world.jobs) + 1;
+    for (int i = first; i < world.job_count && cJSON_GetArraySize(list) < limit; i++) {
         cJSON *json;
 
         if (has_ended(&world.jobs[i]))

@@ -10,7 +10,7 @@
 #include "runtime_fixture.h"
 #include "scheduler.h"
 
-#define JOBS_MAX   16
+#define JOBS_MAX   2100
 #define CYCLES_MAX 64
 #define GATHER_MAX 4
 #define WAIT_S     20

@@ -428,6 +428,35 @@ static void test_stop_and_start(void **state)
     assert_true(look()->seeds[0] == look()->seeds[1]);
 }
 
+static bool waits_again(const void *arg)
+{
+    const struct world_job *job = arg;
+
+    return strcmp(job->state, "queued") == 0;
+}
+
+/* More jobs than one answer of storage lists: the scheduler knows the last of them, and what ran
+ * when it was stopped waits again wherever it stands. */
+static void test_many_jobs(void **state)
+{
+    struct rig *rig = *state;
+    char id[16];
+    struct question cancel;
+
+    for (int i = 0; i < JOBS_MAX; i++)
+        add_job("me/a", "local");
+    snprintf(world.jobs[JOBS_MAX - 2].state, sizeof(world.jobs[0].state), "training");
+    set_hold(CLAAS_MSG_CYCLE_INPUT, true);
+    rig_start(rig);
+    await_calls(CLAAS_MSG_CYCLE_INPUT, 1);
+    assert_int_equal(calls_of(CLAAS_MSG_JOBS_UNFINISHED), (JOBS_MAX + 999) / 1000);
+    await(waits_again, &world.jobs[JOBS_MAX - 2], "the end of a cycle that was");
+    snprintf(id, sizeof(id), "job-%d", JOBS_MAX);
+    cancel = ask_about(CLAAS_MSG_JOB_CANCEL, id);
+    assert_int_equal(probe_call(rig->probe, &cancel), 0);
+    assert_non_null(strstr(cancel.reply, "\"cancelled\":true"));
+}
+
 static void test_training_values(void **state)
 {
     struct rig *rig = *state;
@@ -473,6 +502,7 @@ int main(void)
         TEST(test_lost_answer_of_a_feedback),
         TEST(test_lost_answer_of_an_end),
         TEST(test_stop_and_start),
+        TEST(test_many_jobs),
         TEST(test_training_values),
     };
 
