@@ -12,6 +12,7 @@
 #include "claas/mem.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 
 void parcel_done(struct parcel *parcel)
@@ -168,6 +169,71 @@ int parcel_receive(zsock_t *socket, bool router, struct parcel *ret)
     return rc < 0 ? rc : 1;
 }
 
+/* --- backlog -----------------------------------------------------------------------------------
+ */
+
+struct backlog {
+    _Atomic size_t bytes;
+    _Atomic size_t users; /* whoever sends, and every header that is not written yet */
+};
+
+struct counted_header {
+    uint8_t bytes[CLAAS_HEADER_BYTES];
+    struct backlog *backlog;
+    size_t load;
+};
+
+struct backlog *backlog_new(void)
+{
+    struct backlog *backlog = CLAAS_NEW(struct backlog);
+
+    if (backlog)
+        backlog->users = 1;
+    return backlog;
+}
+
+void backlog_drop(struct backlog **backlog)
+{
+    if (*backlog && atomic_fetch_sub(&(*backlog)->users, 1) == 1)
+        free(*backlog);
+    *backlog = NULL;
+}
+
+size_t backlog_bytes(const struct backlog *backlog)
+{
+    return backlog ? atomic_load(&backlog->bytes) : 0;
+}
+
+/* In libzmq's thread, or where sending failed. */
+static void header_done(void *data, void *hint)
+{
+    struct counted_header *header = hint;
+
+    (void)data;
+    atomic_fetch_sub(&header->backlog->bytes, header->load);
+    backlog_drop(&header->backlog);
+    free(header);
+}
+
+/* A message's header, counted with its load; one that cannot be counted goes out all the same. */
+static bool count_header(const struct parcel *parcel, const uint8_t bytes[], zmq_msg_t *ret)
+{
+    struct counted_header *header = parcel->backlog ? CLAAS_NEW(struct counted_header) : NULL;
+
+    if (!header)
+        return false;
+    memcpy(header->bytes, bytes, sizeof(header->bytes));
+    header->backlog = parcel->backlog;
+    header->load = sizeof(header->bytes) + parcel->bytes;
+    if (zmq_msg_init_data(ret, header->bytes, sizeof(header->bytes), header_done, header) < 0) {
+        free(header);
+        return false;
+    }
+    atomic_fetch_add(&header->backlog->users, 1);
+    atomic_fetch_add(&header->backlog->bytes, header->load);
+    return true;
+}
+
 /* --- sending -----------------------------------------------------------------------------------
  */
 
@@ -196,6 +262,23 @@ static int send_bytes(void *socket, const void *bytes, size_t length)
     do
         rc = zmq_send(socket, bytes, length, ZMQ_SNDMORE | ZMQ_DONTWAIT);
     while (rc < 0 && errno == EINTR);
+    return rc < 0 ? -1 : 0;
+}
+
+static int send_header(void *socket, const struct parcel *parcel, const uint8_t bytes[])
+{
+    zmq_msg_t message;
+    int rc, number;
+
+    if (!count_header(parcel, bytes, &message))
+        return send_bytes(socket, bytes, CLAAS_HEADER_BYTES);
+    do
+        rc = zmq_msg_send(&message, socket, ZMQ_SNDMORE | ZMQ_DONTWAIT);
+    while (rc < 0 && errno == EINTR);
+    number = errno;
+    if (rc < 0)
+        zmq_msg_close(&message);
+    errno = number;
     return rc < 0 ? -1 : 0;
 }
 
@@ -248,7 +331,7 @@ int parcel_send(zsock_t *socket, const struct peer_id *peer, struct parcel *parc
         parcel_done(parcel);
         return fail_send(failure);
     }
-    if (send_bytes(raw, header, sizeof(header)) < 0)
+    if (send_header(raw, parcel, header) < 0)
         failure = errno;
     int late = send_load(socket, parcel->load);
     parcel_done(parcel);

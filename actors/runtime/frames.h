@@ -22,13 +22,24 @@ struct peer_id {
     uint8_t bytes[255];
 };
 
+/* Bytes that a socket holds for one peer, who reads slowly or not at all. The high-water mark
+ * counts messages only, but libzmq frees a frame once it is written, or its connection is gone:
+ * each message is counted until its header is. libzmq's thread does that, even after whoever sent
+ * them has dropped the backlog. */
+struct backlog;
+struct backlog *backlog_new(void);
+void backlog_drop(struct backlog **backlog);
+/* 0 for NULL. */
+size_t backlog_bytes(const struct backlog *backlog);
+
 struct parcel {
     struct peer_id peer; /* filled by a ROUTER */
     char address[ADDRESS_FIELDS][CLAAS_NAME_MAX];
     struct claas_header header;
-    zmsg_t *load;  /* body, then attachments; NULL = an empty body */
-    size_t bytes;  /* of the load */
-    bool readable; /* correlation and type of the header can be used in an answer */
+    zmsg_t *load;            /* body, then attachments; NULL = an empty body */
+    size_t bytes;            /* of the load */
+    bool readable;           /* correlation and type of the header can be used in an answer */
+    struct backlog *backlog; /* counts it when it is sent; NULL = nobody does */
 };
 
 void parcel_done(struct parcel *parcel);

@@ -66,14 +66,30 @@ static struct flight take(struct claas_switch *sw, struct flight *flight)
     return copy;
 }
 
+static void tell_requester(struct claas_switch *sw, const struct flight *ended, int code,
+                           const char *text)
+{
+    struct claas_header about = {.type = (uint16_t)ended->type,
+                                 .correlation = ended->key.correlation,
+                                 .epoch = ended->epoch};
+
+    memcpy(about.trace_id, ended->trace_id, sizeof(about.trace_id));
+    switch_send_error(sw, ended->requester, ended->key.requester, &about, code, text);
+}
+
 void flight_fail(struct claas_switch *sw, struct flight *flight, int code, const char *text)
 {
     struct flight ended = take(sw, flight);
-    struct claas_header about = {
-        .type = (uint16_t)ended.type, .correlation = ended.key.correlation, .epoch = ended.epoch};
 
-    memcpy(about.trace_id, ended.trace_id, sizeof(about.trace_id));
-    switch_send_error(sw, ended.requester, ended.key.requester, &about, code, text);
+    tell_requester(sw, &ended, code, text);
+}
+
+void flight_abort(struct claas_switch *sw, struct flight *flight, int code, const char *text)
+{
+    struct flight ended = *flight;
+
+    flight_cancel(sw, flight);
+    tell_requester(sw, &ended, code, text);
 }
 
 void flight_cancel(struct claas_switch *sw, struct flight *flight)
@@ -117,19 +133,10 @@ void flights_cancel_by(struct claas_switch *sw, struct peer *requester, const ch
 /* Actors and nodes watch their own deadlines and cancel; a client may be a script that does not. */
 static void expire(struct claas_switch *sw, struct flight *flight)
 {
-    if (flight->requester->kind == PEER_CLIENT) {
-        struct flight ended = *flight;
-        struct claas_header about = {.type = (uint16_t)ended.type,
-                                     .correlation = ended.key.correlation,
-                                     .epoch = ended.epoch};
-
-        memcpy(about.trace_id, ended.trace_id, sizeof(about.trace_id));
-        flight_cancel(sw, flight);
-        switch_send_error(sw, ended.requester, ended.key.requester, &about, CLAAS_ERR_DEADLINE,
-                          "no answer in time");
-    } else {
+    if (flight->requester->kind == PEER_CLIENT)
+        flight_abort(sw, flight, CLAAS_ERR_DEADLINE, "no answer in time");
+    else
         flight_free(sw, flight);
-    }
 }
 
 /* Collected first: expiring changes the table that is being walked. */

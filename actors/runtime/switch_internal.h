@@ -23,7 +23,8 @@
 #define FLIGHTS_MAX        65536
 #define FLIGHTS_CLIENT_MAX 1024
 #define WAITING_BYTES_MAX  (256u << 20) /* of one mailbox */
-#define OUTER_HWM          4096
+#define OUTER_HWM          4096         /* messages on their way to a client */
+#define UNREAD_BYTES_MAX   (64u << 20)  /* the same in bytes; half of it for new requests */
 #define TICK_MS            250
 #define CLIENT_IDLE_MS     600000 /* a silent client without requests is forgotten */
 #define PING_MS            1000
@@ -54,6 +55,7 @@ struct peer {
     uint32_t seq_in, seq_out;
     uint16_t owed; /* requests taken from a node and not yet credited to it */
     int64_t heard_ms;
+    struct backlog *backlog; /* of a client */
     uint64_t hello_id; /* a ready local actor that waits until main knows it: which HELLO; else 0 */
     bool dead;         /* found out while sending; buried at the end of the pass */
 };
@@ -142,6 +144,8 @@ struct flight *flight_new(struct claas_switch *sw, struct peer *requester,
 void flight_free(struct claas_switch *sw, struct flight *flight);
 /* ERR to the requester, then frees it. */
 void flight_fail(struct claas_switch *sw, struct flight *flight, int code, const char *text);
+/* Both: for what the receiver goes on with. */
+void flight_abort(struct claas_switch *sw, struct flight *flight, int code, const char *text);
 /* CANCEL to the receiver, then frees it. */
 void flight_cancel(struct claas_switch *sw, struct flight *flight);
 void flights_fail_of(struct claas_switch *sw, struct peer *receiver, const char *receiver_name,

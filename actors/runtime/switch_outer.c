@@ -13,6 +13,12 @@
 #include <inttypes.h>
 #include <string.h>
 
+/* What a client has not read is counted for as long as it is there. */
+static bool waits_for_nothing(const struct peer *peer)
+{
+    return peer->kind == PEER_CLIENT && peer->asked_count == 0 && backlog_bytes(peer->backlog) == 0;
+}
+
 /* Forgets the client that has been silent for longest and waits for nothing. */
 static void forget_a_client(struct claas_switch *sw)
 {
@@ -20,8 +26,7 @@ static void forget_a_client(struct claas_switch *sw)
 
     for (struct peer *peer = zhashx_first(sw->outer_peers); peer;
          peer = zhashx_next(sw->outer_peers))
-        if (peer->kind == PEER_CLIENT && peer->asked_count == 0 &&
-            (!oldest || peer->heard_ms < oldest->heard_ms))
+        if (waits_for_nothing(peer) && (!oldest || peer->heard_ms < oldest->heard_ms))
             oldest = peer;
     if (oldest)
         peer_bury(sw, oldest);
@@ -85,6 +90,14 @@ static void take_hello(struct claas_switch *sw, struct peer *peer, struct parcel
         send_welcome(sw, peer, &header);
     }
     envelope_close(&envelope);
+}
+
+static void take_bye(struct claas_switch *sw, struct peer *peer)
+{
+    if (peer->kind == PEER_CLIENT)
+        flights_cancel_by(sw, peer, NULL);
+    if (peer->kind == PEER_NODE || waits_for_nothing(peer))
+        peer_bury(sw, peer);
 }
 
 static void take_ping(struct claas_switch *sw, struct peer *peer, const struct claas_header *about)
@@ -168,7 +181,7 @@ static void take_outer(struct claas_switch *sw, struct parcel *parcel, int rc)
     else if (kind == CLAAS_KIND_PING)
         take_ping(sw, peer, &parcel->header);
     else if (kind == CLAAS_KIND_BYE)
-        peer_bury(sw, peer);
+        take_bye(sw, peer);
     else if (kind < CLAAS_KIND_HELLO || kind > CLAAS_KIND_BYE)
         refuse(sw, peer, &parcel->header,
                claas_fail(CLAAS_ERR_FORMAT, "unknown kind %d of message", kind));
@@ -218,7 +231,7 @@ void outer_tick(struct claas_switch *sw, int64_t now_ms)
          peer = zhashx_next(sw->outer_peers)) {
         if (peer->kind == PEER_NODE)
             tick_node(sw, peer, now_ms, is_ping);
-        else if (peer->asked_count == 0 && now_ms - peer->heard_ms > CLIENT_IDLE_MS)
+        else if (waits_for_nothing(peer) && now_ms - peer->heard_ms > CLIENT_IDLE_MS)
             peer_mark_dead(sw, peer);
     }
 }

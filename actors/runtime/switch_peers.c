@@ -84,6 +84,7 @@ int switch_tables_new(struct claas_switch *sw)
 static void free_peer(struct peer *peer)
 {
     free(peer->waiting.sizes);
+    backlog_drop(&peer->backlog);
     free(peer);
 }
 
@@ -167,6 +168,10 @@ struct peer *peer_new(struct claas_switch *sw, enum peer_kind kind, const struct
 
     if (!peer)
         return NULL;
+    if (kind == PEER_CLIENT && !(peer->backlog = backlog_new())) {
+        free(peer);
+        return NULL;
+    }
     peer->kind = kind;
     peer->heard_ms = claas_clock_ms();
     LIST_INIT(&peer->asked);

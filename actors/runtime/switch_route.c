@@ -67,6 +67,7 @@ int switch_send(struct claas_switch *sw, struct peer *peer, const char *to, cons
     parcel->header.version = CLAAS_PROTOCOL_VERSION;
     parcel->header.link_seq = ++peer->seq_out;
     parcel->header.credit = peer->owed;
+    parcel->backlog = peer->kind == PEER_CLIENT ? peer->backlog : NULL;
     int rc =
         parcel_send(socket_of(sw, peer), peer->kind == PEER_UPSTREAM ? NULL : &peer->id, parcel);
     if (rc == 0)
@@ -161,6 +162,9 @@ static int check_flights(struct claas_switch *sw, const struct peer *sender, con
     if (zhashx_size(sw->flights) >= FLIGHTS_MAX ||
         (sender->kind == PEER_CLIENT && sender->asked_count >= FLIGHTS_CLIENT_MAX))
         return claas_fail(CLAAS_ERR_OVERLOADED, "too many requests under way");
+    if (sender->kind == PEER_CLIENT && backlog_bytes(sender->backlog) > UNREAD_BYTES_MAX / 2)
+        return claas_fail(CLAAS_ERR_OVERLOADED, "%zu bytes of earlier answers are unread",
+                          backlog_bytes(sender->backlog));
     return 0;
 }
 
@@ -291,6 +295,26 @@ static void take_event(struct claas_switch *sw, struct peer *sender, const char 
 /* --- answers -----------------------------------------------------------------------------------
  */
 
+/* A client that does not read may not fill the memory: what goes beyond its bound is lost, and it
+ * is told so. As a mailbox does, an empty backlog takes anything. */
+static bool give_up_unread(struct claas_switch *sw, struct flight *flight, size_t bytes,
+                           bool is_last)
+{
+    size_t unread = backlog_bytes(flight->requester->backlog);
+    char text[128];
+
+    if (flight->requester->kind != PEER_CLIENT || unread == 0 || unread + bytes <= UNREAD_BYTES_MAX)
+        return false;
+    claas_metric_add(CLAAS_METRIC_REPLIES_LOST, 1);
+    snprintf(text, sizeof(text), "the answer of %zu bytes is lost: %zu of earlier ones are unread",
+             bytes, unread);
+    if (is_last)
+        flight_fail(sw, flight, CLAAS_ERR_LIMIT, text);
+    else
+        flight_abort(sw, flight, CLAAS_ERR_LIMIT, text);
+    return true;
+}
+
 static void take_answer(struct claas_switch *sw, struct peer *sender, const char *from,
                         struct parcel *parcel)
 {
@@ -303,6 +327,8 @@ static void take_answer(struct claas_switch *sw, struct peer *sender, const char
         claas_metric_add(CLAAS_METRIC_REPLIES_LATE, 1);
         return;
     }
+    if (give_up_unread(sw, flight, parcel->bytes, is_last))
+        return;
     parcel->header.epoch = flight->epoch;
     struct peer *requester = flight->requester;
     if (is_last)

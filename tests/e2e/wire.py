@@ -37,11 +37,11 @@ class Answer:
 class Client:
     """One DEALER. `ask` waits for the last answer; `send` and `receive` are for everything else."""
 
-    def __init__(self, data, context=None):
+    def __init__(self, data, context=None, receive_hwm=100000):
         self.socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 100000)
-        self.socket.setsockopt(zmq.RCVHWM, 100000)
+        self.socket.setsockopt(zmq.RCVHWM, receive_hwm)
         self.socket.connect(f"ipc://{data}/claas.ipc")
         self.numbers = itertools.count(1)
 

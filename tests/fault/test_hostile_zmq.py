@@ -10,7 +10,7 @@ import pytest
 zmq = pytest.importorskip("zmq")
 
 import wire
-from server import FAST, Server, serving
+from server import FAST, PATIENCE, Server, serving
 from wire import CHAT, ERR, FEEDBACK, HEADER, HELLO, JOB_GET, PING, PONG, REP, REQ, STATUS, Client, header
 
 ASK = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -264,6 +264,28 @@ def test_flood(server):
                 errors[answer.error] = errors.get(answer.error, 0) + 1
         assert sum(errors.values()) == count and set(errors) <= {"NOT_FOUND", "OVERLOADED"}, errors
         assert errors["NOT_FOUND"] > 0
+
+
+def test_client_that_does_not_read(server):
+    """Large answers: what is unread is bounded in bytes, the rest is refused or said to be lost, and reading sets it right.
+    BYE does not begin the count anew."""
+    job = server.feedback("a/one", "x" * 6_000_000, server.answer, wait=False)["job_id"]
+    server.wait_state(job)
+    before = server.memory_mb()
+    with Client(server.data, receive_hwm=1) as one, Client(server.data) as other:
+        numbers = []
+        for _ in range(10):
+            numbers += [one.send("storage", JOB_GET, {"job_id": job}) for _ in range(20)]
+            assert other.ask("storage", JOB_GET, {"job_id": job}).kind == REP  # behind the others in the mailbox
+            one.send("", 0, b"", kind=wire.BYE, correlation=0, codec=0)
+        assert PATIENCE > 1 or server.memory_mb() < before + 400
+        answers = []
+        while answer := one.receive(2):
+            answers.append(answer)
+        kinds = [answer.kind for answer in answers]
+        assert kinds.count(REP) >= 5 and len({answer.correlation for answer in answers}) == len(answers) <= len(numbers)
+        assert {answer.error for answer in answers} == {None, "LIMIT", "OVERLOADED"}
+        assert one.ask("storage", JOB_GET, {"job_id": job}).kind == REP
 
 
 def test_clients_that_vanish(server):
