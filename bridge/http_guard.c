@@ -1,6 +1,8 @@
 /* The guard at the door: see http_guard.h. */
 #include "http_guard.h"
 
+#include <arpa/inet.h>
+#include <stdio.h>
 #include <string.h>
 #include <strings.h>
 
@@ -119,6 +121,24 @@ bool http_guard_target_ok(const char *target)
             return false;
     }
     return target[0] != '\0';
+}
+
+bool http_guard_host_is(const char *host, const char *name)
+{
+    return is_name(host, strcspn(host, ":"), name);
+}
+
+bool http_guard_host_is_address(const char *host)
+{
+    struct in6_addr address;
+    char text[INET6_ADDRSTRLEN];
+    bool is_v6 = host[0] == '[';
+    size_t length = strcspn(host, is_v6 ? "]" : ":");
+
+    if (length >= sizeof(text) || (is_v6 && host[length] != ']'))
+        return false;
+    snprintf(text, sizeof(text), "%.*s", (int)(length - is_v6), host + is_v6);
+    return inet_pton(is_v6 ? AF_INET6 : AF_INET, text, &address) == 1;
 }
 
 bool http_guard_has_body(const struct http_guard *guard)

@@ -27,6 +27,10 @@ const char *http_guard_verdict(const struct http_guard *guard, const char *versi
 /* False if the raw request target holds control characters, blanks or an escaped NUL (which would
  * cut the decoded path). */
 bool http_guard_target_ok(const char *target);
+/* Whether a Host header's value, with or without a port, is that name; whether it is an IPv4 or
+ * [IPv6] address. */
+bool http_guard_host_is(const char *host, const char *name);
+bool http_guard_host_is_address(const char *host);
 /* True if the request has a body (or says so). */
 bool http_guard_has_body(const struct http_guard *guard);
 

@@ -83,24 +83,54 @@ static bool is_json_type(const char *type)
            (length > 5 && strncasecmp(type + length - 5, "+json", 5) == 0);
 }
 
+/* A page of another site may have its own name resolve to this machine, and is then of this site
+ * for its browser; but the browser says the name. An address can only be meant. */
+static bool is_own_host(const struct request *request, const char *host)
+{
+    const char *name;
+
+    if (!host || http_guard_host_is_address(host) || http_guard_host_is(host, "localhost"))
+        return true;
+    for (size_t i = 0;
+         (name = claas_config_list_at(request->server->config, "http.hosts", i)) != NULL; i++)
+        if (strcmp(name, "*") == 0 || http_guard_host_is(host, name))
+            return true;
+    return false;
+}
+
+/* Browsers say so themselves: pages of other sites, and of other ports here, may not train
+ * adapters. */
+static bool is_foreign_page(struct request *request)
+{
+    const char *site = request_header_in(request, "Sec-Fetch-Site");
+
+    return site && (strcmp(site, "cross-site") == 0 || strcmp(site, "same-site") == 0) &&
+           strcmp(request->method, "GET") != 0 && !request->head;
+}
+
 static void check_admission(struct request *request, const struct http_guard *guard)
 {
     struct http_server *server = request->server;
     bool exempt = request->route && (request->route->flags & ROUTE_EXEMPT);
     const char *type = request_header_in(request, "Content-Type");
-    const char *site = request_header_in(request, "Sec-Fetch-Site");
+    const char *host = request_header_in(request, "Host");
 
     if (server->draining && !exempt) {
         refuse(request, CLAAS_ERR_UNAVAILABLE, "the server is shutting down");
     } else if (!exempt && server->inflight >= (size_t)server->max_inflight) {
         claas_metric_add(CLAAS_METRIC_HTTP_REFUSED, 1);
         request_fail(request, CLAAS_ERR_OVERLOADED, "too many requests at once, try again later");
+    } else if (!is_own_host(request, host)) {
+        claas_fail(CLAAS_ERR_DENIED,
+                   "Host '%s' is no name of this server: call its address or localhost, or add the "
+                   "name to http.hosts",
+                   claas_quote(host).text);
+        request_fail(request, CLAAS_ERR_DENIED, claas_error_text());
     } else if (!request->route) {
         routes_fail(request);
-    } else if (site && strcmp(site, "cross-site") == 0 && strcmp(request->method, "GET") != 0 &&
-               !request->head) {
-        /* Browsers say so themselves: pages of other sites may not train adapters here. */
-        request_fail(request, CLAAS_ERR_DENIED, "requests from other sites' pages are refused");
+    } else if (is_foreign_page(request)) {
+        request_fail(request, CLAAS_ERR_DENIED,
+                     "requests from pages of other sites or ports are refused");
     } else if ((request->route->flags & ROUTE_JSON) && type && !is_json_type(type) &&
                http_guard_has_body(guard)) {
         request_fail_status(request, MHD_HTTP_UNSUPPORTED_MEDIA_TYPE,

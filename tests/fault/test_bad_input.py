@@ -321,19 +321,19 @@ def raw(server, data, timeout=15):
 
 
 @pytest.mark.parametrize("request_bytes", [
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x",
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n{}",
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length : 2\r\n\r\n{}",
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: +2\r\n\r\n{}",
-    b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\n\r\n{}",
+    b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x",
+    b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: xchunked\r\n\r\n{}",
+    b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length : 2\r\n\r\n{}",
+    b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: +2\r\n\r\n{}",
+    b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n{}",
     b"GET /health HTTP/1.1\r\n\r\n",
-    b"GET /health\0 HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET /%00 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /health\0 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /%00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 64 + b"\r\n\r\n",
     b"GARBAGE\r\n\r\n",
-    b"GET " + b"/x" * 40000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"y" * 100000 + b"\r\n\r\n",
+    b"GET " + b"/x" * 40000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: " + b"y" * 100000 + b"\r\n\r\n",
 ])
 def test_odd_requests_are_refused(server, request_bytes):
     answer = raw(server, request_bytes)
@@ -345,8 +345,8 @@ def test_slow_and_half_closed_clients(server):
     clients = [socket.create_connection((host, int(port))) for _ in range(40)]
     try:
         for i, client in enumerate(clients):
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Len" if i % 2 else
-                           b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Len" if i % 2 else
+                           b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             if i % 4 == 0:
                 client.shutdown(socket.SHUT_WR)
         assert server.is_healthy()
@@ -359,7 +359,7 @@ def test_slow_and_half_closed_clients(server):
 def test_clients_that_leave_in_the_middle(server):
     host, port = server.url.split("//")[1].split(":")
     body = json.dumps({"model": "a/one", "messages": HELLO, "max_tokens": 2000, "stream": True}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for _ in range(5):
         with socket.create_connection((host, int(port)), timeout=20) as client:
             client.sendall(head + body)

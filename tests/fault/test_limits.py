@@ -224,7 +224,7 @@ def test_slow_reader(tmp_path):
                            "messages": [{"role": "user", "content": "x"}]}).encode()
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect((host, int(port)))
-        lazy.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        lazy.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         for _ in range(10):
             assert server.chat("base")["choices"]
         server.wait_until(lambda: server.health()["http"]["inflight"] == 0, 30, "the end of the lazy client's answers")

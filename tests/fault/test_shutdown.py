@@ -123,7 +123,7 @@ def test_second_signal_ends_at_once(make):
     server = make()
     host, port = server.url.split("//")[1].split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        client.sendall(b"POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         server.wait_until(lambda: server.health()["http"]["connections"] >= 2)
         server.terminate()
         time.sleep(0.1)

@@ -346,6 +346,7 @@ static void test_content_types(void **state)
     check_status("POST", path, "Content-Type: text/plain\r\n", CHAT("hi"), 415);
     check_status("POST", path, "Content-Type: application/jsonx\r\n", CHAT("hi"), 415);
     check_status("POST", path, "Sec-Fetch-Site: cross-site\r\n", CHAT("hi"), 403);
+    check_status("POST", path, "Sec-Fetch-Site: same-site\r\n", CHAT("hi"), 403);
     check_status("POST", path, "Sec-Fetch-Site: same-origin\r\n", CHAT("hi"), 200);
 }
 
@@ -800,11 +801,12 @@ static void test_drain(void **state)
     fake_server_start(&own, settings);
     probe_open(&idle, own.port);
     probe_open(&feedback, own.port);
-    text = claas_format("POST /v1/feedback HTTP/1.1\r\nHost: x\r\nContent-Length: %zu\r\n\r\n%s",
-                        strlen(BATCH("hang")), BATCH("hang"));
+    text = claas_format(
+        "POST /v1/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: %zu\r\n\r\n%s",
+        strlen(BATCH("hang")), BATCH("hang"));
     probe_send(&feedback, text);
     probe_open(&events, own.port);
-    probe_send(&events, "GET /v1/jobs/job-hang/events HTTP/1.1\r\nHost: x\r\n\r\n");
+    probe_send(&events, "GET /v1/jobs/job-hang/events HTTP/1.1\r\nHost: localhost\r\n\r\n");
     probe_wait_for(&events, "event: step");
     fake_wait(&fake_held, 2);
     pthread_create(&thread, NULL, stop_server, &own);

@@ -21,7 +21,7 @@
 #include "claas/mem.h"
 #include "http_probe.h"
 
-#define GET_ROOT     "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+#define GET_ROOT     "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 #define CHAT(text)   "{\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]}"
 #define STREAM(text) "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]}"
 
@@ -30,7 +30,7 @@ static struct fake_server server;
 static void send_post(struct probe *probe, const char *path, const char *headers, const char *body)
 {
     CLAAS_AUTO_FREE char *text =
-        claas_format("POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %zu\r\n\r\n%s", path,
+        claas_format("POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %zu\r\n\r\n%s", path,
                      headers, strlen(body), body);
 
     probe_send(probe, text);
@@ -56,42 +56,75 @@ static void check_answer(struct probe *probe, int status)
     answer_done(&answer);
 }
 
+/* --- names --- */
+
+/* A page whose own name leads here is told apart by that name alone. */
+static void test_hosts(void **state)
+{
+    static const struct {
+        const char *host;
+        int status;
+    } cases[] = {
+        {"localhost", 200},          {"LOCALHOST:1", 200},     {"127.0.0.1:8080", 200},
+        {"[::1]:8080", 200},         {"192.168.1.7", 200},     {"proxy.example", 200},
+        {"Proxy.Example:443", 200},  {"evil.example", 403},    {"evil.example:8080", 403},
+        {"localhost.evil.com", 403}, {"x.proxy.example", 403}, {"127.0.0.1.evil.com", 403},
+    };
+
+    (void)state;
+    for (size_t i = 0; i < CLAAS_COUNT(cases); i++) {
+        CLAAS_AUTO_FREE char *text =
+            claas_format("GET /health HTTP/1.1\r\nHost: %s\r\n\r\n", cases[i].host);
+        struct probe probe;
+
+        probe_open(&probe, server.port);
+        probe_send(&probe, text);
+        check_answer(&probe, cases[i].status);
+        probe_close(&probe);
+    }
+}
+
 /* --- smuggling --- */
 
 /* Each hides a second request; it must never be answered. */
-#define HIDDEN "GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
+#define HIDDEN "GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 static const struct {
     const char *name, *bytes;
 } smugglers[] = {
-    {"length and encoding", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n"
-                            "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" HIDDEN},
-    {"encoding and length", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
-                            "\r\nContent-Length: 4\r\n\r\n0\r\n\r\n" HIDDEN},
-    {"two lengths", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+    {"length and encoding",
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+     "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" HIDDEN},
+    {"encoding and length",
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
+     "\r\nContent-Length: 4\r\n\r\n0\r\n\r\n" HIDDEN},
+    {"two lengths", "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n"
                     "Content-Length: 33\r\n\r\n" HIDDEN},
-    {"two equal lengths", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
+    {"two equal lengths", "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
                           "Content-Length: 2\r\n\r\n{}" HIDDEN},
     {"list of lengths",
-     "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nContent-Length: 2, 2\r\n\r\n{}" HIDDEN},
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2, 2\r\n\r\n{}" HIDDEN},
     {"signed length",
-     "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nContent-Length: +2\r\n\r\n{}" HIDDEN},
-    {"xchunked", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n"
-                 "0\r\n\r\n" HIDDEN},
-    {"chunked, identity", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, "
-                          "identity\r\n\r\n0\r\n\r\n" HIDDEN},
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nContent-Length: +2\r\n\r\n{}" HIDDEN},
+    {"xchunked",
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: xchunked\r\n\r\n"
+     "0\r\n\r\n" HIDDEN},
+    {"chunked, identity",
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked, "
+     "identity\r\n\r\n0\r\n\r\n" HIDDEN},
     {"blank before colon",
-     "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nContent-Length : 33\r\n\r\n" HIDDEN},
-    {"tab before colon", "POST /v1/lora/init HTTP/1.1\r\nHost: x\r\nTransfer-Encoding\t: chunked"
-                         "\r\n\r\n0\r\n\r\n" HIDDEN},
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nContent-Length : 33\r\n\r\n" HIDDEN},
+    {"tab before colon",
+     "POST /v1/lora/init HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding\t: chunked"
+     "\r\n\r\n0\r\n\r\n" HIDDEN},
     {"no host", "GET / HTTP/1.1\r\n\r\n" HIDDEN},
     {"two hosts", "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" HIDDEN},
-    {"odd name", "GET / HTTP/1.1\r\nHost: x\r\nA(B: c\r\n\r\n" HIDDEN},
-    {"control character", "GET / HTTP/1.1\r\nHost: x\r\nA: b\x01\r\n\r\n" HIDDEN},
+    {"odd name", "GET / HTTP/1.1\r\nHost: localhost\r\nA(B: c\r\n\r\n" HIDDEN},
+    {"control character", "GET / HTTP/1.1\r\nHost: localhost\r\nA: b\x01\r\n\r\n" HIDDEN},
     {"encoding in 1.0", "POST /v1/lora/init HTTP/1.0\r\nTransfer-Encoding: chunked\r\n"
                         "Connection: keep-alive\r\n\r\n0\r\n\r\n" HIDDEN},
-    {"nul in target", "GET /a%00b HTTP/1.1\r\nHost: x\r\n\r\n" HIDDEN},
-    {"broken utf-8 in path", "GET /a%ff HTTP/1.1\r\nHost: x\r\n\r\n" HIDDEN},
+    {"nul in target", "GET /a%00b HTTP/1.1\r\nHost: localhost\r\n\r\n" HIDDEN},
+    {"broken utf-8 in path", "GET /a%ff HTTP/1.1\r\nHost: localhost\r\n\r\n" HIDDEN},
 };
 
 static void test_smuggling(void **state)
@@ -121,7 +154,8 @@ static void test_smuggling(void **state)
  * matters is that nothing else changes: one request, one answer. */
 static void test_nul_in_header(void **state)
 {
-    static const char bytes[] = "GET / HTTP/1.1\r\nHost: x\r\nA: b\0c\r\nConnection: close\r\n\r\n";
+    static const char bytes[] =
+        "GET / HTTP/1.1\r\nHost: localhost\r\nA: b\0c\r\nConnection: close\r\n\r\n";
     struct probe probe;
     struct answer answer;
 
@@ -142,7 +176,7 @@ static void test_bare_line_feeds(void **state)
 
     (void)state;
     probe_open(&probe, server.port);
-    probe_send(&probe, "GET / HTTP/1.1\nHost: x\nConnection: close\n\n");
+    probe_send(&probe, "GET / HTTP/1.1\nHost: localhost\nConnection: close\n\n");
     check_answer(&probe, 200);
     probe_closed(&probe);
     assert_int_equal(probe.in.length, 0);
@@ -153,7 +187,7 @@ static void test_garbage(void **state)
 {
     static const char *const texts[] = {
         "\r\n\r\n\r\n", "GET\r\n\r\n", "\x16\x03\x01\x02garbage\r\n\r\n",
-        "GET / HTTP/9.9\r\nHost: x\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"};
+        "GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"};
 
     (void)state;
     for (size_t i = 0; i < CLAAS_COUNT(texts); i++) {
@@ -177,7 +211,7 @@ static void test_huge_headers(void **state)
 
     (void)state;
     memset(value, 'a', 40000);
-    text = claas_format("GET / HTTP/1.1\r\nHost: x\r\nA: %s\r\n\r\n", value);
+    text = claas_format("GET / HTTP/1.1\r\nHost: localhost\r\nA: %s\r\n\r\n", value);
     probe_open(&probe, server.port);
     probe_try_send(&probe, text, strlen(text));
     probe_read(&probe, false, &answer);
@@ -197,8 +231,9 @@ static void test_length_over_limit(void **state)
 
     (void)state;
     probe_open(&probe, server.port);
-    probe_send(&probe, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\n"
-                       "Expect: 100-continue\r\n\r\n");
+    probe_send(&probe,
+               "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65537\r\n"
+               "Expect: 100-continue\r\n\r\n");
     probe_read(&probe, false, &answer); /* at once, without a byte of the body */
     assert_int_equal(answer.status, 413);
     assert_string_equal(answer_header(&answer, "Connection", value, sizeof(value)), "close");
@@ -207,7 +242,7 @@ static void test_length_over_limit(void **state)
     probe_closed(&probe);
     probe_close(&probe);
     probe_open(&probe, server.port);
-    probe_send(&probe, "POST /v1/lora/import?lora_id=a/b HTTP/1.1\r\nHost: x\r\n"
+    probe_send(&probe, "POST /v1/lora/import?lora_id=a/b HTTP/1.1\r\nHost: localhost\r\n"
                        "Content-Length: 262145\r\n\r\n");
     check_answer(&probe, 413);
     probe_close(&probe);
@@ -233,14 +268,14 @@ static void test_chunks_over_limit(void **state)
 
     (void)state;
     probe_open(&probe, server.port);
-    probe_send(&probe, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    probe_send(&probe, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                        "Transfer-Encoding: chunked\r\n\r\n");
     send_chunks(&probe, 8); /* 128 KiB */
     probe_send(&probe, "0\r\n\r\n");
     check_answer(&probe, 413);
     probe_close(&probe);
     probe_open(&probe, server.port);
-    probe_send(&probe, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    probe_send(&probe, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                        "Transfer-Encoding: chunked\r\n\r\n");
     send_chunks(&probe, 4000); /* cut off at four times the limit */
     probe_read(&probe, false, &answer);
@@ -298,9 +333,10 @@ static void test_expect_continue(void **state)
 
     (void)state;
     probe_open(&probe, server.port);
-    text = claas_format("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %zu\r\n"
-                        "Expect: 100-continue\r\n\r\n",
-                        strlen(CHAT("hi")));
+    text = claas_format(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %zu\r\n"
+        "Expect: 100-continue\r\n\r\n",
+        strlen(CHAT("hi")));
     probe_send(&probe, text);
     probe_wait_for(&probe, "HTTP/1.1 100 Continue\r\n\r\n");
     probe_send(&probe, CHAT("hi"));
@@ -368,9 +404,11 @@ static void test_slow_clients(void **state)
 {
     (void)state;
     check_dripped("", "GET /aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa");
-    check_dripped("GET / HTTP/1.1\r\nHost: x\r\n", "A: bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb");
-    check_dripped("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n",
-                  " ");
+    check_dripped("GET / HTTP/1.1\r\nHost: localhost\r\n",
+                  "A: bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb");
+    check_dripped(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
+        " ");
     check_alive();
 }
 
@@ -594,6 +632,7 @@ static int start(void **state)
                                            "http.header_timeout=400ms",
                                            "http.body_timeout=400ms",
                                            "http.idle_timeout=800ms",
+                                           "http.hosts=proxy.example, other.example",
                                            NULL};
 
     (void)state;
@@ -611,15 +650,25 @@ static int stop(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_smuggling),          cmocka_unit_test(test_nul_in_header),
-        cmocka_unit_test(test_bare_line_feeds),    cmocka_unit_test(test_garbage),
-        cmocka_unit_test(test_huge_headers),       cmocka_unit_test(test_length_over_limit),
-        cmocka_unit_test(test_chunks_over_limit),  cmocka_unit_test(test_body_at_limit),
-        cmocka_unit_test(test_pipelining),         cmocka_unit_test(test_expect_continue),
-        cmocka_unit_test(test_old_http),           cmocka_unit_test(test_slow_clients),
-        cmocka_unit_test(test_idle_connections),   cmocka_unit_test(test_patience_with_work),
-        cmocka_unit_test(test_gone_while_waiting), cmocka_unit_test(test_gone_while_streaming),
-        cmocka_unit_test(test_slow_reader),        cmocka_unit_test(test_bad_addresses),
+        cmocka_unit_test(test_hosts),
+        cmocka_unit_test(test_smuggling),
+        cmocka_unit_test(test_nul_in_header),
+        cmocka_unit_test(test_bare_line_feeds),
+        cmocka_unit_test(test_garbage),
+        cmocka_unit_test(test_huge_headers),
+        cmocka_unit_test(test_length_over_limit),
+        cmocka_unit_test(test_chunks_over_limit),
+        cmocka_unit_test(test_body_at_limit),
+        cmocka_unit_test(test_pipelining),
+        cmocka_unit_test(test_expect_continue),
+        cmocka_unit_test(test_old_http),
+        cmocka_unit_test(test_slow_clients),
+        cmocka_unit_test(test_idle_connections),
+        cmocka_unit_test(test_patience_with_work),
+        cmocka_unit_test(test_gone_while_waiting),
+        cmocka_unit_test(test_gone_while_streaming),
+        cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_bad_addresses),
     };
     const struct CMUnitTest own_servers[] = {
         cmocka_unit_test(test_many_idle_connections),

@@ -54,6 +54,25 @@ static void test_guard_passes(void **state)
     assert_null(verdict("HTTP/1.0", (const struct header[]){HOST, {NULL, NULL}}));
 }
 
+static void test_guard_host(void **state)
+{
+    static const char *const addresses[] = {"127.0.0.1", "127.0.0.1:8080", "10.1.2.3:80", "[::1]",
+                                            "[::1]:8080"};
+    static const char *const names[] = {
+        "localhost",   "",          ":80", "[::1", "[", "[]", "127.1", "::1", "127.0.0.1.nip.io",
+        "[127.0.0.1]", "2130706433"};
+
+    (void)state;
+    for (size_t i = 0; i < CLAAS_COUNT(addresses); i++)
+        assert_true(http_guard_host_is_address(addresses[i]));
+    for (size_t i = 0; i < CLAAS_COUNT(names); i++)
+        assert_false(http_guard_host_is_address(names[i]));
+    assert_true(http_guard_host_is("LocalHost:8080", "localhost"));
+    assert_true(http_guard_host_is("localhost", "localhost"));
+    assert_false(http_guard_host_is("localhost.evil.example", "localhost"));
+    assert_false(http_guard_host_is("evil.example:80", "localhost"));
+}
+
 static void test_guard_refuses(void **state)
 {
     (void)state;
@@ -299,13 +318,10 @@ static void test_listen(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_guard_passes),
-        cmocka_unit_test(test_guard_refuses),
-        cmocka_unit_test(test_guard_embedded_nul),
-        cmocka_unit_test(test_guard_target),
-        cmocka_unit_test(test_schema),
-        cmocka_unit_test(test_content),
-        cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_guard_passes),  cmocka_unit_test(test_guard_host),
+        cmocka_unit_test(test_guard_refuses), cmocka_unit_test(test_guard_embedded_nul),
+        cmocka_unit_test(test_guard_target),  cmocka_unit_test(test_schema),
+        cmocka_unit_test(test_content),       cmocka_unit_test(test_routes),
         cmocka_unit_test(test_listen),
     };
 
