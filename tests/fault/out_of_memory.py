@@ -5,7 +5,7 @@ First a server with all the memory it wants learns from one feedback and says wh
 whose device has enough to chat but not to learn: its job must wait again with the reason, while chats are answered (or
 refused as overloaded). Then one without a limit again, in which the job ends and its version is served.
 
-  out_of_memory.py --claas PROGRAM [--model random:tiny-llama] [--device cuda] [--share 0.3] [--limit BYTES] [--set key=value]...
+  out_of_memory.py --claas PROGRAM [--model random:tiny-llama] [--device cuda] [--share 0.1] [--limit BYTES] [--set key=value]...
 
 On a CUDA device the limit is CLAAS_CUDA_MEMORY_LIMIT: what is held at rest plus --share of what a cycle took beyond it, or
 --limit. On the CPU, which has no such limit, training steps fail as if there were one (CLAAS_DEVICE_FAULT).
@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--claas", required=True)
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--share", type=float, default=0.3)
+    parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()

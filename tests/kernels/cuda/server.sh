@@ -7,7 +7,7 @@
 # allows; --share: see out_of_memory.py. Logs of failed parts are printed. The last line is `N passed, N failed`.
 set -euo pipefail
 
-device=cuda kills=200 share=0.3 limit_s=150
+device=cuda kills=200 share=0.1 limit_s=150
 while [ $# -gt 0 ]; do
     case $1 in
     --device) device=$2 && shift ;;
