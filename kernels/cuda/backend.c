@@ -16,11 +16,6 @@ _Static_assert(CUDA_USES <= CLAAS_MEMORY_USES, "a line of the memory map for eac
 #define KV_SHARE      0.35 /* of the card's memory */
 #define KV_TOKENS_MAX ((size_t)4 << 20)
 
-void cuda_memory_changed(claas_backend_t *backend)
-{
-    claas_backend_peak(&backend->bytes_peak, backend->context.bytes);
-}
-
 static void close_backend(claas_backend_t **backend)
 {
     claas_backend_t *b = *backend;
@@ -123,7 +118,6 @@ static int open_backend(const struct claas_backend_options *options, claas_model
         return code;
     (void)snprintf(backend->name, sizeof(backend->name), "cuda %s %s", f32 ? "f32" : "bf16",
                    backend->context.name);
-    cuda_memory_changed(backend);
     *ret = CLAAS_TAKE(backend);
     return 0;
 }
@@ -140,7 +134,7 @@ static void report_memory(const claas_backend_t *backend, struct claas_backend_m
         .kv = backend->kv.bytes,
         .adapters = atomic_load(&backend->bytes_adapters),
         .workspace = backend->step.bytes + backend->forward.region.bytes,
-        .peak = atomic_load(&backend->bytes_peak),
+        .peak = __atomic_load_n(&backend->context.peak, __ATOMIC_RELAXED),
     };
     for (int i = 0; i < CUDA_USES; i++)
         claas_backend_add_use(ret,
@@ -173,7 +167,6 @@ static int adapter_new(claas_backend_t *backend, const struct claas_lora_config 
     if (code < 0)
         return code;
     atomic_fetch_add(&backend->bytes_adapters, adapter_bytes(adapter));
-    cuda_memory_changed(backend);
     *ret = CLAAS_TAKE(adapter);
     return 0;
 }
@@ -217,7 +210,6 @@ static int adapter_clone(claas_backend_t *backend, const claas_backend_adapter_t
     if (code < 0)
         return code;
     atomic_fetch_add(&backend->bytes_adapters, adapter_bytes(adapter));
-    cuda_memory_changed(backend);
     *ret = CLAAS_TAKE(adapter);
     return 0;
 }

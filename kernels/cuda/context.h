@@ -61,6 +61,7 @@ struct cuda_context {
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
     size_t bytes; /* device memory taken through cuda_region_new */
+    size_t peak;  /* the most that it was */
     size_t limit; /* of `bytes`; 0: none */
     struct cuda_use uses[CUDA_USES];
     bool lost; /* a sticky error was seen: nothing works any more */

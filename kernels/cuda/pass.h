@@ -167,7 +167,7 @@ struct claas_backend {
     cudaEvent_t turns[2];            /* of cuda_yield */
     int turn;
     char name[96];
-    _Atomic uint64_t bytes_adapters, bytes_peak;
+    _Atomic uint64_t bytes_adapters;
 };
 int cuda_forward_open(claas_backend_t *backend);
 void cuda_forward_close(claas_backend_t *backend);
@@ -175,7 +175,5 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
                  struct claas_sample *samples);
 int cuda_train(claas_backend_t *backend, const struct claas_backend_train *request,
                struct claas_train_result *ret);
-/* Keeps the peak up to date. */
-void cuda_memory_changed(claas_backend_t *backend);
 
 #endif

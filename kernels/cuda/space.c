@@ -255,12 +255,32 @@ static int grow_region(struct cuda_step *step, size_t need)
     return take_region(step, need < roomy && roomy <= available / 2 ? roomy : need);
 }
 
+/* Copies of adapters that are only there to save time go before layers are computed twice. */
+static int keep_more(struct cuda_step *step)
+{
+    const struct claas_backend_train *request = step->plan.request;
+    struct cuda_train_tokens tokens = {0};
+    int code;
+
+    if (!request->update || !request->make_room ||
+        extent_of(&step->plan.student).m <= step->kept_tokens)
+        return 0;
+    request->make_room(request->yield_arg);
+    code = cuda_train_tokens(step->backend, step->grad_bytes, &tokens);
+    if (code >= 0 && tokens.kept > step->kept_tokens)
+        step->kept_tokens = tokens.kept;
+    return code;
+}
+
 int cuda_space_reserve(struct cuda_step *step)
 {
     const struct claas_backend_train *request = step->plan.request;
-    size_t need = count_stages(step);
-    int code;
+    size_t need;
+    int code = keep_more(step);
 
+    if (code < 0)
+        return code;
+    need = count_stages(step);
     if (need <= step->backend->step.bytes)
         return 0;
     code = grow_region(step, need);
@@ -272,7 +292,6 @@ int cuda_space_reserve(struct cuda_step *step)
         step->kept_tokens = 0;
         code = take_region(step, count_stages(step));
     }
-    cuda_memory_changed(step->backend);
     return code;
 }
 

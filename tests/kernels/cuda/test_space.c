@@ -58,11 +58,6 @@ void *cuda_take(struct cuda_arena *arena, size_t bytes)
     return arena->base;
 }
 
-void cuda_memory_changed(claas_backend_t *backend)
-{
-    (void)backend;
-}
-
 /* --- the model: activations are all that counts --- */
 
 void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, int m,
@@ -226,6 +221,13 @@ static void test_no_room(void **state)
     card.bytes = (size_t)1000 * TOKEN_BYTES;
     rig_open(&rig, 500);
     backend.context.bytes = card.hot = (size_t)600 * TOKEN_BYTES;
+    assert_int_equal(reserve(&rig), 0);
+    assert_false(rig.step.space.recompute);
+    assert_int_equal(card.swept, 1);
+    set_up(NULL);
+    card.bytes = (size_t)1000 * TOKEN_BYTES;
+    backend.context.bytes = card.hot = (size_t)600 * TOKEN_BYTES;
+    rig_open(&rig, 500); /* planned with the copies there */
     assert_int_equal(reserve(&rig), 0);
     assert_false(rig.step.space.recompute);
     assert_int_equal(card.swept, 1);
