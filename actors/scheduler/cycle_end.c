@@ -263,7 +263,7 @@ static bool is_crowded(struct cycle_run *run, int code)
     return crowded;
 }
 
-/* Each try writes its states to disk, so a peer that stays away is looked for less often. */
+/* A peer that stays away is looked for less often. */
 static int64_t away_delay(struct cycle_run *run)
 {
     int away = 0;

@@ -63,6 +63,17 @@ static void record_state(struct cycle_run *run, const char *state)
                 &(struct record){.state = state, .event = event});
 }
 
+/* On disk, a job in a cycle is one that a crash strikes: it is there before the trainer works on
+ * it. Not so one that waits for a peer already, else each try would leave its two events until the
+ * peer is back: it is when its cycle has begun. */
+static bool is_awaiting(const struct cycle_run *run)
+{
+    for (int i = 0; i < run->job_count; i++)
+        if (run->jobs[i]->waits && run->jobs[i]->waits[0])
+            return true;
+    return false;
+}
+
 static void record_step(struct cycle_run *run, const cJSON *reply, bool passed)
 {
     const cJSON *metadata = claas_json_get(reply, "metadata");
@@ -265,6 +276,8 @@ static void begun(void *self, void *arg, claas_message_t *reply)
     run->plan.replay = replay;
     run->plan.prompts = (int)prompts;
     run->base = cJSON_Duplicate(claas_json_get(reply->body, "base"), true);
+    if (is_awaiting(run))
+        record_state(run, "batched");
     record_state(run, "training");
     next_step(run);
     jobs_dispatch(scheduler); /* beside this one, now that the trainer has said how many it wants */
@@ -322,6 +335,8 @@ static void input_read(void *self, void *arg, claas_message_t *reply)
     claas_json_get_int(reply->body, "withdrawn", 0, (int64_t)1 << 53, &run->withdrawn);
     run->plan.items = cJSON_GetArraySize(claas_json_get(reply->body, "items"));
     run->plan.replay = cJSON_GetArraySize(claas_json_get(reply->body, "replay"));
+    if (!is_awaiting(run))
+        record_state(run, "batched");
     rc = claas_actor_ask(scheduler->actor,
                          &(struct claas_ask){
                              .to = run->trainer,
@@ -421,6 +436,5 @@ void cycle_run_start(struct scheduler *scheduler, struct job *const *jobs, int c
     run->next = scheduler->runs;
     scheduler->runs = run;
     scheduler->run_count++;
-    record_state(run, "batched");
     ask_model(run);
 }

@@ -58,6 +58,7 @@ void job_remove(struct scheduler *scheduler, struct job *job)
     if (scheduler->last_job == job)
         scheduler->last_job = before;
     cJSON_Delete(job->training);
+    free(job->waits);
     free(job);
     scheduler->job_count--;
     claas_metric_set(CLAAS_METRIC_JOBS_QUEUED, (double)scheduler->job_count);

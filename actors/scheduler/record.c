@@ -1,6 +1,7 @@
 /* Records transitions and steps: one JOB_RECORD for all jobs of a cycle; what storage wrote goes to
  * the watchers. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "claas/err.h"
 #include "claas/log.h"
@@ -12,6 +13,12 @@ struct pending_record {
     void *arg;
 };
 
+static void forget_waits(struct job *job)
+{
+    free(job->waits);
+    job->waits = NULL;
+}
+
 static void recorded(void *self, void *arg, claas_message_t *reply)
 {
     struct scheduler *scheduler = self;
@@ -21,6 +28,8 @@ static void recorded(void *self, void *arg, claas_message_t *reply)
     scheduler->records--;
     if (reply->error)
         claas_warning("a job's transition was not recorded: %s", reply->error_text);
+    for (struct job *job = scheduler->jobs; reply->error && job; job = job->next)
+        forget_waits(job); /* it may have been any of them */
     if (reply->error == CLAAS_ERR_CONFLICT && !pending->done)
         jobs_load(scheduler); /* one of the jobs has ended on disk: its adapter was deleted, say */
     cJSON_ArrayForEach(event, claas_json_get(reply->body, "events")) watch_event(scheduler, event);
@@ -37,8 +46,11 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
     cJSON *ids = cJSON_CreateArray();
     int rc;
 
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < count; i++) {
         cJSON_AddItemToArray(ids, cJSON_CreateString(jobs[i]->id));
+        if (record->state)
+            forget_waits(jobs[i]);
+    }
     claas_json_set(body, "job_ids", ids);
     if (record->state)
         claas_json_set_string(body, "state", record->state);
@@ -72,10 +84,14 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
 
 void record_waits(struct scheduler *scheduler, struct job *job, const char *reason)
 {
-    cJSON *event = cJSON_CreateObject();
+    cJSON *event;
 
+    if (job->waits && strcmp(job->waits, reason) == 0)
+        return;
+    event = cJSON_CreateObject();
     claas_json_set_string(event, "kind", "state");
     if (reason[0])
         claas_json_set_string(event, "reason", reason);
-    (void)record_jobs(scheduler, &job, 1, &(struct record){.state = "queued", .event = event});
+    if (record_jobs(scheduler, &job, 1, &(struct record){.state = "queued", .event = event}) == 0)
+        job->waits = claas_format("%s", reason);
 }

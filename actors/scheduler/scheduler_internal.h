@@ -31,6 +31,7 @@ struct job {
     bool sole;    /* it has a strike: no other cycle beside its own from now on */
     int crowded;  /* times its cycle met a full device while others ran */
     int away;     /* times in a row that its cycle found a peer away before its first step */
+    char *waits;  /* the reason it waits for on disk, "" = its turn, NULL = that is not certain */
     bool listing; /* the list under way will say whether it has ended (jobs_load) */
 };
 
@@ -157,8 +158,8 @@ struct record {
 };
 int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
                 const struct record *record);
-/* The job waits again, for its turn (reason "") or for what the reason says; where that cannot be
- * recorded, it does all the same. */
+/* The job waits again, for its turn (reason "") or for what the reason says, if the disk does not
+ * say so already; where that cannot be recorded, it does all the same. */
 void record_waits(struct scheduler *scheduler, struct job *job, const char *reason);
 
 /* crash.c */

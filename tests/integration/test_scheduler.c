@@ -77,6 +77,46 @@ static void test_absent_peers_are_no_strikes(void **state)
     assert_int_equal(count_state(look_for("job-1"), "queued"), 4); /* each time it waits */
 }
 
+/* However often the peer is looked for, the job says once that it waits, and once that it began. */
+static void test_long_waits(void **state)
+{
+    struct rig *rig = *state;
+    const struct world_job *job;
+
+    fail_next(CLAAS_MSG_CYCLE_INPUT, 2, CLAAS_ERR_UNAVAILABLE, false);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    job = look_for("job-1");
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 3);
+    assert_int_equal(count_state(job, "queued"), 1 + 1);
+    assert_int_equal(count_state(job, "batched"), 1);
+    fail_next(CLAAS_MSG_CYCLE_BEGIN, 2, CLAAS_ERR_UNAVAILABLE, false);
+    submit(rig, "me/a", "shorter still");
+    check_end("job-2", "done");
+    job = look_for("job-2");
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_BEGIN), 1 + 3);
+    assert_int_equal(count_state(job, "queued"), 1 + 1);
+    assert_int_equal(count_state(job, "batched"), 1 + 1); /* before the first try, and at last */
+}
+
+/* Whether the disk says that it waits is not certain when the answer is an error: once more. */
+static void test_wait_that_was_not_recorded(void **state)
+{
+    struct rig *rig = *state;
+
+    rig_start(rig);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, true);
+    submit(rig, "me/a", "shorter");
+    await_calls(CLAAS_MSG_CYCLE_BEGIN, 1);
+    await_calls(CLAAS_MSG_JOB_RECORD, 1);
+    fail_next(CLAAS_MSG_CYCLE_BEGIN, 2, CLAAS_ERR_UNAVAILABLE, false);
+    fail_next(CLAAS_MSG_JOB_RECORD, 1, CLAAS_ERR_NO_SPACE, false);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, false);
+    check_end("job-1", "done");
+    assert_int_equal(count_state(look_for("job-1"), "queued"), 1 + 1);
+}
+
 /* Which model was sampled cannot be told: nothing is trained meanwhile, and it is no strike. */
 static void test_absent_sampler(void **state)
 {
@@ -400,6 +440,7 @@ static void test_lost_answer_of_an_end(void **state)
     set_block(CLAAS_MSG_CYCLE_BEGIN, true);
     probe_ask(rig->probe, &watch);
     await_calls(CLAAS_MSG_CYCLE_BEGIN, 1);
+    await_calls(CLAAS_MSG_JOB_RECORD, 1);
     fail_next(CLAAS_MSG_JOB_RECORD, 1, CLAAS_ERR_CONFLICT, true);
     set_block(CLAAS_MSG_CYCLE_BEGIN, false);
     probe_await(rig->probe, &watch);
@@ -483,6 +524,8 @@ int main(void)
         TEST(test_rejected),
         TEST(test_strikes_park),
         TEST(test_absent_peers_are_no_strikes),
+        TEST(test_long_waits),
+        TEST(test_wait_that_was_not_recorded),
         TEST(test_absent_sampler),
         TEST(test_job_that_loses_devices),
         TEST(test_bad_company),
