@@ -309,6 +309,17 @@ static int count_withdrawn(struct store *store, const struct store_adapter *adap
     return rc < 0 ? rc : 0;
 }
 
+/* What is lost may be restored or rolled back, and feedback was acknowledged: its jobs wait. */
+static int check_parent(const struct input *input)
+{
+    bool trained;
+    int rc = store_check_available(&input->store->reader, &input->adapter, input->adapter.current,
+                                   &trained);
+
+    return rc == CLAAS_ERR_CORRUPT ? claas_fail(CLAAS_ERR_UNAVAILABLE, "%s", claas_error_text())
+                                   : rc;
+}
+
 int store_cycle_input(struct store *store, const struct claas_store_request *request,
                       struct claas_store_answer *answer)
 {
@@ -316,13 +327,12 @@ int store_cycle_input(struct store *store, const struct claas_store_request *req
     CLAAS_AUTO_FREE char *path = NULL;
     const char *asked = NULL;
     int64_t withdrawn = 0;
-    bool trained;
     int rc = store_need_text(request->body, "lora_id", &asked);
 
     if (rc == 0)
         rc = store_find_adapter(&store->reader, request->principal, asked, &input.adapter, NULL);
     if (rc == 0)
-        rc = store_check_available(&store->reader, &input.adapter, input.adapter.current, &trained);
+        rc = check_parent(&input);
     if (rc == 0)
         rc = count_withdrawn(store, &input.adapter, &withdrawn);
     if (rc < 0)

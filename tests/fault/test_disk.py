@@ -180,7 +180,7 @@ def test_damaged_database(tmp_path):
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "header"])
 def test_damaged_weights(tmp_path, harm):
-    """A damaged current version: a line at the start, an error for its chats and its feedback, and none for the others."""
+    """A damaged current version: a line at the start, an error for its chats, and none for the others. Its feedback waits."""
     with serving(tmp_path / "db") as server:
         for name in ("a/one", "b/two"):
             server.init(name)
@@ -199,14 +199,48 @@ def test_damaged_weights(tmp_path, harm):
         with pytest.raises(Failed) as raised:
             server.chat("a/one")
         assert raised.value.answer.status == 500 and "lost on the server's disk" in raised.value.answer.detail
-        with pytest.raises(Failed) as raised:
-            server.feedback("a/one", response_id=answer)
-        assert raised.value.answer.status == 500 and "lost on the server's disk" in raised.value.answer.detail
+        job_id = server.feedback("a/one", response_id=answer, wait=False)["job_id"]
+        wait_for_weights(server, job_id)
         assert server.chat("b/two")["choices"] and server.feedback("b/two")["version"] == 2
         assert server.versions("a/one")["versions"][1]["state"] == "missing"
         server.call("POST", "/v1/lora/rollback", {"lora_id": "a/one", "version": 0})
-        assert server.chat("a/one")["choices"] and server.feedback("a/one")["version"] == 2
+        job = server.wait_state(job_id)
+        assert ends_of(job) == ["done"] and job["version"] == 2 and job["strikes"] == 0, job
+        assert server.chat("a/one")["choices"] and server.feedback("a/one")["version"] == 3
         assert server.is_healthy()
+
+
+def wait_for_weights(server, job_id):
+    """Until the job says that it waits for lost weights."""
+    server.wait_until(lambda: any("lost on the server's disk" in event.get("reason", "") for event in server.job(job_id)["events"]), what="the reason")
+    assert server.job(job_id)["state"] == "queued"
+
+
+def wait_for_tries(server, count):
+    """Until so many more cycles found no weights."""
+    before = server.log().count("lost on the server's disk")
+    server.wait_until(lambda: server.log().count("lost on the server's disk") >= before + count, what="another try")
+
+
+def test_restored_weights(tmp_path):
+    """Feedback that was acknowledged before its version was lost waits, through any number of starts, until it is restored."""
+    version, aside = tmp_path / "db" / "adapters" / "a" / "one" / "v000000", tmp_path / "aside"
+    with serving(tmp_path / "db") as server:
+        server.init("a/one")
+    with serving(tmp_path / "db", arguments=["--roles", "bridge,storage,scheduler,sampler"]) as server:
+        job_id = server.feedback("a/one", wait=False)["job_id"]
+    version.rename(aside)
+    for _ in range(2):
+        with serving(tmp_path / "db") as server:
+            wait_for_tries(server, 2)
+            wait_for_weights(server, job_id)
+            events = server.job(job_id)["events"]
+            wait_for_tries(server, 1)
+            assert server.job(job_id)["events"] == events  # said once
+    aside.rename(version)
+    with serving(tmp_path / "db") as server:
+        job = server.wait_state(job_id)
+        assert ends_of(job) == ["done"] and job["strikes"] == 0, job
 
 
 def test_odd_name_of_the_data_directory(tmp_path):
