@@ -323,6 +323,38 @@ static void bodies(void **state)
     }
 }
 
+/* Of more values than a client may send: what is for actors only holds as many as its length. */
+static void requests_of_many_values(void **state)
+{
+    static const struct {
+        int type, rc;
+        const char *head, *tail;
+    } cases[] = {
+        {CLAAS_MSG_ADAPTER_LIST, CLAAS_ERR_FORMAT, "{\"x\":[0", "]}"},
+        {CLAAS_MSG_CYCLE_INPUT, 0, "{\"lora_id\":\"a\",\"job_ids\":[\"j\"],\"x\":[0", "]}"},
+    };
+
+    (void)state;
+    for (size_t i = 0; i < CLAAS_COUNT(cases); i++) {
+        size_t head = strlen(cases[i].head), length = head + 2 * (size_t)CLAAS_JSON_VALUES_MAX;
+        CLAAS_AUTO_FREE char *text = claas_alloc(length + 3, 1);
+        struct parcel parcel;
+        struct envelope envelope;
+
+        assert_non_null(text);
+        memcpy(text, cases[i].head, head);
+        for (size_t at = head; at < length; at += 2)
+            memcpy(text + at, ",0", 2);
+        strcpy(text + length, cases[i].tail);
+        parcel_init(&parcel, CLAAS_KIND_REQ, cases[i].type, 1);
+        parcel.header.codec = CLAAS_CODEC_JSON;
+        parcel.load = zmsg_new();
+        zmsg_addmem(parcel.load, text, length + 2);
+        assert_int_equal(envelope_open(&envelope, &parcel, CLAAS_MESSAGE_BYTES), cases[i].rc);
+        envelope_close(&envelope);
+    }
+}
+
 static void errors(void **state)
 {
     static const struct {
@@ -480,6 +512,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(truncated_messages),
         cmocka_unit_test(addresses),
         cmocka_unit_test(bodies),
+        cmocka_unit_test(requests_of_many_values),
         cmocka_unit_test(errors),
         cmocka_unit_test(alignment),
         cmocka_unit_test(catalogue_is_sound),
