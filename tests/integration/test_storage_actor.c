@@ -470,7 +470,6 @@ static void test_scheduler_is_told(void **ret)
     assert_int_equal(atomic_load(&told), 2);
 }
 
-/* Groups under one commit, each request acknowledged once, and the rate. */
 /* Page by page, none twice: they come in order. */
 static void count_unfinished(int wanted)
 {
@@ -495,6 +494,7 @@ static void count_unfinished(int wanted)
     assert_int_equal(count, wanted);
 }
 
+/* Groups under one commit, each request acknowledged once, and the rate. */
 static void test_flood(void **ret)
 {
     struct process *process = *ret;
