@@ -228,7 +228,8 @@ int claas_mkdir_all(const char *path)
         if (mkdir(prefix, 0700) == 0) {
             int rc = claas_fsync_parent(prefix);
 
-            if (rc < 0)
+            /* A parent that may be written but not read cannot be opened to wait for. */
+            if (rc < 0 && rc != CLAAS_ERR_DENIED)
                 return rc;
         } else {
             /* On a read-only parent an existing directory answers EROFS, not EEXIST. */

@@ -19,7 +19,8 @@ int claas_fd_write_all(int fd, const void *data, size_t length);
 int claas_fsync_path(const char *path);
 /* fsync of the directory that holds `path`, so that a rename in it is durable. */
 int claas_fsync_parent(const char *path);
-/* mkdir -p with mode 0700 for what is missing; what was made outlives a loss of power. */
+/* mkdir -p with mode 0700 for what is missing; what was made outlives a loss of power
+ * where the directory that holds it may be read. */
 int claas_mkdir_all(const char *path);
 /* rm -r that never follows a symbolic link; a missing path is fine. */
 int claas_remove_all(const char *path);

@@ -12,6 +12,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -223,6 +224,25 @@ static void test_mkdir_all(void **state)
     assert_int_equal(claas_fsync_path(path("a/none")), CLAAS_ERR_NOT_FOUND);
 }
 
+/* Whoever may write into a directory makes one there, though not allowed to list it. Root may do
+ * anything: the test is somebody else's then. */
+static void test_mkdir_in_unreadable(void **state)
+{
+    bool is_root = geteuid() == 0;
+    int rc;
+
+    assert_int_equal(chmod(root, 0333), 0);
+    if (is_root && seteuid(65534) < 0)
+        skip();
+    rc = claas_mkdir_all(path("made/deep"));
+    if (is_root)
+        assert_int_equal(seteuid(0), 0);
+    assert_int_equal(chmod(root, 0700), 0);
+    if (rc < 0)
+        fail_msg("%s", claas_error_text());
+    assert_int_equal(access(path("made/deep"), F_OK), 0);
+}
+
 static void test_remove_all(void **state)
 {
     char outside[4096];
@@ -277,6 +297,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_file_map, make_root, drop_root),
         cmocka_unit_test_setup_teardown(test_mkdir_all, make_root, drop_root),
         cmocka_unit_test_setup_teardown(test_mkdir_is_durable, make_root, drop_root),
+        cmocka_unit_test_setup_teardown(test_mkdir_in_unreadable, make_root, drop_root),
         cmocka_unit_test_setup_teardown(test_remove_all, make_root, drop_root),
         cmocka_unit_test(test_full_disk),
     };
