@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "claas/err.h"
+
 static void add_place(cJSON *location, const struct schema_place *place)
 {
     if (!place)
@@ -67,10 +69,10 @@ static void check_number(cJSON *faults, const struct schema_place *place,
         return;
     if (!(number >= field->min))
         schema_fault(faults, place, "greater_than_equal",
-                     "Input should be greater than or equal to %.16g", field->min);
+                     "Input should be greater than or equal to %s", claas_number(field->min).text);
     else if (!(number <= field->max))
-        schema_fault(faults, place, "less_than_equal",
-                     "Input should be less than or equal to %.16g", field->max);
+        schema_fault(faults, place, "less_than_equal", "Input should be less than or equal to %s",
+                     claas_number(field->max).text);
 }
 
 static void check_string(cJSON *faults, const struct schema_place *place,

@@ -6,9 +6,11 @@
 #include "claas/err.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define QUOTED_MAX 100
@@ -184,6 +186,19 @@ struct claas_quoted claas_quote(const char *text)
     }
     quoted.text[used] = '\0';
     return quoted;
+}
+
+struct claas_number claas_number(double value)
+{
+    struct claas_number number;
+    bool has_16_places = fabs(value) >= 1e15 && fabs(value) < 1e16; /* 15 would need an exponent */
+
+    for (int digits = has_16_places ? 16 : 15; digits <= 17; digits++) {
+        snprintf(number.text, sizeof(number.text), "%.*g", digits, value);
+        if (strtod(number.text, NULL) == value)
+            break;
+    }
+    return number;
 }
 
 static int code_of_errno(int number)

@@ -374,8 +374,9 @@ int claas_json_get_number(const cJSON *object, const char *key, double min, doub
     if (!cJSON_IsNumber(item))
         return claas_fail(CLAAS_ERR_INVALID, "'%s' must be a number", key);
     if (!(item->valuedouble >= min && item->valuedouble <= max))
-        return claas_fail(CLAAS_ERR_INVALID, "'%s' is %.16g, it must be from %.16g to %.16g", key,
-                          item->valuedouble, min, max);
+        return claas_fail(CLAAS_ERR_INVALID, "'%s' is %s, it must be from %s to %s", key,
+                          claas_number(item->valuedouble).text, claas_number(min).text,
+                          claas_number(max).text);
     *ret = item->valuedouble;
     return 1;
 }

@@ -49,8 +49,8 @@ static int check_range(const struct setting_row *row, const char *text, double v
         if (row->type == SETTING_DURATION)
             return claas_fail(CLAAS_ERR_INVALID, "'%s' is out of range: %.0f to %.0f ms", text,
                               row->min, row->max);
-        return claas_fail(CLAAS_ERR_INVALID, "'%s' is out of range: %.16g to %.16g", text, row->min,
-                          row->max);
+        return claas_fail(CLAAS_ERR_INVALID, "'%s' is out of range: %s to %s", text,
+                          claas_number(row->min).text, claas_number(row->max).text);
     }
     return 0;
 }

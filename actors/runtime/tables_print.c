@@ -1,6 +1,7 @@
 /* The tables of messages and settings as documents: docs/protocol.md, docs/configuration.md and the
  * sample file are made from what the program itself reads, so they cannot disagree with it. */
 #include "claas/config.h"
+#include "claas/err.h"
 #include "claas/message.h"
 
 #include <math.h>
@@ -31,7 +32,7 @@ static void print_range(FILE *file, const struct claas_field *field)
         break;
     case CLAAS_FIELD_INT:
     case CLAAS_FIELD_NUMBER:
-        fprintf(file, "%.16g–%.16g", field->min, field->max);
+        fprintf(file, "%s–%s", claas_number(field->min).text, claas_number(field->max).text);
         break;
     default:
         break;
@@ -99,10 +100,10 @@ static void write_bound(const struct claas_setting *setting, double value, char 
 
     for (size_t i = 0; i < sizeof(units) / sizeof(units[0]) && value > 0; i++)
         if (strcmp(setting->type, units[i].type) == 0 && fmod(value, units[i].factor) == 0) {
-            snprintf(text, size, "%.16g%s", value / units[i].factor, units[i].name);
+            snprintf(text, size, "%s%s", claas_number(value / units[i].factor).text, units[i].name);
             return;
         }
-    snprintf(text, size, "%.16g", value);
+    snprintf(text, size, "%s", claas_number(value).text);
 }
 
 static void print_setting_range(FILE *file, const struct claas_setting *setting)

@@ -49,6 +49,13 @@ struct claas_quoted {
 };
 struct claas_quoted claas_quote(const char *text);
 
+/* A number as a person writes it: the shortest of 15, 16 and 17 digits that reads back as the same
+ * number. Use it as claas_quote. */
+struct claas_number {
+    char text[32];
+};
+struct claas_number claas_number(double value);
+
 /* The sentence of this thread's last failure; never NULL. Valid until the thread's next failure. */
 const char *claas_error_text(void);
 

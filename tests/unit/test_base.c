@@ -98,6 +98,18 @@ static void test_err_quote(void **state)
     (void)state;
 }
 
+static void test_err_number(void **state)
+{
+    assert_string_equal(claas_number(0).text, "0");
+    assert_string_equal(claas_number(0.1).text, "0.1");
+    assert_string_equal(claas_number(8.03).text, "8.03");
+    assert_string_equal(claas_number(1e15).text, "1000000000000000");
+    assert_string_equal(claas_number(9007199254740991.0).text, "9007199254740991");
+    assert_string_equal(claas_number(0.1 + 0.2).text, "0.30000000000000004");
+    assert_string_equal(claas_number(-1e300).text, "-1e+300");
+    (void)state;
+}
+
 static void test_err_text(void **state)
 {
     assert_int_equal(claas_fail(CLAAS_ERR_LIMIT, "%d rows, the limit is %d", 9, 8),
@@ -439,13 +451,21 @@ static void test_log(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_err_catalogue), cmocka_unit_test(test_err_text),
-        cmocka_unit_test(test_err_hide_path), cmocka_unit_test(test_err_quote),
-        cmocka_unit_test(test_err_long_text), cmocka_unit_test(test_err_errno_and_threads),
-        cmocka_unit_test(test_mem),           cmocka_unit_test(test_buf),
-        cmocka_unit_test(test_buf_growth),    cmocka_unit_test(test_reader),
-        cmocka_unit_test(test_philox),        cmocka_unit_test(test_random_moments),
-        cmocka_unit_test(test_random_hex),    cmocka_unit_test(test_clock),
+        cmocka_unit_test(test_err_catalogue),
+        cmocka_unit_test(test_err_text),
+        cmocka_unit_test(test_err_hide_path),
+        cmocka_unit_test(test_err_quote),
+        cmocka_unit_test(test_err_number),
+        cmocka_unit_test(test_err_long_text),
+        cmocka_unit_test(test_err_errno_and_threads),
+        cmocka_unit_test(test_mem),
+        cmocka_unit_test(test_buf),
+        cmocka_unit_test(test_buf_growth),
+        cmocka_unit_test(test_reader),
+        cmocka_unit_test(test_philox),
+        cmocka_unit_test(test_random_moments),
+        cmocka_unit_test(test_random_hex),
+        cmocka_unit_test(test_clock),
         cmocka_unit_test(test_log),
     };
 

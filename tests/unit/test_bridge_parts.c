@@ -139,7 +139,7 @@ static void test_guard_target(void **state)
 static const struct schema_field fields[] = {
     {"name", SCHEMA_STRING, true, 1, 5},
     {"count", SCHEMA_INT, false, 4, 128},
-    {"rate", SCHEMA_NUMBER, false, 0, 2},
+    {"rate", SCHEMA_NUMBER, false, 0, 8.03},
     {"on", SCHEMA_BOOL, false, 0, 0},
     {"list", SCHEMA_ARRAY, false, 1, 2},
     {"object", SCHEMA_OBJECT, false, 0, 0},
@@ -189,6 +189,9 @@ static void test_schema(void **state)
     check_fault("{\"name\":\"a\",\"rate\":\"1\"}",
                 "[{\"loc\":[\"body\",\"rate\"],\"msg\":\"Input should be a valid number\","
                 "\"type\":\"float_type\"}]");
+    check_fault("{\"name\":\"a\",\"rate\":9}",
+                "[{\"loc\":[\"body\",\"rate\"],\"msg\":\"Input should be less than or equal to "
+                "8.03\",\"type\":\"less_than_equal\"}]");
     check_fault("{\"name\":\"a\",\"on\":1}",
                 "[{\"loc\":[\"body\",\"on\"],\"msg\":\"Input should be a valid boolean\","
                 "\"type\":\"bool_type\"}]");

@@ -202,7 +202,7 @@ static void test_json_getters(void **state)
     static const char text[] =
         "{\"model\":\"m\",\"Model\":\"M\",\"n\":5,\"half\":0.5,\"yes\":true,\"none\":null,"
         "\"list\":[1],\"map\":{\"k\":1},\"big\":9007199254740992,\"bigger\":9007199254740994,"
-        "\"huge\":1e300,\"text_big\":\"9223372036854775807\",\"text_small\":\"5\","
+        "\"huge\":1e300,\"exact\":8.03,\"text_big\":\"9223372036854775807\",\"text_small\":\"5\","
         "\"text_bad\":\"9223372036854775808\",\"text_x\":\"90071992547409931x\"}";
     CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
     const char *string = "default";
@@ -245,6 +245,8 @@ static void test_json_getters(void **state)
     assert_int_equal(claas_json_get_number(json, "half", 0, 1, &real), 1);
     assert_true(real == 0.5);
     assert_int_equal(claas_json_get_number(json, "n", 0, 1, &real), CLAAS_ERR_INVALID);
+    assert_int_equal(claas_json_get_number(json, "exact", 0.1, 8.02, &real), CLAAS_ERR_INVALID);
+    assert_text_has("'exact' is 8.03, it must be from 0.1 to 8.02");
     assert_int_equal(claas_json_get_number(json, "model", 0, 1, &real), CLAAS_ERR_INVALID);
     assert_int_equal(claas_json_get_bool(json, "yes", &flag), 1);
     assert_true(flag);
