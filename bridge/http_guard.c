@@ -123,21 +123,40 @@ bool http_guard_target_ok(const char *target)
     return target[0] != '\0';
 }
 
+size_t http_guard_name_length(const char *host)
+{
+    size_t length = strcspn(host, host[0] == '[' ? "]" : ":");
+
+    if (host[length] == ']')
+        return length + 1;
+    return length > 0 && host[length - 1] == '.' ? length - 1 : length;
+}
+
 bool http_guard_host_is(const char *host, const char *name)
 {
-    return is_name(host, strcspn(host, ":"), name);
+    size_t length = http_guard_name_length(host);
+
+    return length == http_guard_name_length(name) && strncasecmp(host, name, length) == 0;
+}
+
+bool http_guard_host_is_local(const char *host)
+{
+    size_t length = http_guard_name_length(host), tail = strlen("localhost");
+
+    return length >= tail && strncasecmp(host + length - tail, "localhost", tail) == 0 &&
+           (length == tail || (length > tail + 1 && host[length - tail - 1] == '.'));
 }
 
 bool http_guard_host_is_address(const char *host)
 {
     struct in6_addr address;
     char text[INET6_ADDRSTRLEN];
-    bool is_v6 = host[0] == '[';
-    size_t length = strcspn(host, is_v6 ? "]" : ":");
+    size_t length = http_guard_name_length(host);
+    bool is_v6 = length > 1 && host[0] == '[' && host[length - 1] == ']';
 
-    if (length >= sizeof(text) || (is_v6 && host[length] != ']'))
+    if (length >= sizeof(text) + 2 * is_v6)
         return false;
-    snprintf(text, sizeof(text), "%.*s", (int)(length - is_v6), host + is_v6);
+    snprintf(text, sizeof(text), "%.*s", (int)(length - 2 * is_v6), host + is_v6);
     return inet_pton(is_v6 ? AF_INET6 : AF_INET, text, &address) == 1;
 }
 

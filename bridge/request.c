@@ -3,6 +3,7 @@
 #include "request.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -89,13 +90,25 @@ static bool is_own_host(const struct request *request, const char *host)
 {
     const char *name;
 
-    if (!host || http_guard_host_is_address(host) || http_guard_host_is(host, "localhost"))
+    if (!host || http_guard_host_is_address(host) || http_guard_host_is_local(host))
         return true;
     for (size_t i = 0;
          (name = claas_config_list_at(request->server->config, "http.hosts", i)) != NULL; i++)
-        if (strcmp(name, "*") == 0 || http_guard_host_is(host, name))
+        if (http_guard_host_is(name, "*") || http_guard_host_is(host, name))
             return true;
     return false;
+}
+
+static void fail_host(struct request *request, const char *host)
+{
+    char name[256];
+
+    snprintf(name, sizeof(name), "%.*s", (int)http_guard_name_length(host), host);
+    claas_fail(CLAAS_ERR_DENIED,
+               "Host '%s' is no name of this server: call its address or localhost, or add the "
+               "name to http.hosts",
+               claas_quote(name).text);
+    request_fail(request, CLAAS_ERR_DENIED, claas_error_text());
 }
 
 /* Browsers say so themselves: pages of other sites, and of other ports here, may not train
@@ -121,11 +134,7 @@ static void check_admission(struct request *request, const struct http_guard *gu
         claas_metric_add(CLAAS_METRIC_HTTP_REFUSED, 1);
         request_fail(request, CLAAS_ERR_OVERLOADED, "too many requests at once, try again later");
     } else if (!is_own_host(request, host)) {
-        claas_fail(CLAAS_ERR_DENIED,
-                   "Host '%s' is no name of this server: call its address or localhost, or add the "
-                   "name to http.hosts",
-                   claas_quote(host).text);
-        request_fail(request, CLAAS_ERR_DENIED, claas_error_text());
+        fail_host(request, host);
     } else if (!request->route) {
         routes_fail(request);
     } else if (is_foreign_page(request)) {

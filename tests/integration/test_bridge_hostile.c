@@ -65,10 +65,12 @@ static void test_hosts(void **state)
         const char *host;
         int status;
     } cases[] = {
-        {"localhost", 200},          {"LOCALHOST:1", 200},     {"127.0.0.1:8080", 200},
-        {"[::1]:8080", 200},         {"192.168.1.7", 200},     {"proxy.example", 200},
-        {"Proxy.Example:443", 200},  {"evil.example", 403},    {"evil.example:8080", 403},
-        {"localhost.evil.com", 403}, {"x.proxy.example", 403}, {"127.0.0.1.evil.com", 403},
+        {"localhost", 200},         {"LOCALHOST:1", 200},        {"127.0.0.1:8080", 200},
+        {"[::1]:8080", 200},        {"192.168.1.7", 200},        {"proxy.example", 200},
+        {"Proxy.Example:443", 200}, {"evil.example", 403},       {"evil.example:8080", 403},
+        {"localhost.:1", 200},      {"app.localhost:1", 200},    {"proxy.example.", 200},
+        {"other.example", 200},     {"other.example:80", 200},   {"localhost.evil.com", 403},
+        {"x.proxy.example", 403},   {"127.0.0.1.evil.com", 403},
     };
 
     (void)state;
@@ -82,6 +84,18 @@ static void test_hosts(void **state)
         check_answer(&probe, cases[i].status);
         probe_close(&probe);
     }
+}
+
+/* What is to be added to http.hosts is said as it is to be written there. */
+static void test_host_is_quoted(void **state)
+{
+    struct probe probe;
+
+    (void)state;
+    probe_open(&probe, server.port);
+    probe_send(&probe, "GET /health HTTP/1.1\r\nHost: evil.example.:8080\r\n\r\n");
+    probe_wait_for(&probe, "Host 'evil.example' is no name of this server");
+    probe_close(&probe);
 }
 
 /* --- smuggling --- */
@@ -632,7 +646,7 @@ static int start(void **state)
                                            "http.header_timeout=400ms",
                                            "http.body_timeout=400ms",
                                            "http.idle_timeout=800ms",
-                                           "http.hosts=proxy.example, other.example",
+                                           "http.hosts=proxy.example, other.example:8443",
                                            NULL};
 
     (void)state;
@@ -651,6 +665,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_hosts),
+        cmocka_unit_test(test_host_is_quoted),
         cmocka_unit_test(test_smuggling),
         cmocka_unit_test(test_nul_in_header),
         cmocka_unit_test(test_bare_line_feeds),

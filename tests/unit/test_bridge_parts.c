@@ -56,11 +56,16 @@ static void test_guard_passes(void **state)
 
 static void test_guard_host(void **state)
 {
-    static const char *const addresses[] = {"127.0.0.1", "127.0.0.1:8080", "10.1.2.3:80", "[::1]",
-                                            "[::1]:8080"};
+    static const char *const addresses[] = {"127.0.0.1", "127.0.0.1:8080", "10.1.2.3:80",
+                                            "[::1]",     "[::1]:8080",     "127.0.0.1.:80"};
     static const char *const names[] = {
         "localhost",   "",          ":80", "[::1", "[", "[]", "127.1", "::1", "127.0.0.1.nip.io",
         "[127.0.0.1]", "2130706433"};
+    static const char *const local[] = {"localhost", "LocalHost.:80", "foo.localhost",
+                                        "a.b.Localhost:8080", "foo.localhost."};
+    static const char *const far[] = {
+        "",        ".", ".localhost", "evillocalhost", "localhost.evil.example", "localhost..",
+        "ocalhost"};
 
     (void)state;
     for (size_t i = 0; i < CLAAS_COUNT(addresses); i++)
@@ -71,6 +76,19 @@ static void test_guard_host(void **state)
     assert_true(http_guard_host_is("localhost", "localhost"));
     assert_false(http_guard_host_is("localhost.evil.example", "localhost"));
     assert_false(http_guard_host_is("evil.example:80", "localhost"));
+    assert_true(http_guard_host_is("x.example", "x.example:8443"));
+    assert_true(http_guard_host_is("x.example:80", "x.example:8443"));
+    assert_true(http_guard_host_is("x.example.:80", "x.example"));
+    assert_true(http_guard_host_is("x.example", "x.example."));
+    assert_false(http_guard_host_is("x.example..", "x.example"));
+    assert_false(http_guard_host_is("x.example.evil", "x.example:8443"));
+    assert_false(http_guard_host_is("[", "[::1]:80"));
+    assert_int_equal(http_guard_name_length("x.example.:80"), strlen("x.example"));
+    assert_int_equal(http_guard_name_length("[::1]:80"), strlen("[::1]"));
+    for (size_t i = 0; i < CLAAS_COUNT(local); i++)
+        assert_true(http_guard_host_is_local(local[i]));
+    for (size_t i = 0; i < CLAAS_COUNT(far); i++)
+        assert_false(http_guard_host_is_local(far[i]));
 }
 
 static void test_guard_refuses(void **state)
