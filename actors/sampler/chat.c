@@ -18,6 +18,10 @@
 #define RESOLVE_TIMEOUT_MS 10000
 #define STOP_TOKENS_MAX    16
 #define LOGPROB_BYTES      100 /* of one token in JSON, at 9 bytes of text: 55, text, numbers */
+/* Of the log-probs of an answer that is not streamed, as text. As trees of values they take some
+ * ten times as much in sampler and bridge, and the bridge's loop does nothing else while it reads
+ * and prints them. */
+#define LOGPROBS_BYTES_MAX (8 << 20)
 
 void chat_free(struct chat *chat)
 {
@@ -146,13 +150,13 @@ static int start_choice(struct chat *chat, int index)
     return claas_device_generate(chat->sampler->client, &request, &choice->request);
 }
 
-/* Without streaming all log-probs go out in one message. A request that names too many tokens for
- * it hears so before the work, one that names none gets as many as it holds. */
+/* Without streaming all log-probs go out at once. A request that names too many tokens for that
+ * hears so before the work, one that names none gets as many as may go. */
 static int bound_logprobs(struct chat *chat)
 {
     struct chat_params *p = &chat->params;
     int room = claas_model_config(chat->sampler->model)->context - (int)chat->prompt_count;
-    int most = CLAAS_MESSAGE_BYTES / (LOGPROB_BYTES * (1 + p->top_logprobs) * p->n);
+    int most = LOGPROBS_BYTES_MAX / (LOGPROB_BYTES * (1 + p->top_logprobs) * p->n);
     int wanted = p->max_tokens > 0 && p->max_tokens < room ? p->max_tokens : room;
 
     if (!p->logprobs || p->stream || wanted <= most)
