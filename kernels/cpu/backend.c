@@ -3,6 +3,7 @@
 #include "cpu/step.h"
 #include "pack/backend_common.h"
 #include "pack/loading.h"
+#include "pack/peak.h"
 
 #include "claas/err.h"
 #include "claas/mem.h"
@@ -20,7 +21,7 @@ void claas_cpu_memory_changed(claas_backend_t *backend)
                    backend->model.blocks_bytes + backend->kv.bytes +
                    atomic_load(&backend->bytes_adapters) + atomic_load(&backend->bytes_workspace);
 
-    claas_backend_peak(&backend->bytes_peak, now);
+    claas_peak_raise(&backend->bytes_peak, now);
 }
 
 static void close_backend(claas_backend_t **backend)
@@ -102,7 +103,7 @@ static void report_memory(const claas_backend_t *backend, struct claas_backend_m
         .kv = backend->kv.bytes,
         .adapters = atomic_load(&backend->bytes_adapters),
         .workspace = atomic_load(&backend->bytes_workspace),
-        .peak = atomic_load(&backend->bytes_peak),
+        .peak = claas_peak(&backend->bytes_peak),
     };
     claas_backend_add_use(ret, "the model's weights", ret->weights);
     claas_backend_add_use(ret, "keys and values", ret->kv);

@@ -242,7 +242,8 @@ struct claas_backend {
     size_t
         saved_limit; /* bytes of activations to keep; a batch with more computes its layers twice */
     char name[64];
-    _Atomic uint64_t bytes_adapters, bytes_workspace, bytes_peak;
+    _Atomic uint64_t bytes_adapters, bytes_workspace;
+    uint64_t bytes_peak; /* pack/peak.h */
 };
 /* Keeps the peak up to date after the counters changed. */
 void claas_cpu_memory_changed(claas_backend_t *backend);

@@ -5,6 +5,7 @@
 #include "cuda/pass.h"
 #include "pack/backend_common.h"
 #include "pack/loading.h"
+#include "pack/peak.h"
 
 #include "claas/mem.h"
 
@@ -134,7 +135,7 @@ static void report_memory(const claas_backend_t *backend, struct claas_backend_m
         .kv = backend->kv.bytes,
         .adapters = atomic_load(&backend->bytes_adapters),
         .workspace = backend->step.bytes + backend->forward.region.bytes,
-        .peak = __atomic_load_n(&backend->context.peak, __ATOMIC_RELAXED),
+        .peak = claas_peak(&backend->context.peak),
     };
     for (int i = 0; i < CUDA_USES; i++)
         claas_backend_add_use(ret,

@@ -6,6 +6,7 @@
 #include "cuda/context.h"
 #include "claas/device.h"
 #include "cuda/gemm.h"
+#include "pack/peak.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -151,16 +152,6 @@ static bool hold(struct cuda_context *context, size_t bytes)
     return false;
 }
 
-static void raise_peak(struct cuda_context *context)
-{
-    size_t now = __atomic_load_n(&context->bytes, __ATOMIC_RELAXED);
-    size_t before = __atomic_load_n(&context->peak, __ATOMIC_RELAXED);
-
-    while (now > before && !__atomic_compare_exchange_n(&context->peak, &before, now, true,
-                                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED))
-        ;
-}
-
 int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
                     const char *what)
 {
@@ -190,7 +181,7 @@ int cuda_region_new(struct cuda_context *context, struct cuda_region *region, si
         return code == cudaErrorMemoryAllocation ? refuse(context, what, rounded)
                                                  : cuda_check(context, code, what);
     }
-    raise_peak(context);
+    claas_peak_raise(&context->peak, __atomic_load_n(&context->bytes, __ATOMIC_RELAXED));
     region->base = base;
     region->bytes = rounded;
     region->use = find_use(context, what);

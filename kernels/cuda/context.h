@@ -60,9 +60,9 @@ struct cuda_context {
     void *lt_space; /* workspace of every product on the stream: lt_region's */
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
-    size_t bytes; /* device memory taken through cuda_region_new */
-    size_t peak;  /* the most that it was */
-    size_t limit; /* of `bytes`; 0: none */
+    size_t bytes;  /* device memory taken through cuda_region_new */
+    uint64_t peak; /* the most that it was (pack/peak.h) */
+    size_t limit;  /* of `bytes`; 0: none */
     struct cuda_use uses[CUDA_USES];
     bool lost; /* a sticky error was seen: nothing works any more */
     /* Held while work of the stream is captured into a graph. Whoever records or asks about the

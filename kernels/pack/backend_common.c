@@ -14,14 +14,6 @@ int claas_backend_precision(const struct claas_backend_options *options, bool *r
     return claas_fail(CLAAS_ERR_INVALID, "precision '%s' is none of bf16, f32", name);
 }
 
-void claas_backend_peak(_Atomic uint64_t *peak, uint64_t now)
-{
-    uint64_t before = atomic_load(peak);
-
-    while (now > before && !atomic_compare_exchange_weak(peak, &before, now))
-        ;
-}
-
 void claas_backend_add_use(struct claas_backend_memory *memory, const char *what, uint64_t bytes)
 {
     if (bytes > 0 && memory->use_count < CLAAS_MEMORY_USES)

@@ -4,13 +4,8 @@
 
 #include "engine/backend.h"
 
-#include <stdatomic.h>
-
 /* Whether the options ask for float32 ("f32"; NULL and "bf16" do not). INVALID for another name. */
 int claas_backend_precision(const struct claas_backend_options *options, bool *ret_f32);
-
-/* peak = max(peak, now), from any thread. */
-void claas_backend_peak(_Atomic uint64_t *peak, uint64_t now);
 
 /* Another line of the memory map, unless there are no bytes of it, or no room for the line. */
 void claas_backend_add_use(struct claas_backend_memory *memory, const char *what, uint64_t bytes);
