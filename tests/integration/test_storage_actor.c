@@ -6,7 +6,6 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
@@ -14,6 +13,7 @@
 #include <sys/eventfd.h>
 #include <time.h>
 
+#include "../unit/count_entries.h"
 #include "../unit/storage_fixture.h"
 #include "claas/actor.h"
 #include "claas/clock.h"
@@ -379,14 +379,8 @@ static void test_export(void **ret)
 static int count_staged(const struct process *process)
 {
     CLAAS_AUTO_FREE char *path = claas_format("%s/staging", process->data);
-    DIR *dir = opendir(path);
-    int count = 0;
 
-    assert_non_null(dir);
-    for (struct dirent *entry; (entry = readdir(dir));)
-        count += entry->d_name[0] != '.';
-    closedir(dir);
-    return count;
+    return count_entries(path);
 }
 
 static void await_staged(const struct process *process, int count)

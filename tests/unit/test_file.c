@@ -8,8 +8,8 @@
 #include "claas/err.h"
 #include "claas/file.h"
 #include "claas/mem.h"
+#include "count_entries.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
@@ -44,18 +44,6 @@ static int make_root(void **state)
 static int drop_root(void **state)
 {
     return claas_remove_all(root);
-}
-
-static int count_entries(const char *name)
-{
-    DIR *dir = opendir(name);
-    int count = 0;
-
-    assert_non_null(dir);
-    for (struct dirent *entry; (entry = readdir(dir));)
-        count += entry->d_name[0] != '.';
-    closedir(dir);
-    return count;
 }
 
 static void expect_content(const char *name, const char *content)
