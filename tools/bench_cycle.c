@@ -5,11 +5,10 @@
  * every cycle the same work.
  *
  * Counted work is what the figures tell, less than what was done: with N weights of the layers, H
- * of the head, A of the adapter, 2 (N + A) for each token of a prompt that rollouts computed, 2 (N
- * + H
- * + A) for each sampled one, 6 (N + H + A) for each trained one (forward for student and teacher,
- * the gradient of the inputs; see step), 2 (N + H + A) for each one that the gate scored. The
- * prompts of what was trained and scored, which rows share, are not in the figures, nor is
+ * of the head, A of the adapter, 2 (N + A) for each token of a prompt that rollouts computed,
+ * 2 (N + H + A) for each sampled one, 6 (N + H + A) for each trained one (forward for student and
+ * teacher, the gradient of the inputs; see step), 2 (N + H + A) for each one that the gate scored.
+ * The prompts of what was trained and scored, which rows share, are not in the figures, nor is
  * attention.
  *
  * Counted reading: the weights of the layers once in each pass of generation, and all weights three
