@@ -333,6 +333,8 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
             ask_for_lora<TILES>(args, lora, ring, end - 1 - index,
                                 index == max(first + 1, end - join_here<TILES>::s_left));
         }
+        if (LORA && index == first) /* S is not asked for before the next barrier */
+            lora_list_rows(lora->lines);
         copies_commit();
         end_stage<TILES>(ring + slot * pieces, sums);
         ahead = slot;

@@ -87,9 +87,9 @@ static __device__ __forceinline__ void lora_read_line(struct lora_line *line,
     }
 }
 
-/* The list is made by the last two warps, since the first ones ask for the product's rows, in two
- * steps, so that other copies are asked for while the tiles are on their way: this one, and
- * lora_list. The pack's description and the adapters were written before a copy to the device,
+/* The list is made by the last two warps, since the first ones ask for the product's rows, in
+ * steps, so that other copies are asked for while the tiles are on their way: this one, lora_list
+ * and lora_list_rows. The pack's description and the adapters were written before a copy to the device,
  * which no early start overtakes: they may be read before launch_wait. */
 static __device__ __forceinline__ struct cuda_lora_tile
 lora_begin_list(struct lora_lines *lines, const struct lora_args &args)
@@ -104,7 +104,7 @@ lora_begin_list(struct lora_lines *lines, const struct lora_args &args)
     return tile;
 }
 
-/* By all threads; a barrier then makes the list everybody's. */
+/* By all threads; a barrier then makes the lines everybody's. */
 static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
                                                  const struct lora_args &args,
                                                  const struct cuda_lora_tile &tile, int module)
@@ -115,10 +115,7 @@ static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
     if (t < 0)
         return;
     lora_read_line(&line, args, tile, module);
-    asm volatile("bar.sync 1, %0;" ::"n"(LORA_LINES) : "memory"); /* nobody is in all of `of` */
     lines->line[t] = line;
-    for (int row = 0; row < line.count && line.from; row++)
-        lines->of[line.first + row] = (uint8_t)t;
     const unsigned used = __ballot_sync(~0u, line.count > 0);
     const unsigned high = __ballot_sync(~0u, line.count > 8);
 
@@ -126,6 +123,20 @@ static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
         lines->high[t / 32] = high != 0;
         lines->used[t / 32] = __popc(used);
     }
+}
+
+/* Each line's rows, behind that barrier, which keeps them apart from NOBODY everywhere; the next
+ * one makes them everybody's. Those who make S do without. */
+static __device__ __forceinline__ void lora_list_rows(struct lora_lines *lines)
+{
+    const int t = (int)threadIdx.x - (LORA_THREADS - LORA_LINES);
+
+    if (t < 0)
+        return;
+    const struct lora_line line = lines->line[t];
+
+    for (int row = 0; row < line.count && line.from; row++)
+        lines->of[line.first + row] = (uint8_t)t;
 }
 
 static __device__ __forceinline__ int lora_used(const struct lora_lines *lines)

@@ -271,6 +271,8 @@ lora_store_team(const struct lora_join &join, const struct lora_line &line, int 
     uint64_t *barrier = &barriers[turn];
     float sum = 0.0f;
 
+    if (made > 0)
+        __syncthreads(); /* the quarters of the slab before have been read */
     if (quarter > 0) {
         float4 *at = quarters + (warp / LORA_QUARTERS * (LORA_QUARTERS - 1) + quarter - 1) * 32;
 
