@@ -221,8 +221,8 @@ void claas_device_cancel(claas_device_client_t *client, uint64_t id);
  * ------------------------------------------------------------------------------------------ */
 
 /* One row: a response seen by the student behind its prompt, and by the teacher behind another
- * prompt. EVALUATE rows may have no teacher (teacher_count 0): their divergence figures are NAN,
- * log-prob and entropy are measured. */
+ * prompt. EVALUATE rows may have no teacher (teacher_count 0): the student stands in, so forward_kl
+ * is 0 but for rounding, and their divergence is NAN; log-prob and entropy are measured. */
 struct claas_train_row {
     const int32_t *student_prompt, *teacher_prompt, *response;
     size_t student_count, teacher_count,

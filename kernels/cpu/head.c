@@ -5,6 +5,7 @@
 
 #include "claas/err.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -63,6 +64,8 @@ static void lose_row(void *arg, int i)
     code = claas_loss_row(&chunk->plan->request->loss, (int)vocab, &row, position->weight, grad,
                           space->loss_scratch + member * space->scratch_floats,
                           &space->results[index]);
+    if (!position->teacher)
+        space->results[index].divergence = NAN; /* device.h, struct claas_train_row */
     if (code < 0)
         atomic_store(&chunk->error, code);
     else if (grad)
