@@ -166,6 +166,8 @@ static void test_load(enum cuda_type act, const char *path, int layer_stride, in
     double start;
     int rc;
 
+    if (check_elsewhere())
+        return;
     check_open(act, &context);
     check_begin("load %s %s", check_name(act), path);
     source = open_model(path);
@@ -461,12 +463,16 @@ static void test_adapters(enum cuda_type act, const char *path)
     claas_model_t *source;
     int rc;
 
+    if (check_elsewhere())
+        return;
     check_open(act, &context);
     check_begin("adapters %s %s", check_name(act), path);
     source = open_model(path);
     rc = cuda_model_load(&context, source, NULL, &model);
     check_rc(rc, "cuda_model_load");
-    for (int rank : ranks)
+    for (int rank : ranks) {
+        if (check_is_small() && rank != 5 && rank != 8)
+            continue; /* one that is padded and one that is whole */
         for (unsigned modules : subsets) {
             for (bool pinned : {false, true}) {
                 test_adapter(&context, &model, rank, modules, true, true, pinned);
@@ -474,6 +480,7 @@ static void test_adapters(enum cuda_type act, const char *path)
                 test_adapter(&context, &model, rank, modules, false, false, pinned);
             }
         }
+    }
     bad.rank = CLAAS_RANK_MAX + 1;
     bad.modules = CLAAS_MODULE_ALL;
     if (cuda_adapter_new(&context, &model, &bad, true, &adapter) >= 0)

@@ -1,5 +1,5 @@
-/* From logits to tokens: greedy choice, temperature, top-k, top-p, alternatives, seeds, on
- * hand-made logits. */
+/* From logits to tokens on the CPU: greedy choice, temperature, top-k, top-p, alternatives, seeds,
+ * on hand-made logits. (The card's: cuda/test_sample.) */
 #include "step_fixture.h"
 
 #include "claas/err.h"
@@ -19,6 +19,7 @@ static struct step_fixture fixture;
 
 static int set_up(void **state)
 {
+    (void)unsetenv("CLAAS_TEST_BACKEND");
     step_open(&fixture, "random:tiny-llama", "f32", 2, NULL);
     assert_int_equal(fixture.config->vocab, VOCAB);
     return 0;
