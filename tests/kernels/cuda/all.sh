@@ -9,6 +9,7 @@
 #     bench      the training steps, prefill, decode and cycles of the target table, one JSON line each (500)
 #     bench-NAME one group of them: bench-step, bench-many, bench-decode, bench-prefill, bench-cycle (200), and bench-share: what
 #                adapters leave of decoding's tokens, with and without by turns, in three pairs (one of 64 adapters)
+#     profile    which kernels the time of those steps goes to (300)
 #     peers      the same steps in PyTorch (500); peers-ROW: one row of peers.sh
 #     sanitize   the kernel tests under memcheck, racecheck and initcheck, a line for each (580); sanitize-TOOL: one of the three;
 #                sanitize-NAME: the tests whose names have that (280)
@@ -17,7 +18,7 @@
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# -gt 0 ] || { sed -n '2,17s/^# //p' "$0"; exit 64; }
+[ $# -gt 0 ] || { sed -n '2,18s/^# //p' "$0"; exit 64; }
 
 paths=$here/lib
 for place in /usr/local/cuda/lib64 /usr/local/cuda/targets/*/lib /usr/local/lib/python3*/*-packages/nvidia/*/lib \
@@ -109,6 +110,13 @@ part_bench() {
     return $bench_failed
 }
 
+# kernel_times.c's tables, each before its step's line.
+part_profile() {
+    local library=$here/libkernel_times.so
+    [ -f "$library" ] || { echo "no $library in this folder"; return 1; }
+    CUDA_INJECTION64_PATH=$library part_bench step
+}
+
 # The arrays go to a folder of their own, which is too large to keep.
 part_errors() {
     local python work status=0
@@ -135,6 +143,7 @@ part() {
     agree) "$here/run" "$here/agree" ;;
     bench) part_bench step many prefill decode cycle ;;
     bench-step | bench-many | bench-prefill | bench-decode | bench-share | bench-cycle) part_bench "${1#bench-}" ;;
+    profile) part_profile ;;
     peers) "$here/peers.sh" ;;
     peers-*) "$here/peers.sh" "${1#peers-}" ;;
     errors) part_errors ;;
