@@ -25,15 +25,17 @@ typedef struct claas_device_client claas_device_client_t;
  * event. */
 typedef struct claas_adapter claas_adapter_t;
 
-/* So many bytes of `total` of the model's file have been read; first with none, last with all. */
+/* Progress of opening: `done` of the `total` bytes of the model's file have been read. Called first
+ * with 0, last with all. */
 typedef void claas_loading_fn(void *arg, uint64_t done, uint64_t total);
 
 struct claas_device_options {
-    const char *device;    /* "auto" (or NULL: CUDA if it can be, else the CPU), "cpu", "cuda" */
+    const char *device;    /* "auto" (or NULL: CUDA where there is a card, else the CPU), "cpu",
+                              "cuda" */
     const char *precision; /* "bf16" or "f32" */
     int threads;           /* 0 = one per CPU */
-    size_t kv_tokens;      /* capacity of the KV pool in tokens; 0 = max(context, 8192), on a GPU as
-                              many more as its memory allows */
+    size_t kv_tokens;      /* capacity of the KV pool in tokens; 0 = max(context, 8192), and on a
+                              GPU as many more as its memory allows */
     int prefill_chunk;     /* most prompt tokens of one forward pass; 0 = 256, on a GPU 2048 */
     int max_batch;         /* most sequences decoded together; 0 = 64 */
     int slice_ms;          /* longest slice of training while chat waits; 0 = 50 */
@@ -44,7 +46,9 @@ struct claas_device_options {
     void *loading_arg;
 };
 
-/* `model` must outlive the device; its weights are copied into the device's layout. */
+/* `model` must outlive the device; its weights are copied into the device's layout. INVALID (an
+ * option), UNSUPPORTED (an unknown device, no card, a model that the device cannot run), NO_MEMORY,
+ * or DEVICE and DEVICE_LOST for a card that does not open. */
 int claas_device_open(const struct claas_device_options *options, claas_model_t *model,
                       claas_device_t **ret);
 /* Cancels what runs; clients must be freed first. */
@@ -53,12 +57,13 @@ claas_model_t *claas_device_model(const claas_device_t *device);
 /* Longest sequence (prompt and answer) that can be generated: the model's context, or all of the KV
  * pool where that is smaller. */
 int claas_device_context(const claas_device_t *device);
-/* How many learning cycles at the same time keep it busy: their rollouts share its passes. */
+/* How many learning cycles must run at the same time to keep the device busy: their rollouts share
+ * its passes. */
 int claas_device_cycles(const claas_device_t *device);
 
-/* A line of the memory map: so many bytes are held as this. */
+/* A line of the memory map: what the device's memory is held for. */
 struct claas_memory_use {
-    const char *what; /* "keys and values": a literal */
+    const char *what; /* a literal, such as "keys and values" */
     uint64_t bytes;
 };
 #define CLAAS_MEMORY_USES 16
@@ -70,25 +75,27 @@ struct claas_device_stats {
     struct claas_memory_use
         uses[CLAAS_MEMORY_USES]; /* all that the device holds, under its names */
     int use_count;
+    /* Blocks of 16 tokens. */
     int kv_blocks, kv_blocks_free;
     int running, waiting; /* sequences */
     uint64_t passes;      /* of generation */
     uint64_t tokens_prefilled, tokens_decoded, tokens_trained;
     uint64_t prefix_tokens_shared; /* prompt tokens not computed because their blocks were shared */
-    /* Time spent on adapters so far, most of it beside all else: directories read and written, and
-     * images moved to the device and back. */
+    /* Time spent on adapters so far, most of it while other work went on: directories read and
+     * written, and images moved to the device and back. */
     uint64_t read_ns, write_ns, upload_ns, download_ns;
     uint64_t clones;           /* copies of adapters made on the device */
-    uint64_t host_cache_bytes; /* images of adapters in the host's memory, and room for more */
+    uint64_t host_cache_bytes; /* held for images of adapters in the host's memory, whether in use
+                                  or free */
     uint64_t host_cache_images, host_cache_found, host_cache_missed;
-    /* Evaluations whose teacher is the base: its rows kept in the host's memory, found there, or
-     * computed. */
+    /* Evaluations whose teacher is the base: bytes of its rows kept in the host's memory; how many
+     * evaluations found theirs there, how many had to compute them. */
     uint64_t teacher_bytes, teacher_found, teacher_missed;
 };
 void claas_device_stats(const claas_device_t *device, struct claas_device_stats *ret);
 
-/* What the device of these options could do at best, measured by this call (about a second), so
- * that a time can be read as a share of what is possible. Needs no open device; one that is open
+/* What the device that the options name could do at best, measured by this call (about a second),
+ * so that a time can be read as a share of what is possible. No device need be open; one that is
  * must be idle. */
 struct claas_device_floor {
     double gemm_flop_s;    /* of large matrix products in the precision asked for */
@@ -103,17 +110,18 @@ struct claas_card {
     char name[64];
     int major, minor; /* compute capability */
     uint64_t bytes, bytes_free;
-    char unknown[64]; /* why bytes_free could not be asked for (the card is full, or another
-                         process's alone); "" if it could */
+    char unknown[64]; /* why bytes_free could not be asked for (the card is full, or another process
+                         has it for itself); "" if it could */
 };
 struct claas_cards {
-    int driver, runtime; /* CUDA versions, 1000 * major + 10 * minor: newest of the driver, ours */
+    int driver, runtime; /* CUDA versions, 1000 * major + 10 * minor: the newest that the driver
+                            knows; this program's */
     int count;
     struct claas_card cards[CLAAS_CARDS_MAX];
 };
 int claas_device_cards(struct claas_cards *ret);
 
-/* Set in the environment by whoever starts a process again that lost its card: a card that is not
+/* Set in the environment by whoever restarts a process that lost its card. A card that is not
  * there, or does not open, is then DEVICE_LOST, and `auto` does not make do with the CPU. */
 #define CLAAS_DEVICE_LOST_VARIABLE "CLAAS_DEVICE_LOST"
 
@@ -121,30 +129,31 @@ int claas_device_client_new(claas_device_t *device, claas_device_client_t **ret)
 /* Cancels the client's requests and drops its events. */
 void claas_device_client_free(claas_device_client_t **client);
 int claas_device_client_fd(const claas_device_client_t *client);
-/* The client keeps SERVE adapters that it could do without. When the device has no memory for a
- * training step, or for an adapter to train, it gets a MEMORY event; it lets go of what it can, and
- * says so by claas_device_client_gave. What failed waits for that, for some seconds at most, and is
- * tried once more. */
+/* Says that the client keeps SERVE adapters that it could do without. When the device has no memory
+ * for a training step, or for an adapter to train, the client gets a MEMORY event; it lets go of
+ * what it can, and says so by claas_device_client_gave. The work that found no memory waits for
+ * that, for some seconds at most, and is tried once more. */
 void claas_device_client_keeps_idle(claas_device_client_t *client);
 void claas_device_client_gave(claas_device_client_t *client);
-/* Whether an adapter in training is there: what that holds of the memory may be free soon. */
+/* Whether any adapter is in training: the memory that it holds may be free soon. */
 bool claas_device_trains(const claas_device_client_t *client);
 
 /* --- adapters
  * -----------------------------------------------------------------------------------------------------
  */
-/* Reading and writing directories takes tens of milliseconds, so it runs on two threads of the
- * device's own, one that loads and one that saves, and ends in an ADAPTER or SAVED event with the
- * request's id. */
+/* Reading and writing directories takes tens of milliseconds, so two threads of the device do it,
+ * one that loads and one that saves. A request ends in an ADAPTER, SAVED or FAILED event with its
+ * id. */
 
 enum claas_adapter_use {
     CLAAS_ADAPTER_SERVE, /* forward only */
     CLAAS_ADAPTER_TRAIN, /* float32 weights and moments kept beside */
-    CLAAS_ADAPTER_KEEP,  /* weights and moments, to be saved and nothing else: takes least memory. A
-                            copy is in a GPU's memory if that has room, else in the host's */
+    CLAAS_ADAPTER_KEEP,  /* weights and moments, to be saved and nothing else: takes the least
+                            memory. A copy is in a GPU's memory if that has room, else in the
+                            host's */
 };
-/* Loads a PEFT directory. But for SERVE the moments come along if the directory has them, else they
- * are zero. */
+/* Loads a PEFT directory. For TRAIN and KEEP the moments come along; they are zero if the directory
+ * has none. */
 int claas_device_adapter_load(claas_device_client_t *client, const char *directory,
                               enum claas_adapter_use use, uint64_t *ret_id);
 /* A new untrained adapter (B = 0), for any use. */
@@ -153,34 +162,35 @@ int claas_device_adapter_init(claas_device_client_t *client, const struct claas_
 /* A KEEP copy of a TRAIN adapter as it stands after the client's requests before this one. */
 int claas_device_adapter_copy(claas_device_client_t *client, claas_adapter_t *adapter,
                               uint64_t *ret_id);
-/* The same for a copy that may never be wanted: it is made on the device, beside what is there, or
- * not at all (FAILED with NO_MEMORY, or UNSUPPORTED where claas_device_copies says no). */
+/* The same for a copy that may never be wanted: it is made in the device's free memory or not at
+ * all (FAILED with NO_MEMORY, or UNSUPPORTED where claas_device_copies is false). */
 int claas_device_adapter_copy_if_room(claas_device_client_t *client, claas_adapter_t *adapter,
                                       uint64_t *ret_id);
-/* Whether a copy is made on the device: in a millisecond, and without the host's memory. */
+/* Whether copies are made on the device, which takes a millisecond and none of the host's
+ * memory. */
 bool claas_device_copies(const claas_device_t *device);
 /* Writes a complete, fsynced PEFT directory (must not exist) of a TRAIN or KEEP adapter. */
 int claas_device_adapter_save(claas_device_client_t *client, claas_adapter_t *adapter,
                               const char *directory, uint64_t *ret_id);
-/* What was saved to the directory will not be loaded: nothing is kept of it. Before it is removed.
- */
+/* To be called before a saved directory is removed: no copy of what was saved there is kept any
+ * longer. */
 void claas_device_adapter_forget(claas_device_t *device, const char *directory);
 claas_adapter_t *claas_adapter_ref(claas_adapter_t *adapter);
 /* Drops a reference and nulls the pointer. The memory is free a moment later: a load or init that
  * meets a full device waits for that moment before it fails. */
 void claas_adapter_unref(claas_adapter_t **adapter);
-/* Whether someone else holds a reference too, so that dropping the caller's frees nothing. */
+/* Whether the caller's reference is not the only one, so that dropping it frees nothing. */
 bool claas_adapter_is_shared(const claas_adapter_t *adapter);
 struct claas_lora_config claas_adapter_lora(const claas_adapter_t *adapter);
-/* What claas_device_adapters calls it: "me/chat@3". */
+/* Sets the name that claas_device_adapters shows: "me/chat@3". */
 void claas_adapter_set_name(claas_adapter_t *adapter, const char *name);
 
 /* What the device holds of adapters, for people who look. */
 struct claas_adapter_info {
-    char name[288]; /* as its owner called it, "" if it did not */
+    char name[288]; /* as set by claas_adapter_set_name, else "" */
     enum claas_adapter_use use;
     uint64_t bytes;
-    bool in_host; /* bytes of the host's memory, not the device's */
+    bool in_host; /* `bytes` are of the host's memory, not the device's */
 };
 /* Fills `ret` with the youngest `max`; returns how many there are in all. */
 size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_info *ret,
@@ -212,9 +222,9 @@ struct claas_generate_request {
  * too long), OVERLOADED (queue full). */
 int claas_device_generate(claas_device_client_t *client,
                           const struct claas_generate_request *request, uint64_t *ret_id);
-/* The request's last event is FINISHED with CLAAS_FINISH_CANCELLED, unless it ended before. Other
- * requests end in FAILED with CLAAS_ERR_CANCELLED: a training step within an operation, and nothing
- * is changed then. */
+/* The last event of a generation is then FINISHED with CLAAS_FINISH_CANCELLED, unless it ended
+ * before. Other requests end in FAILED with CLAAS_ERR_CANCELLED; a training step stops at its next
+ * operation and changes nothing. */
 void claas_device_cancel(claas_device_client_t *client, uint64_t id);
 
 /* --- training and evaluation
@@ -249,7 +259,8 @@ struct claas_train_request {
 int claas_device_train(claas_device_client_t *client, const struct claas_train_request *request,
                        uint64_t *ret_id);
 
-/* Token means over the trained positions of a row. */
+/* Means over the trained tokens of a row of the figures of struct claas_loss_result (loss.h): in
+ * nats, but for ratio and clip_fraction. */
 struct claas_train_row_result {
     float loss, divergence, forward_kl, kl_base, ratio, clip_fraction;
     float logprob; /* mean log-prob of the response under the student: its negative is the NLL */
@@ -258,12 +269,13 @@ struct claas_train_row_result {
 };
 struct claas_train_result {
     float loss;            /* as trained */
-    float grad_norm;       /* before clipping; of the largest adapter when there are several */
+    float grad_norm;       /* before clipping; the largest where several adapters learn */
     float max_ratio_error; /* largest |log-prob now - rollout log-prob|: 0 on policy */
     bool finite;           /* loss and gradient; a step that is not finite changes nothing */
     int tokens;
-    double teacher_ms; /* of the step's time, the teacher's forward passes */
-    int64_t step;      /* optimizer steps of the adapter, after this one */
+    double teacher_ms; /* the part of the step's time that the teacher's forward passes took */
+    int64_t step;      /* optimizer steps of the adapter so far, this one included; the largest
+                          where there are several */
     size_t row_count;
     struct claas_train_row_result *rows;
 };
@@ -279,7 +291,7 @@ enum claas_device_event_kind {
     CLAAS_EVENT_SAVED,
     CLAAS_EVENT_TRAINED,
     CLAAS_EVENT_FAILED,
-    CLAAS_EVENT_MEMORY, /* of no request: claas_device_client_keeps_idle */
+    CLAAS_EVENT_MEMORY, /* belongs to no request: claas_device_client_keeps_idle */
 };
 enum claas_finish {
     CLAAS_FINISH_STOP,   /* a stop token */
@@ -287,7 +299,8 @@ enum claas_finish {
     CLAAS_FINISH_CANCELLED,
 };
 
-/* Behind this the text of a NO_MEMORY says what holds the device's memory, where that is known. */
+/* Separates the text of a NO_MEMORY error from the list of what holds the device's memory, where
+ * that is known. */
 #define CLAAS_MEMORY_HELD "; held: "
 
 struct claas_device_event {

@@ -1,7 +1,7 @@
 /* Adapter handles. References are counted from any thread; the weights behind a handle are freed on
  * the compute thread, between two operations of the back-end. A handle's *identity* is a number
  * that changes with its weights: cached keys and values are found by it, so a trained adapter never
- * meets what it was before. */
+ * meets those of its former weights. */
 #include "engine/engine.h"
 
 #include <stdio.h>
@@ -31,7 +31,7 @@ static void unlink_adapter(claas_device_t *device, claas_adapter_t *adapter)
     pthread_mutex_unlock(&device->lock);
 }
 
-/* What the handle is around; it is linked no more. */
+/* Frees what the handle holds; the handle itself is unlinked already. */
 static void release(claas_device_t *device, claas_adapter_t *adapter)
 {
     if (adapter->backend != NULL)
@@ -205,6 +205,7 @@ bool claas_device_trains(const claas_device_client_t *client)
     return trains;
 }
 
+/* Frees the memory that a step left, unless a step is under way or another will come. */
 static void give_back(claas_device_t *device)
 {
     bool is_idle;
@@ -263,7 +264,8 @@ void claas_adapters_await_sweep(claas_device_t *device)
 
 /* --- saved copies on the device --- */
 
-/* In front of the list; what stood before `place` moves up to it. The lock is held. */
+/* Puts `hot` in front of the list; entries 0 … place-1 move one place back, over the one at
+ * `place`. The lock is held. */
 static void put_first(claas_device_t *device, int place, struct claas_hot hot)
 {
     memmove(device->hot + 1, device->hot, (size_t)place * sizeof(device->hot[0]));

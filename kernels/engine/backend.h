@@ -1,8 +1,9 @@
 /* What a back-end (CPU, CUDA) implements for the engine: packed forward, decode and training steps
  * over opaque handles. The engine owns the queue, the block tables and the requests; a back-end
  * owns memory and arithmetic and may fuse what it likes. All calls come from one thread (the
- * device's compute thread) except adapter_new/free, adapter_upload, adapter_download and
- * adapter_clone, which the I/O threads may make while the *adapter* is written by nobody. */
+ * device's compute thread), with these exceptions: host_new, host_free and adapter_bytes are for
+ * any thread, and the I/O threads may call adapter_new/free, adapter_upload, adapter_download and
+ * adapter_clone while nobody else writes the same *adapter*. */
 #ifndef CLAAS_ENGINE_BACKEND_H
 #define CLAAS_ENGINE_BACKEND_H
 
@@ -22,8 +23,8 @@ struct claas_segment {
     int pos;                          /* position of tokens[0] */
     const int32_t *blocks;            /* block numbers for positions 0 … pos+count-1 */
     claas_backend_adapter_t *adapter; /* NULL = base */
-    int wanted; /* how many of the last tokens give a logits row: 0 for all but the last prefill
-                   chunk */
+    int wanted; /* how many of the last tokens get a row of logits: 0 in all prefill chunks but the
+                   last */
 };
 
 /* What to do with one wanted logits row (in order of segments and tokens). */
@@ -31,7 +32,7 @@ struct claas_sample {
     float temperature, top_p;
     int top_k;
     uint64_t seed;
-    uint64_t index; /* n-th token of its answer: the counter of the random stream */
+    uint64_t index; /* n-th token of its answer, from 0: the counter of the random stream */
     int top_logprobs;
     int32_t given; /* >= 0: do not sample, score this token */
     /* results */
@@ -45,9 +46,9 @@ struct claas_backend_options {
     const char *precision; /* "bf16" or "f32" */
     int threads;
     int kv_blocks;             /* blocks of 16 positions in the shared pool */
-    bool kv_more;              /* nobody asked for that number: it may be more, as memory allows */
+    bool kv_more;              /* kv_blocks is only a default: take more as memory allows */
     int max_tokens;            /* most tokens of one forward pack */
-    int max_sequences;         /* most segments of one; 0 = max_tokens */
+    int max_sequences;         /* most segments of one pack; 0 = max_tokens */
     claas_loading_fn *loading; /* may be NULL */
     void *loading_arg;
 };
@@ -62,19 +63,18 @@ struct claas_backend_row {
  * ends with CLAAS_ERR_CANCELLED and changes nothing. */
 typedef int claas_yield_fn(void *arg);
 
-/* The same between the parts of what cannot be given up. */
+/* Called between the parts of work that cannot be given up; may run forward() too. */
 typedef void claas_turn_fn(void *arg);
-/* Lets go of what the device holds and can have again; it frees adapters meanwhile, and runs no
- * forward(). */
+/* Lets go of what the device holds but can do without (it frees adapters); runs no forward(). */
 typedef void claas_room_fn(void *arg);
 
-/* The teacher's final hidden rows of a request, in the host's memory: in the order in which its
- * trained positions are numbered, those without a teacher being zeros. Whoever owns this frees the
- * rows. */
+/* The teacher's final hidden rows of a request, in the host's memory, in the order in which the
+ * request's trained positions are numbered; zeros for positions without a teacher. The owner of
+ * this struct frees the rows. */
 struct claas_teacher_kept {
     void *rows;   /* from host_new where the back-end has it, else from claas_alloc */
     size_t bytes; /* of the rows */
-    size_t limit; /* they are not to be more */
+    size_t limit; /* most bytes that the rows may take */
     bool filled;
 };
 
@@ -85,14 +85,14 @@ struct claas_backend_train {
     struct claas_adamw_config adamw;
     bool update;
     claas_yield_fn *yield; /* may be NULL */
-    /* May be NULL. Called when the device has no room for the step, which then asks once more, and
-     * may make do with less, in more time, before it fails. */
+    /* May be NULL. Called when the device has no room for the step; the back-end then tries again,
+     * and may settle for less memory and more time, before it fails. */
     claas_room_fn *make_room;
-    void *yield_arg; /* of both */
-    /* May be NULL. Filled: the rows of a request that differed in nothing that the teacher's rows
-     * and their numbers follow from, so the teacher is not run. Empty: it is, and its rows are left
-     * here, unless there is no memory for them, or they are more than the limit: that fails no
-     * step. What a step that fails left here is of no use. */
+    void *yield_arg; /* of yield and make_room */
+    /* May be NULL. Filled: the rows that an equal request left (equal in all that the teacher's
+     * rows and their order depend on), so the teacher is not run. Empty: the teacher is run, and
+     * its rows are left here unless they exceed the limit or there is no memory for them, which
+     * fails no step. What a failed step left here must not be used. */
     struct claas_teacher_kept *kept;
 };
 
@@ -105,7 +105,7 @@ struct claas_backend_memory {
 struct claas_backend_ops {
     const char *name;
     int prefill_chunk; /* prompt tokens of a pass that keep the device busy; 0 = 256 */
-    int cycles;        /* learning cycles at the same time that do; 0 = 1 */
+    int cycles;        /* learning cycles at the same time that do so; 0 = 1 */
     int (*open)(const struct claas_backend_options *options, claas_model_t *model,
                 claas_backend_t **ret);
     void (*free)(claas_backend_t **backend);
@@ -118,23 +118,24 @@ struct claas_backend_ops {
     int (*adapter_new)(claas_backend_t *backend, const struct claas_lora_config *lora,
                        enum claas_adapter_use use, claas_backend_adapter_t **ret);
     void (*adapter_free)(claas_backend_t *backend, claas_backend_adapter_t **adapter);
-    /* Of the device's memory. */
+    /* What it holds of the device's memory. */
     uint64_t (*adapter_bytes)(const claas_backend_adapter_t *adapter);
-    /* From / to a host image; SERVE or TRAIN, and of TRAIN only. Moments and step are taken if
-     * present (TRAIN), else zero. The download allocates from ret->memory; it calls `turn`, unless
-     * that is NULL, every few milliseconds, which may run forward(). */
+    /* Upload: from a host image to a SERVE or TRAIN adapter; a TRAIN one takes moments and step if
+     * the image has them, else they are zero. Download: from a TRAIN adapter, or a KEEP one that
+     * adapter_clone made; it allocates from ret->memory and calls `turn`, unless that is NULL,
+     * every few milliseconds. */
     int (*adapter_upload)(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                           const struct claas_adapter_image *image);
     int (*adapter_download)(claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                             claas_turn_fn *turn, void *turn_arg, struct claas_adapter_image *ret);
     /* A new adapter with the weights of a TRAIN or KEEP one, and with its moments and step unless
-     * `use` is SERVE, made on the device. KEEP: to be downloaded and cloned, nothing else. It waits
-     * for what was queued before, and is done at its return. NULL: the device has no memory of its
-     * own, images do as well. */
+     * `use` is SERVE, made on the device. A KEEP adapter can be downloaded and cloned, nothing
+     * else. The call waits for what was queued before it, and the copy is complete when it returns.
+     * NULL: the device has no memory of its own, so host images do as well. */
     int (*adapter_clone)(claas_backend_t *backend, const claas_backend_adapter_t *source,
                          enum claas_adapter_use use, claas_backend_adapter_t **ret);
-    /* The host's memory that uploads and downloads are fastest with, not zeroed; NULL if there is
-     * none. Any thread. Both NULL: all memory is the same. */
+    /* Memory of the host that uploads and downloads are fastest with, not zeroed; host_new returns
+     * NULL if there is none left. Both pointers NULL: all of the host's memory is alike. */
     void *(*host_new)(claas_backend_t *backend, size_t bytes);
     void (*host_free)(claas_backend_t *backend, void *base);
 
@@ -145,8 +146,8 @@ struct claas_backend_ops {
      * gradient is success with ret->finite false and nothing changed. */
     int (*train)(claas_backend_t *backend, const struct claas_backend_train *request,
                  struct claas_train_result *ret);
-    /* Lets go of the memory that the last step left for the next one, which takes it again. Not
-     * within train(). NULL: there is none that others could use. */
+    /* Frees the memory that the last step left for the next one, which will take it anew. Not to be
+     * called within train(). NULL: nothing is left that others could use. */
     void (*give_back)(claas_backend_t *backend);
     /* What the device could do at best, measured now; needs no open back-end. Of the options it
      * reads precision and threads. */

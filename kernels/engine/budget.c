@@ -1,5 +1,5 @@
 /* How many prompt tokens a pass may run. Alone a prompt is read in large chunks; beside a chat that
- * streams, a pass shall not take longer than about two slices, or the chat would falter. A pass has
+ * streams, a pass must not take longer than about two slices, or the chat would falter. A pass has
  * a fixed cost (it reads all weights), so the time for a token depends on how many there are: the
  * budget is steered by the time of whole passes that used it up. */
 #include "engine/engine.h"

@@ -16,7 +16,7 @@
 #define DEFAULT_PREFILL_CHUNK 256
 #define DEFAULT_MAX_BATCH     64
 #define DEFAULT_SLICE_MS      50
-#define HOST_CACHE_SHARE      8                    /* of the memory there is, this part */
+#define HOST_CACHE_SHARE      8                    /* 1/8 of the memory there is */
 #define HOST_CACHE_MAX        ((uint64_t)16 << 30) /* pinned pages are lost to all else */
 
 void claas_device_poke(claas_device_t *device)
@@ -113,7 +113,8 @@ static bool wait_for_work(claas_device_t *device, bool worked)
     pthread_mutex_lock(&device->lock);
     while (!worked && !device->poked && !device->stop)
         if (!claas_memory_sleep(device, &device->wake))
-            break; /* nobody answered: what waited for memory has its second try */
+            break; /* not all clients answered in time: what waited for memory gets its second
+                      try */
     device->poked = false;
     stop = device->stop;
     pthread_mutex_unlock(&device->lock);
@@ -246,7 +247,7 @@ static int start_io(struct claas_io *io, const char *name)
     return rc;
 }
 
-/* Lets it empty its queue first. */
+/* Lets the thread empty its queue first. */
 static void stop_io(struct claas_io *io)
 {
     pthread_mutex_lock(&io->device->lock);
@@ -269,7 +270,7 @@ static int start(claas_device_t *device)
     return rc;
 }
 
-/* For times of claas_clock_ms. */
+/* A condition whose time-outs are times of claas_clock_ms. */
 static void init_cond(pthread_cond_t *cond)
 {
     pthread_condattr_t attributes;

@@ -24,8 +24,8 @@
 #include "engine/teacher_cache.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
-/* The same of rollouts: the most cycles at the same time (64) of the largest steps (272). Chats are
- * counted by themselves, so that learning refuses none. */
+/* The same for rollouts: the most cycles at the same time (64), each with the largest step (272
+ * rollouts). Chats are counted apart, so that learning never makes the device refuse one. */
 #define CLAAS_ENGINE_ROLLOUTS_MAX (64 * 272)
 
 enum claas_request_kind {
@@ -83,16 +83,18 @@ struct claas_device_client {
     int fd; /* eventfd; readable exactly while events wait */
     bool closed;
     struct claas_event_node *first, *last;
-    uint64_t lane_scan; /* compute thread: the last scan of the lane that met one of its requests */
+    uint64_t lane_scan; /* compute thread: the last scan of the lane that met one of the client's
+                           requests */
     claas_device_client_t *next_keeper; /* device->keepers; device->lock */
-    bool is_asked;                      /* for memory, and has not answered; device->lock */
+    bool is_asked;                      /* was asked for memory and has not answered;
+                                           device->lock */
 };
 
 struct claas_adapter {
     claas_device_t *device; /* NULL once the device is gone */
     atomic_int references;
     claas_backend_adapter_t *backend; /* SERVE, TRAIN, and KEEP of a device with its own memory */
-    struct claas_adapter_image image; /* KEEP without that: all there is; never changed */
+    struct claas_adapter_image image; /* KEEP without `backend`: all there is; never changed */
     struct claas_adapter_mark mark;   /* of the directory that `image` was saved to, if marked */
     bool marked;
     struct claas_lora_config lora;
@@ -102,7 +104,7 @@ struct claas_adapter {
     claas_adapter_t *all_next, *all_prev; /* device->adapters */
     /* Of the compute thread: */
     uint64_t identity; /* new with every change of the weights: names the cached keys and values */
-    bool training;     /* a step is under way */
+    bool training;     /* a step on it is under way */
 };
 
 /* A generation. */
@@ -135,7 +137,8 @@ struct claas_training {
     struct claas_backend_row *rows;
     claas_adapter_t **adapters; /* [2 * row_count] references: student, teacher of each row */
     void *storage;
-    bool again; /* the device was full: the second try, when idle adapters are gone */
+    bool again; /* the second try: at the first the device was full, and idle adapters have gone
+                   since */
 };
 
 /* Load, init, copy or save. */
@@ -146,7 +149,7 @@ struct claas_adapter_job {
     enum claas_adapter_use use;
     struct claas_lora_config lora;
     uint64_t seed;
-    bool if_room;                     /* copy: only where it costs nothing */
+    bool if_room;                     /* copy: only in free memory of the device */
     struct claas_adapter_image image; /* save of TRAIN: the snapshot */
 };
 
@@ -159,8 +162,9 @@ struct claas_io {
     bool started;
 };
 
-/* A saved copy that is left on the device. There are as many as cycles keep the device busy: they
- * may all have ended by the time that somebody loads the first one's version. */
+/* A saved copy that is left on the device. There is room for one of each cycle that it takes to
+ * keep the device busy: all of them may have ended before somebody loads the first one's
+ * version. */
 #define CLAAS_HOT_MAX 16 /* at most */
 struct claas_hot {
     claas_adapter_t *adapter; /* a reference; NULL: free */
@@ -184,22 +188,24 @@ struct claas_device {
     bool cancel_seen; /* some request was cancelled since the compute thread looked */
     uint64_t last_id;
     struct claas_queue inbox;
-    struct claas_io loads, saves;        /* a chat's adapter does not wait for a disk that writes */
+    struct claas_io loads, saves;        /* two, so that loading a chat's adapter does not wait for
+                                            a save */
     struct claas_hot hot[CLAAS_HOT_MAX]; /* the one used last first */
     struct claas_request *live;
     int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
-    bool room_wanted;                   /* by a load: of what a step left */
-    claas_device_client_t *keepers;     /* of adapters that may go */
-    int asked_count;                    /* of these, asked for memory and silent so far */
-    int64_t asked_ms;                   /* when the last one was (claas_clock_ms) */
-    int await_ms;                       /* how long they have to answer */
-    uint64_t sweeps_begun, sweeps_done; /* of those that found something */
+    bool room_wanted;                   /* a load wants the memory that a step left */
+    claas_device_client_t *keepers;     /* clients whose adapters may go */
+    int asked_count;                    /* how many of them were asked for memory and have not
+                                           answered */
+    int64_t asked_ms;                   /* when the last one was asked (claas_clock_ms) */
+    int await_ms;                       /* how long they have to answer, ms */
+    uint64_t sweeps_begun, sweeps_done; /* counts sweeps that found something */
     struct claas_device_stats stats;
 
     /* The compute thread's own: */
     claas_kv_t *kv;
-    claas_teacher_cache_t *teachers;     /* of evaluations */
+    claas_teacher_cache_t *teachers;     /* the teacher's rows of evaluations */
     struct claas_queue waiting, running; /* sequences, by priority, then age */
     struct claas_queue lane;             /* training, copies, saves, by age */
     uint64_t lane_scan;
@@ -252,11 +258,11 @@ void claas_request_to_io(struct claas_request *request);
 void claas_request_begin(struct claas_request *request);
 /* Frees a request with its references, without an event. */
 void claas_request_free(struct claas_request *request);
-/* Its last event (request->last, filled in by the caller), then the end of the request. */
+/* Sends its last event (request->last, filled in by the caller) and frees the request. */
 void claas_request_finish(struct claas_request *request);
-/* The end of a request by FAILED: `code` with this thread's error text. */
+/* Ends the request with FAILED: `code` and this thread's error text. */
 void claas_request_fail(struct claas_request *request, int code);
-/* The end of a request that was cancelled, whatever its kind. */
+/* Ends a request that was cancelled, whatever its kind. */
 void claas_request_cancel(struct claas_request *request);
 
 /* --- client.c
@@ -289,12 +295,12 @@ claas_adapter_t *claas_adapters_find_hot(claas_device_t *device,
                                          const struct claas_adapter_mark *mark, bool with_moments);
 /* Lets go of all of them: the memory is wanted. The next sweep frees it. */
 void claas_adapters_drop_hot(claas_device_t *device);
-/* Frees the adapters without references, and what a step left if that is wanted and nothing learns:
- * the next step of a cycle would only take it again. Compute thread. */
+/* Frees the adapters without references, and the memory that a step left if a load wants it and
+ * nothing learns (the next step of a cycle would only take it again). Compute thread. */
 void claas_adapters_sweep(claas_device_t *device);
-/* Waits until what had no references at the call is freed, and what a step left, on a back-end
- * that keeps it; at once when there was nothing, or when the device closes. The thread that loads.
- */
+/* Waits until the adapters that had no references at the call are freed and, on a back-end that
+ * keeps it, the memory that a step left. Returns at once when there was nothing, or when the device
+ * closes. For the thread that loads. */
 void claas_adapters_await_sweep(claas_device_t *device);
 /* Frees every adapter; handles still held elsewhere stay valid but empty. Only while the device
  * closes. */
@@ -343,19 +349,19 @@ void claas_train_close(claas_device_t *device);
 
 #define CLAAS_MEMORY_AWAIT_MS 5000 /* device->await_ms, but for tests */
 
-/* Asks those who keep idle adapters to let go of them; false if there is nobody whose answer is
- * worth waiting for. */
+/* Asks the clients that keep idle adapters to let go of them; false if there is none whose answer
+ * is worth waiting for. */
 bool claas_memory_ask(claas_device_t *device);
 /* Whether one of them has not answered yet and still has time to. The compute thread is woken when
- * all have. */
+ * all have answered. */
 bool claas_memory_is_asked(claas_device_t *device);
-/* Sleeps until `changed` is signalled, while somebody is asked no longer than he has time to
- * answer: false when that is over. Caller holds device->lock. */
+/* Sleeps until `changed` is signalled; while a client is being asked, no longer than its time to
+ * answer lasts: false when that is over. Caller holds device->lock. */
 bool claas_memory_sleep(claas_device_t *device, pthread_cond_t *changed);
-/* Waits until all have answered, or had the time to, and what they let go is freed. The thread that
- * loads. */
+/* Waits until all have answered or their time is over, and what they let go of is freed. For the
+ * thread that loads. */
 void claas_memory_await(claas_device_t *device);
-/* The client goes away. */
+/* Forgets a client that goes away. */
 void claas_memory_forget(claas_device_client_t *client);
 
 /* --- io.c
@@ -363,7 +369,7 @@ void claas_memory_forget(claas_device_client_t *client);
  */
 
 void *claas_io_main(void *io);
-/* Adds the time since `start` (claas_clock_ns) to one of device->stats. */
+/* Adds the time since `start` (claas_clock_ns) to a counter of device->stats. */
 void claas_io_account(claas_device_t *device, uint64_t *counter, int64_t start);
 
 #endif

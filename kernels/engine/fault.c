@@ -1,4 +1,4 @@
-/* Failures to order: see fault.h. */
+/* Failures on demand: see fault.h. */
 #include "engine/fault.h"
 
 #include <stdlib.h>

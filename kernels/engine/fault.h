@@ -1,7 +1,7 @@
-/* Failures to order, for tests of all that is above a back-end: CLAAS_DEVICE_FAULT=CODE:N in the
+/* Failures on demand, to test everything above a back-end: CLAAS_DEVICE_FAULT=CODE:N in the
  * environment makes the N-th training step of the process, and every later one, fail with a code of
- * err.def ("NO_MEMORY:2", "DEVICE_LOST:1"). After a lost device nothing else works either, as with
- * a real one. */
+ * err.def ("NO_MEMORY:2", "DEVICE_LOST:1"). After DEVICE_LOST nothing else works either, as on a
+ * real device. */
 #ifndef CLAAS_ENGINE_FAULT_H
 #define CLAAS_ENGINE_FAULT_H
 

@@ -6,9 +6,10 @@
  * whatever is left is what the next passes have to run. That makes preemption trivial: when blocks
  * run out, the last sequence (lowest priority, youngest) gives its blocks back and later computes
  * the same tokens again. The sample of the n-th token of an answer depends on the seed and n only,
- * and on the CPU a row's result not on its neighbours, so nothing of this shows in the tokens. On a
- * GPU that holds for passes of at most 64 rows. Larger ones go through cuBLASLt, whose sums round
- * otherwise, so there it may show whether a prompt was found or computed, and beside whom. */
+ * and on the CPU a row's result does not depend on its neighbours, so nothing of this shows in the
+ * tokens. On a GPU that holds for passes of at most 64 rows. Larger ones go through cuBLASLt, whose
+ * sums round differently, so there it may show whether a prompt was found or computed, and beside
+ * which others. */
 #include "engine/engine.h"
 
 #include <stdlib.h>
@@ -60,8 +61,8 @@ bool claas_generate_has_chat(const claas_device_t *device)
             as_sequence(device->waiting.first)->priority == CLAAS_PRIORITY_CHAT);
 }
 
-/* Gives the blocks back, the last one first: the head of a prefix is what others are most likely to
- * share, so it shall be the last to go. */
+/* Gives the blocks back, the last one first: others are most likely to share the head of a prefix,
+ * so it should be the last to be reused. */
 static void drop_blocks(struct claas_sequence *seq)
 {
     while (seq->block_count > 0)
@@ -70,8 +71,8 @@ static void drop_blocks(struct claas_sequence *seq)
     seq->registered = 0;
 }
 
-/* Nobody goes on from a rollout's answer: its blocks make room at once, so that a cycle does not
- * push out what chats will come back to. */
+/* No request continues a rollout's answer: its blocks are the next to be reused, so that a cycle
+ * does not push out what chats will come back to. */
 static void discard_answer(struct claas_sequence *seq)
 {
     while (seq->block_count > seq->prompt_count / BLOCK)
@@ -161,7 +162,7 @@ static int attach_found(struct claas_sequence *seq)
     return attached;
 }
 
-/* Counts tokens that were found, once they are certain to be used. */
+/* Counts tokens whose blocks were found, once they are certain to be used. */
 static void count_found(struct claas_sequence *seq, int tokens)
 {
     claas_device_t *device = device_of(seq);
@@ -221,7 +222,8 @@ static int count_promised(const claas_device_t *device)
     return promised;
 }
 
-/* Memory for all the sequence may become, once: nothing can fail for want of it later. */
+/* Takes memory for the longest that the sequence may become, once, so that none can be missing
+ * later. */
 static int reserve(struct claas_sequence *seq)
 {
     int32_t *tokens, *blocks;
@@ -239,8 +241,8 @@ static int reserve(struct claas_sequence *seq)
     return 0;
 }
 
-/* Moves a waiting sequence to the running ones if the blocks for its tokens, and one more, are
- * there. */
+/* Moves a waiting sequence to the running ones if there are blocks for its tokens and one token
+ * more. */
 static bool admit_if_fits(claas_device_t *device, struct claas_sequence *seq)
 {
     int found;
@@ -260,7 +262,7 @@ static bool admit_if_fits(claas_device_t *device, struct claas_sequence *seq)
     return true;
 }
 
-/* A chat does not wait for room that a rollout holds. */
+/* Preempts the last rollout for a chat, which does not wait for room that a rollout holds. */
 static bool make_room(claas_device_t *device, const struct claas_sequence *seq)
 {
     struct claas_request *last = device->running.last;
@@ -272,8 +274,8 @@ static bool make_room(claas_device_t *device, const struct claas_sequence *seq)
     return true;
 }
 
-/* In order and without overtaking, so that a long prompt gets its turn; only those that wait for a
- * training step of their own client are stepped over. */
+/* In order and without overtaking, so that a long prompt gets its turn; only sequences that wait
+ * for a training step of their own client are stepped over. */
 static void admit(claas_device_t *device)
 {
     struct claas_request *next;
@@ -317,8 +319,8 @@ static int find_run(const struct claas_sequence *seq, int budget)
     return (seq->computed + budget) / BLOCK * BLOCK - seq->computed;
 }
 
-/* Blocks for the first `tokens` tokens, at the cost of the last sequences if need be. False if it
- * was itself the last. */
+/* Takes blocks for the first `tokens` tokens, preempting the last sequences if need be. False if
+ * the sequence itself was the last to go. */
 static bool take_blocks(claas_device_t *device, struct claas_sequence *seq, int tokens)
 {
     while (seq->block_count < blocks_for(tokens)) {
@@ -337,8 +339,8 @@ static bool take_blocks(claas_device_t *device, struct claas_sequence *seq, int 
     return true;
 }
 
-/* Adds to device->planned [count] behind the last one with the same adapter: its weights are then
- * read once for all of its rows. */
+/* Inserts into device->planned [count] behind the last sequence with the same adapter, whose
+ * weights are then read once for all of its rows. */
 static void add_planned(claas_device_t *device, int count, struct claas_sequence *seq)
 {
     struct claas_sequence **planned = device->planned;
@@ -352,8 +354,8 @@ static void add_planned(claas_device_t *device, int count, struct claas_sequence
     planned[at] = seq;
 }
 
-/* Chooses who runs how many tokens: device->planned[0 … ret). Running sequences are walked in their
- * order, so whoever is preempted on the way was not chosen yet. */
+/* Chooses which sequences run how many tokens: device->planned[0 … ret). They are walked in their
+ * order, so one that is preempted on the way was not chosen yet. */
 static int plan(claas_device_t *device)
 {
     int budget = claas_budget_find(device);
@@ -437,7 +439,7 @@ static void take_token(claas_device_t *device, struct claas_sequence *seq,
     bool stop = is_stop(seq, sample->token);
     int rc;
 
-    /* Its adapter is broken; the others of the pass have nothing to do with it. */
+    /* Its adapter is broken, which does not touch the other sequences of the pass. */
     if (sample->token < 0)
         rc = claas_fail(CLAAS_ERR_NOT_FINITE, "the model gave logits that are not finite");
     else

@@ -128,7 +128,7 @@ static void drop_image(claas_host_cache_t *cache, struct cached *cached)
     free(cached);
 }
 
-/* The least recently used image that nobody reads; false if there is none. */
+/* Drops the least recently used image that nobody reads; false if there is none. */
 static bool drop_oldest(claas_host_cache_t *cache)
 {
     struct cached *oldest = NULL;
@@ -158,8 +158,8 @@ static void trim(claas_host_cache_t *cache)
         continue;
 }
 
-/* A block of just that size, of an old image if need be; NULL when there is room for a new one, or
- * all is in use. */
+/* A free block of just that size, taken from an old image if need be; NULL when the budget has room
+ * for a new one, or all are in use. */
 static struct block *reuse(claas_host_cache_t *cache, size_t bytes)
 {
     struct block *block = find_free(cache, bytes, false);
@@ -221,7 +221,7 @@ static void *take(void *arg, size_t bytes)
     return block->base;
 }
 
-/* Of that size, in nobody's use. The lock is held. */
+/* Counts the free blocks of that size. The lock is held. */
 static int count_free(const claas_host_cache_t *cache, size_t bytes)
 {
     int count = 0;
@@ -298,7 +298,7 @@ void claas_host_cache_free(claas_host_cache_t **ref)
 
 /* --- images --- */
 
-/* Moments may be asked of one that holds all there is. */
+/* Only a whole image can answer for moments: if it has none they are zero. */
 static bool is_wanted(const struct cached *cached, const struct claas_adapter_mark *mark,
                       bool with_moments)
 {
@@ -323,7 +323,7 @@ static struct cached *find(claas_host_cache_t *cache, const struct claas_adapter
     return found;
 }
 
-/* The lock is held. An image of the weights alone, which one of all is about to replace. */
+/* Drops an image of the weights alone, which a whole one is about to replace. The lock is held. */
 static void drop_part(claas_host_cache_t *cache, const struct claas_adapter_mark *mark)
 {
     struct cached *part = find(cache, mark, false);

@@ -12,8 +12,8 @@
 
 typedef struct claas_host_cache claas_host_cache_t;
 
-/* What the files of an adapter's directory are: config, weights, moments. Zeros where there is
- * none. */
+/* Identifies the files of an adapter's directory: config, weights, moments. Zeros for moments that
+ * are not there. */
 #define CLAAS_MARK_FILES 3
 struct claas_adapter_mark {
     struct {
@@ -27,30 +27,31 @@ bool claas_adapter_mark_read(const char *directory, struct claas_adapter_mark *r
 bool claas_adapter_mark_is(const struct claas_adapter_mark *a, const struct claas_adapter_mark *b,
                            bool with_moments);
 
-/* `budget` bytes for what nobody uses at the moment; 0: nothing is kept. `backend` outlives it. */
+/* `budget`: bytes to hold; above it whatever nobody uses at the moment is freed. 0: nothing is
+ * kept. `backend` must outlive the cache. */
 int claas_host_cache_new(const struct claas_backend_ops *ops, claas_backend_t *backend,
                          uint64_t budget, claas_host_cache_t **ret);
 void claas_host_cache_free(claas_host_cache_t **cache);
-/* Where images that may be cached have their arrays from; NULL (plain memory) when nothing is. */
+/* Where images that may be cached get their arrays from; NULL (plain memory) when nothing is
+ * cached. */
 const struct claas_adapter_memory *claas_host_cache_memory(claas_host_cache_t *cache);
 
-/* Takes the image over, also where it keeps it not. `whole`: it holds all of the directory, no
- * moments meaning that they are zero; else it is the weights of it. */
+/* Takes the image over, whether it is kept or not. `whole`: the image is all of the directory
+ * (without moments: they are zero); else it is the weights alone. */
 void claas_host_cache_put(claas_host_cache_t *cache, const struct claas_adapter_mark *mark,
                           bool whole, struct claas_adapter_image *image);
-/* The image of the directory's files as they are now, until claas_host_cache_done; NULL if it is
- * not there. */
+/* The image of these files, valid until claas_host_cache_done; NULL if it is not there. */
 const struct claas_adapter_image *claas_host_cache_get(claas_host_cache_t *cache,
                                                        const struct claas_adapter_mark *mark,
                                                        bool with_moments);
 void claas_host_cache_done(claas_host_cache_t *cache, const struct claas_adapter_image *image);
 
-/* Has `count` arrays of that size at hand for whoever asks next, as far as the budget has room for
- * new ones: pinning a gigabyte takes tenths of a second. */
+/* Makes `count` free arrays of that size ready for whoever asks next, as far as the budget allows:
+ * pinning a gigabyte takes tenths of a second. */
 void claas_host_cache_prepare(claas_host_cache_t *cache, size_t bytes, int count);
 
-/* Drops the images of that directory: none is found any more, one in use goes with its last user.
- */
+/* Drops the images of that directory: none is found any more; one in use is freed with its last
+ * user. */
 void claas_host_cache_drop(claas_host_cache_t *cache, const struct claas_adapter_mark *mark);
 
 struct claas_host_cache_stats {

@@ -12,7 +12,8 @@
 
 #define FILE_MAX ((size_t)64 << 10)
 
-/* "max", as no file at all, is no limit; version 1 says it with a number beyond all memory. */
+/* "max" means no limit, as does a missing file; version 1 says so with a number beyond all
+ * memory. */
 static uint64_t read_limit(const char *directory, const char *name)
 {
     CLAAS_AUTO_FREE char *path = claas_format("%s/%s", directory, name);
@@ -25,7 +26,8 @@ static uint64_t read_limit(const char *directory, const char *name)
 }
 
 /* A group's limit holds for the groups within it too, so all from the process's own up to the top
- * are read. A container often sees its own group as the top, and not by the name that it is in. */
+ * are read. A container often sees its own group as the top, under another name than membership
+ * says. */
 static uint64_t find_least(const char *top, const char *group, const char *name)
 {
     CLAAS_AUTO_FREE char *path = claas_format("%s%s", top, group);

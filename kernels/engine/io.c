@@ -3,8 +3,8 @@
  * unknown to anyone until its ADAPTER event, which is what lets a thread fill it beside the compute
  * thread.
  *
- * What is loaded comes from the nearest place that has it: a copy on the device that was saved as
- * this very directory, its image in the host's memory, the disk. */
+ * A load takes the nearest place that has the directory's content: a copy on the device that was
+ * saved as this very directory, its image in the host's memory, the disk. */
 #include "engine/engine.h"
 
 #include <stdlib.h>
@@ -39,10 +39,10 @@ static int upload_once(claas_device_t *device, const struct claas_adapter_image 
     return 0;
 }
 
-/* From a host image to a handle. Adapters that were let go may still be there, for the compute
- * thread frees them between two operations: a device without room is asked again after that, and
- * without its saved copies and what the last step left. What a failed try leaves behind is among
- * them. An adapter to train then has precedence over idle ones. */
+/* From a host image to a handle. Adapters that were let go of may still hold memory, for the
+ * compute thread frees them between two operations. So when the device has no room, this waits for
+ * that, gives up the saved copies and what the last step left (what the failed try left behind
+ * goes, too), and tries again. An adapter to train then also has precedence over idle ones. */
 static int upload(claas_device_t *device, const struct claas_adapter_image *image,
                   enum claas_adapter_use use, claas_adapter_t **ret)
 {
@@ -61,7 +61,7 @@ static int upload(claas_device_t *device, const struct claas_adapter_image *imag
 
 /* --- load and init --- */
 
-/* From memory: 1, or 0 if it is not there. */
+/* Loads from memory: 1, or 0 if it is not there. */
 static int load_near(claas_device_t *device, const struct claas_adapter_mark *mark,
                      enum claas_adapter_use use, claas_adapter_t **ret)
 {
@@ -93,7 +93,8 @@ static int load_file(claas_device_t *device, struct claas_adapter_job *job,
                                      claas_host_cache_memory(device->host_cache), &image);
 
     claas_io_account(device, &device->stats.read_ns, start);
-    if (rc < 0) /* who asked knows which adapter; clients need not know where it lies */
+    if (rc < 0) /* the caller knows which adapter it asked for; clients need not know where it
+                   lies */
         return claas_fail_hide_path(rc, job->directory, "the adapter");
     if (job->use == CLAAS_ADAPTER_KEEP)
         return claas_adapter_new_kept(device, &image, ret);
@@ -139,8 +140,8 @@ static bool is_cancelled(void *arg)
     return atomic_load(&request->cancelled);
 }
 
-/* An image without moments has zero ones, and its directory too: a copy of it goes on as it would.
- */
+/* An image without moments stands for zero moments. They are written out, so that whoever loads the
+ * directory goes on just as this adapter would. */
 static int write_image(claas_device_t *device, struct claas_adapter_job *job,
                        const struct claas_adapter_image *image)
 {
@@ -163,7 +164,7 @@ static int write_image(claas_device_t *device, struct claas_adapter_job *job,
     return rc;
 }
 
-/* What was saved stays near: on the device if it is there, and in the host's memory. */
+/* Keeps what was saved at hand: on the device if it is there, and in the host's memory. */
 static void remember(claas_device_t *device, struct claas_adapter_job *job)
 {
     claas_adapter_t *adapter = job->adapter;

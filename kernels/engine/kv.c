@@ -153,8 +153,8 @@ static void unregister(claas_kv_t *kv, int32_t number)
  * ------------------------------------------------------------------------------------------------------------
  */
 
-/* A block that was never handed out has no memory yet, so past half of the pool the oldest that is
- * only remembered goes first. */
+/* A block that was never handed out has no memory yet, so once half of the pool was touched the
+ * oldest block that is only remembered is taken first. */
 int32_t claas_kv_take(claas_kv_t *kv)
 {
     int32_t number = kv->oldest;

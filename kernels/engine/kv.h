@@ -20,14 +20,14 @@ typedef struct claas_kv claas_kv_t;
 int claas_kv_new(int blocks, claas_kv_t **ret);
 void claas_kv_free(claas_kv_t **kv);
 
-/* A block for one user, with nothing registered; the least recently used registered one is
- * forgotten if none is free, or if half of the pool was in use before and the free ones never were:
- * a pool becomes resident by what runs at the same time, not by what it remembers. -1 when all are
- * in use. */
+/* A block for one user, with nothing registered; -1 when all are in use. The least recently used
+ * registered block is forgotten for it if none is free, and also if half of the pool has been
+ * touched and the free ones never were: memory becomes resident for what runs at the same time, not
+ * for what is remembered. */
 int32_t claas_kv_take(claas_kv_t *kv);
 /* Drops one use. A registered block without users stays findable until its memory is needed. */
 void claas_kv_drop(claas_kv_t *kv, int32_t block);
-/* Drops one use; if it was the last, the block is found no more and is the next to be taken. */
+/* Drops one use; if it was the last, the block is no longer found and is the next to be taken. */
 void claas_kv_discard(claas_kv_t *kv, int32_t block);
 /* Blocks that claas_kv_take could hand out now. */
 int claas_kv_available(const claas_kv_t *kv);

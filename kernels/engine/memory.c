@@ -1,7 +1,8 @@
-/* A full device: what trains has precedence over adapters that no chat uses. Clients that keep such
- * adapters (the sampler) get a MEMORY event, let go of them and say so; then what failed is tried
- * once more. Nobody waits meanwhile but the work itself: chats go on. Who does not answer is waited
- * for once, and not for long: neither loads nor training shall hang with him. */
+/* What happens when the device is full: training has precedence over adapters that no chat uses.
+ * Clients that keep such adapters (the sampler) get a MEMORY event, let go of them and say so; then
+ * what failed is tried once more. Only that work waits meanwhile: chats go on. A client that does
+ * not answer is waited for once, and not for long: neither loads nor training may hang because of
+ * it. */
 #include "engine/engine.h"
 
 #include <errno.h>
@@ -52,7 +53,7 @@ void claas_memory_forget(claas_device_client_t *client)
     pthread_mutex_unlock(&device->lock);
 }
 
-/* The lock is held. When those who were asked shall have answered (claas_clock_ms). */
+/* The lock is held. When the time to answer ends (claas_clock_ms). */
 static int64_t find_end(const claas_device_t *device)
 {
     return device->asked_ms + device->await_ms;

@@ -30,7 +30,7 @@ struct claas_teacher_cache {
 
 /* --- keys --- */
 
-/* No update, a teacher somewhere, and nowhere one that could change. */
+/* An evaluation with a teacher in some row, and in no row a teacher that could change. */
 static bool can_be_kept(const struct claas_backend_train *request)
 {
     bool has_teacher = false;
@@ -52,7 +52,7 @@ static int32_t *put_tokens(int32_t *at, const int32_t *tokens, size_t count)
     return at + count;
 }
 
-/* A token that is not trained as its complement, which no token is. */
+/* A token that is not trained is stored as its complement, which is negative and so no token. */
 static int32_t *put_response(int32_t *at, const struct claas_train_row *row)
 {
     for (size_t t = 0; t < row->response_count; t++)
@@ -62,8 +62,8 @@ static int32_t *put_response(int32_t *at, const struct claas_train_row *row)
 
 /* All that the teacher's rows and their order follow from (pack/step_plan.c): the texts of both
  * sides, since trained positions are numbered along the student's, by adapter and prompt; and which
- * rows have the same student, but not who it is. Lengths come first, so that equal keys are equal
- * requests. No rows without room: false. */
+ * rows share a student, but not which one it is. Lengths come first, so that equal keys are equal
+ * requests. False if the key exceeds the limit or there is no memory. */
 static bool make_key(const struct claas_backend_train *request, size_t limit, struct entry *ret)
 {
     size_t length = 0;
@@ -126,7 +126,8 @@ static struct entry *find(claas_teacher_cache_t *cache, const struct entry *want
     return NULL;
 }
 
-/* The entry that was used least recently; a free one was never. */
+/* The least recently used entry, a free one counting as never used; in_use: of those that are not
+ * free. */
 static struct entry *find_oldest(claas_teacher_cache_t *cache, bool in_use)
 {
     struct entry *oldest = NULL;
@@ -146,7 +147,7 @@ static void evict(claas_teacher_cache_t *cache, struct entry *entry)
     drop(cache, entry);
 }
 
-/* Its limit saw to it that there is room once all others are gone. */
+/* kept.limit made sure that it fits once all others are gone. */
 static void keep(claas_teacher_cache_t *cache, struct entry *fresh)
 {
     size_t bytes = key_bytes(fresh) + fresh->kept.bytes;

@@ -97,7 +97,7 @@ static void *copy_bytes(uint8_t **cursor, const void *bytes, size_t length)
     return target;
 }
 
-/* Everything of the rows is 4 bytes an element but the mask, which is rounded up. */
+/* All arrays of a row have elements of 4 bytes but the mask, whose length is rounded up. */
 static size_t count_storage(const struct claas_train_request *request)
 {
     size_t bytes = 4;
@@ -172,6 +172,7 @@ int claas_device_train(claas_device_client_t *client, const struct claas_train_r
  * ----------------------------------------------------------------------------------------------------------------
  */
 
+/* Whether the request is an optimizer step of the adapter. */
 static bool updates(const struct claas_request *request, const claas_adapter_t *adapter)
 {
     const struct claas_training *training = (const struct claas_training *)request;
@@ -216,15 +217,16 @@ static bool rollouts_precede(const struct claas_queue *queue, const struct claas
     return false;
 }
 
-/* Whether it is a second try, and idle adapters are still being let go: not for long, so that
- * whoever does not answer costs a step its second try and no more. */
+/* Whether the request is a second try and idle adapters are still being let go of. That does not
+ * last long: a client that never answers delays the second try and no more. */
 static bool waits_for_memory(const struct claas_request *request, bool is_asked)
 {
     return is_asked && request->kind == CLAAS_REQUEST_TRAIN &&
            ((const struct claas_training *)request)->again;
 }
 
-/* The oldest request that may run: the first of its client, and with no rollouts to wait for. */
+/* The oldest request that may run: it is the first of its client and has no rollouts to wait
+ * for. */
 static struct claas_request *pick(claas_device_t *device)
 {
     bool is_asked = claas_memory_is_asked(device);
@@ -255,8 +257,8 @@ static bool must_stop(claas_device_t *device)
     return stop || atomic_load(&device->current->request.cancelled);
 }
 
-/* Generation runs if a slice has passed. The time to the next call is taken to be that since the
- * last one: a slice ends before it would be overrun. */
+/* Generation runs if a slice has passed. The time until the next call is taken to be the time since
+ * the last one, so that a slice ends before it would be overrun. */
 static void give_turn(claas_device_t *device)
 {
     int64_t slice = (int64_t)device->options.slice_ms * 1000000;
@@ -287,7 +289,8 @@ static int yield_to_generation(void *arg)
     return 0;
 }
 
-/* Reading an adapter back takes long, most of it the host's new pages. */
+/* The back-end's callback while an adapter is read back, which takes long: most of it is the host's
+ * new pages. */
 static void turn_to_generation(void *arg)
 {
     claas_device_t *device = arg;
@@ -339,7 +342,7 @@ static void mark_changed(struct claas_training *training)
     }
 }
 
-/* A step that found no memory has changed nothing: back to where it was in the lane. */
+/* A step that found no memory has changed nothing: it goes to the front of the lane. */
 static bool try_again(claas_device_t *device, struct claas_training *training, int rc)
 {
     if (rc != CLAAS_ERR_NO_MEMORY || training->again || !claas_memory_ask(device))
@@ -368,7 +371,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
     int rc;
 
     if (training->again)
-        claas_adapters_sweep(device); /* what was let go for it */
+        claas_adapters_sweep(device); /* frees what was let go of for this step */
 
     training->train.yield = yield_to_generation;
     training->train.make_room = make_room;
@@ -384,6 +387,7 @@ static void run_training(claas_device_t *device, struct claas_training *training
     mark_training(training, false);
     device->current = NULL;
     claas_teacher_cache_end(device->teachers, &training->train, rc == 0 && last->trained.finite);
+    /* After an error it is not known what changed; a cancelled step changed nothing. */
     if (rc < 0 ? rc != CLAAS_ERR_CANCELLED : last->trained.finite)
         mark_changed(training);
     if (rc < 0) {
@@ -399,9 +403,9 @@ static void run_training(claas_device_t *device, struct claas_training *training
     claas_request_finish(&training->request);
 }
 
-/* On the device where it has room: a millisecond, and the thread that saves reads it back beside
- * what comes next. Else now, into the host's memory: a copy that nobody waits for is worth neither
- * that nor what would have to go for it. */
+/* On the device where it has room: that takes a millisecond, and the thread that saves reads the
+ * copy back while the next work runs. Else it is read back now, into the host's memory; a copy that
+ * may never be wanted (if_room) is worth neither that time nor what would have to go for it. */
 static int make_copy(claas_device_t *device, const claas_adapter_t *source, bool if_room,
                      claas_adapter_t **ret)
 {
@@ -432,8 +436,8 @@ static void run_copy(claas_device_t *device, struct claas_adapter_job *job)
     claas_request_finish(&job->request);
 }
 
-/* Of an adapter in training: the snapshot is taken here, between two steps; the disk is the
- * business of the thread that saves. */
+/* Saves an adapter in training: the snapshot is taken here, between two steps; writing it is left
+ * to the thread that saves. */
 static void run_save(claas_device_t *device, struct claas_adapter_job *job)
 {
     int rc = download(device, job->adapter, &job->image);
