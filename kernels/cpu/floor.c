@@ -88,9 +88,7 @@ static int measure_gemms(const struct claas_ops *ops, claas_pool_t *pool, double
     return rc;
 }
 
-/* --- memory
- * -----------------------------------------------------------------------------------------------------------
- */
+/* --- memory --- */
 
 struct reading {
     const uint64_t *data;

@@ -87,9 +87,7 @@ void claas_device_client_free(claas_device_client_t **ref)
     claas_client_unref(client);
 }
 
-/* --- events
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- events --- */
 
 void claas_event_node_free(struct claas_event_node *node)
 {
@@ -191,9 +189,7 @@ void claas_device_event_done(struct claas_device_event *event)
     event->trained.rows = NULL;
 }
 
-/* --- generation
- * -------------------------------------------------------------------------------------------------------
- */
+/* --- generation --- */
 
 static int check_tokens(const claas_device_t *device, const char *what, const int32_t *tokens,
                         size_t count)
@@ -294,9 +290,7 @@ int claas_device_generate(claas_device_client_t *client, const struct claas_gene
     return rc;
 }
 
-/* --- adapters
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- adapters --- */
 
 static int submit_job(struct claas_adapter_job *job, const char *directory,
                       claas_adapter_t *adapter, uint64_t *ret_id)

@@ -77,9 +77,7 @@ int claas_device_cycles(const claas_device_t *device)
     return device->ops->cycles > 0 ? device->ops->cycles : 1;
 }
 
-/* --- the compute thread
- * -------------------------------------------------------------------------------------------------
- */
+/* --- the compute thread --- */
 
 void claas_device_take_inbox(claas_device_t *device)
 {
@@ -139,9 +137,7 @@ static void *compute_main(void *arg)
     return NULL;
 }
 
-/* --- open and free
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- open and free --- */
 
 static int take_options(claas_device_t *device, const struct claas_device_options *given)
 {

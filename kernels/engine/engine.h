@@ -223,9 +223,7 @@ struct claas_device {
     struct claas_sequence **planned;
 };
 
-/* --- open.c, device.c
- * -----------------------------------------------------------------------------------------------
- */
+/* --- open.c, device.c --- */
 
 /* claas_device_open on any back-end and clock (NULL = the real one). */
 int claas_device_open_with(const struct claas_backend_ops *ops, int64_t (*now)(void),
@@ -237,8 +235,7 @@ void claas_device_take_inbox(claas_device_t *device);
 /* Wakes the compute thread. Caller holds device->lock. */
 void claas_device_poke(claas_device_t *device);
 
-/* --- requests.c: queues and the life of a request
- * -------------------------------------------------------------------- */
+/* --- requests.c: queues and the life of a request --- */
 
 void claas_queue_append(struct claas_queue *queue, struct claas_request *request);
 void claas_queue_insert_after(struct claas_queue *queue, struct claas_request *where,
@@ -265,18 +262,14 @@ void claas_request_fail(struct claas_request *request, int code);
 /* Ends a request that was cancelled, whatever its kind. */
 void claas_request_cancel(struct claas_request *request);
 
-/* --- client.c
- * -----------------------------------------------------------------------------------------------------------
- */
+/* --- client.c --- */
 
 void claas_client_unref(claas_device_client_t *client);
 /* Takes over the node: queued, or dropped when the client was freed. */
 void claas_client_push(claas_device_client_t *client, struct claas_event_node *node);
 void claas_event_node_free(struct claas_event_node *node);
 
-/* --- adapters.c
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- adapters.c --- */
 
 /* A handle with one reference around a new adapter of the back-end (SERVE, TRAIN). */
 int claas_adapter_new(claas_device_t *device, const struct claas_lora_config *lora,
@@ -308,9 +301,7 @@ void claas_adapters_close(claas_device_t *device);
 /* The weights changed: nothing cached under the old ones is found again. Compute thread. */
 void claas_adapter_changed(claas_adapter_t *adapter);
 
-/* --- generate.c
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- generate.c --- */
 
 /* Takes a new or preempted sequence into the waiting queue, by priority and age. */
 void claas_generate_enqueue(claas_device_t *device, struct claas_sequence *sequence);
@@ -323,18 +314,14 @@ void claas_generate_reap(claas_device_t *device);
 /* Ends all of them. */
 void claas_generate_close(claas_device_t *device);
 
-/* --- budget.c
- * -----------------------------------------------------------------------------------------------------------
- */
+/* --- budget.c --- */
 
 /* Most prompt tokens of the next pass; at least a block. */
 int claas_budget_find(claas_device_t *device);
 /* Learns from a pass with `tokens` prompt tokens. */
 void claas_budget_learn(claas_device_t *device, int tokens, int64_t ns);
 
-/* --- train.c
- * --------------------------------------------------------------------------------------------------------------
- */
+/* --- train.c --- */
 
 /* Runs the next request of the lane that may run now; false if none may. */
 bool claas_train_run(claas_device_t *device);
@@ -343,9 +330,7 @@ bool claas_train_precedes(const claas_device_t *device, const struct claas_seque
 void claas_train_reap(claas_device_t *device);
 void claas_train_close(claas_device_t *device);
 
-/* --- memory.c
- * -------------------------------------------------------------------------------------------------------------
- */
+/* --- memory.c --- */
 
 #define CLAAS_MEMORY_AWAIT_MS 5000 /* device->await_ms, but for tests */
 
@@ -364,9 +349,7 @@ void claas_memory_await(claas_device_t *device);
 /* Forgets a client that goes away. */
 void claas_memory_forget(claas_device_client_t *client);
 
-/* --- io.c
- * -------------------------------------------------------------------------------------------------------------------
- */
+/* --- io.c --- */
 
 void *claas_io_main(void *io);
 /* Adds the time since `start` (claas_clock_ns) to a counter of device->stats. */

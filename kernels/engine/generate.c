@@ -32,9 +32,7 @@ static int blocks_for(int tokens)
     return (tokens + BLOCK - 1) / BLOCK;
 }
 
-/* --- queues
- * -----------------------------------------------------------------------------------------------------------
- */
+/* --- queues --- */
 
 /* Sorted by priority, then age; the youngest is searched first, where nearly all belong. */
 static void insert_sorted(struct claas_queue *queue, struct claas_sequence *seq)
@@ -128,9 +126,7 @@ static void preempt(struct claas_sequence *seq)
     insert_sorted(&device->waiting, seq);
 }
 
-/* --- shared prefixes
- * ----------------------------------------------------------------------------------------------------
- */
+/* --- shared prefixes --- */
 
 /* Whether what the sequence computes is what its adapter's present weights would compute. */
 static bool is_current(const struct claas_sequence *seq)
@@ -208,9 +204,7 @@ static bool is_led(const struct claas_sequence *seq)
     return false;
 }
 
-/* --- admission
- * ------------------------------------------------------------------------------------------------------------
- */
+/* --- admission --- */
 
 /* Blocks that running sequences still need for what they have to compute. */
 static int count_promised(const claas_device_t *device)
@@ -304,9 +298,7 @@ static void admit(claas_device_t *device)
     }
 }
 
-/* --- a pass
- * -----------------------------------------------------------------------------------------------------------------
- */
+/* --- a pass --- */
 
 /* How many of its tokens the sequence runs: all that are left, or whole blocks within the budget.
  */

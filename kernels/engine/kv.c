@@ -99,8 +99,7 @@ static int32_t *find_bucket(claas_kv_t *kv, uint64_t chain, const int32_t *token
     return &kv->buckets[hash & kv->bucket_mask];
 }
 
-/* --- the list of unused blocks
- * ------------------------------------------------------------------------------------ */
+/* --- the list of unused blocks --- */
 
 static void unlink_unused(claas_kv_t *kv, int32_t number)
 {
@@ -149,9 +148,7 @@ static void unregister(claas_kv_t *kv, int32_t number)
     block->chain = 0;
 }
 
-/* --- users
- * ------------------------------------------------------------------------------------------------------------
- */
+/* --- users --- */
 
 /* A block that was never handed out has no memory yet, so once half of the pool was touched the
  * oldest block that is only remembered is taken first. */
@@ -186,9 +183,7 @@ void claas_kv_drop(claas_kv_t *kv, int32_t number)
         link_unused(kv, number);
 }
 
-/* --- content
- * ----------------------------------------------------------------------------------------------------------
- */
+/* --- content --- */
 
 static int32_t look_up(claas_kv_t *kv, uint64_t chain, const int32_t *tokens)
 {

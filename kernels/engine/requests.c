@@ -7,9 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- queues
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- queues --- */
 
 void claas_queue_insert_after(struct claas_queue *queue, struct claas_request *where,
                               struct claas_request *request)
@@ -55,9 +53,7 @@ struct claas_request *claas_queue_pop(struct claas_queue *queue)
     return request;
 }
 
-/* --- begin
- * ------------------------------------------------------------------------------------------------------------
- */
+/* --- begin --- */
 
 struct claas_request *claas_request_new(claas_device_client_t *client, enum claas_request_kind kind,
                                         size_t size)
@@ -174,9 +170,7 @@ void claas_request_begin(struct claas_request *request)
     pthread_mutex_unlock(&device->lock);
 }
 
-/* --- end
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* --- end --- */
 
 static void free_sequence(struct claas_sequence *sequence)
 {

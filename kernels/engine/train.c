@@ -14,9 +14,7 @@
 
 #include "claas/clock.h"
 
-/* --- making a request
- * --------------------------------------------------------------------------------------------------
- */
+/* --- making a request --- */
 
 static int check_tokens(const claas_device_t *device, size_t row, const char *what,
                         const int32_t *tokens, size_t count)
@@ -168,9 +166,7 @@ int claas_device_train(claas_device_client_t *client, const struct claas_train_r
     return rc;
 }
 
-/* --- order
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* --- order --- */
 
 /* Whether the request is an optimizer step of the adapter. */
 static bool updates(const struct claas_request *request, const claas_adapter_t *adapter)
@@ -243,9 +239,7 @@ static struct claas_request *pick(claas_device_t *device)
     return NULL;
 }
 
-/* --- running
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* --- running --- */
 
 static bool must_stop(claas_device_t *device)
 {
