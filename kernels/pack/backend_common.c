@@ -1,3 +1,4 @@
+/* What every back-end does alike: see backend_common.h. */
 #include "pack/backend_common.h"
 
 #include "claas/err.h"

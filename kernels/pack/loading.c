@@ -1,3 +1,4 @@
+/* Progress of loading a model: see loading.h. */
 #include "pack/loading.h"
 
 void claas_loading_begin(struct claas_loading *loading, const struct claas_backend_options *options,

@@ -1,4 +1,4 @@
-/* The most that a counter was: for C and CUDA C++, which have no atomic type in common. */
+/* The highest value that a counter had. For C and CUDA C++, which have no atomic type in common. */
 #ifndef CLAAS_PACK_PEAK_H
 #define CLAAS_PACK_PEAK_H
 
@@ -14,6 +14,7 @@ static inline void claas_peak_raise(uint64_t *peak, uint64_t now)
         ;
 }
 
+/* The highest value so far. */
 static inline uint64_t claas_peak(const uint64_t *peak)
 {
     return __atomic_load_n(peak, __ATOMIC_RELAXED);

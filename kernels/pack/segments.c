@@ -1,3 +1,5 @@
+/* From the segments of a forward pass to a pack: see segments.h. Everything is checked here, so
+ * that no back-end reads a token, block or row that cannot be. */
 #include "pack/segments.h"
 
 #include "claas/err.h"

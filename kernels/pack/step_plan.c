@@ -1,7 +1,6 @@
-/* Orders the rows of a training step. Rows are sorted by adapter, then by prompt, in the order of
- * their first appearance, so that the plan depends on the request alone, and an adapter's rows of a
- * batch are neighbours. Unless the back-end asks for it, a student's batch does not mix adapters.
- */
+/* Orders the rows of a training step. Rows are sorted by adapter, then by prompt, each in the order
+ * of first appearance, so that the plan depends on the request alone, and an adapter's rows of a
+ * batch are neighbours. A student's batch mixes adapters only if the back-end asks for it. */
 #include "pack/step_plan.h"
 
 #include "claas/err.h"
@@ -78,8 +77,9 @@ static struct claas_plan_seq make_seq(const struct claas_backend_row *r, int row
     return seq;
 }
 
-/* Moves the sequences into order: each time the first one left, then all left of its adapter, and
- * within those all of the same prompt. */
+/* Moves the sequences into order: the first one left, then all others of its adapter, and of those
+ * the ones with the same prompt side by side. What was moved is marked by family = -1; in `out`
+ * families are numbered. */
 static void order(struct claas_plan_seq *seqs, int count, struct claas_plan_seq *out)
 {
     int placed = 0, family = -1;
@@ -134,6 +134,7 @@ static int seq_tokens(const struct claas_plan_seq *seq, bool joins)
     return seq->response_count - 1 + (joins ? 0 : seq->prompt_count);
 }
 
+/* How many sequences from `first` on make one batch: at least one. */
 static int fit(const struct claas_plan_side *side, int first, int budget, bool one_adapter)
 {
     int tokens = 0, i = first;
@@ -192,7 +193,7 @@ static int allocate_batch(const struct claas_plan_side *side, struct claas_plan_
     batch->tail = next += scored;
     builder->tables = next + scored;
     builder->batch = batch;
-    /* runs first: they hold pointers, the others nothing wider */
+    /* runs first: no other record needs a stricter alignment than their pointers */
     batch->pack.runs = (struct claas_pack_run *)(void *)records;
     batch->pack.groups =
         (struct claas_pack_group *)(void *)(records + 2 * count * sizeof(struct claas_pack_run));
@@ -236,14 +237,15 @@ static int add_run(struct builder *builder, const claas_backend_adapter_t *adapt
     return pack->run_count++;
 }
 
-/* The prompt and the response but its last token as one run of a sequence that shares nothing. */
+/* A sequence that shares nothing: prompt and response as one run, but for the last token, which
+ * predicts nothing. */
 static void add_whole(struct builder *builder, const struct claas_plan_seq *seq)
 {
     struct claas_pack *pack = &builder->batch->pack;
     int run = add_run(builder, seq->adapter, seq->prompt, seq->prompt_count, 0, -1);
     int blocks = blocks_of(seq->prompt_count);
 
-    /* the table goes on in place */
+    /* the run's table is the last one, so it grows in place */
     for (int i = blocks; i < blocks_of(seq->prompt_count + seq->response_count - 1); i++)
         *builder->tables++ = builder->batch->block_count++;
     for (int i = 0; i < seq->response_count - 1; i++, pack->m++) {
@@ -272,6 +274,7 @@ static void add_scored(struct claas_plan_batch *batch, const struct claas_plan_s
     }
 }
 
+/* Fills `tail` and scored_tail. place: scratch [m]. */
 static void list_tail(struct claas_plan_batch *batch, int32_t *place)
 {
     for (int i = 0; i < batch->pack.m; i++)
@@ -475,7 +478,7 @@ static struct claas_train_row_result finish_row(const struct sums *s, int tokens
     };
 }
 
-/* Row figures, the loss as trained, and whether everything is finite. */
+/* Sums are doubles, in the order of the positions. */
 void claas_plan_collect(const struct claas_plan *plan, const struct claas_loss_result *results,
                         struct claas_train_result *ret)
 {

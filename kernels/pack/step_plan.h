@@ -22,14 +22,14 @@ struct claas_pack_run {
     const int32_t *blocks; /* of positions 0 … pos+count-1 */
     int parent;            /* the run that holds positions 0 … pos-1 in the same pack, or -1 */
 };
-/* Keys and values of these rows go into one more block: the partly filled last block of a prompt
- * that several branches continue, each in a copy of its own. */
+/* The keys and values of these rows are also written to `block`: the last block of a prompt, partly
+ * filled, that several branches continue, each in a copy of its own. */
 struct claas_pack_copy {
     int first, count;
     int32_t block;
 };
 struct claas_pack {
-    int m;
+    int m;                          /* rows */
     int32_t *tokens, *pos, *blocks; /* [m]; blocks: the one that holds the row's position */
     int group_count, run_count, copy_count;
     struct claas_pack_group *groups;
@@ -54,8 +54,8 @@ struct claas_plan_seq {
 
 struct claas_plan_batch {
     struct claas_pack pack;
-    int block_count;
-    int first, count; /* sequences of the plan's list */
+    int block_count;  /* key/value blocks that it uses, numbered from 0 */
+    int first, count; /* sequences of the side's list */
     /* Trained positions, in the order of the sequences. */
     int scored_count;
     int32_t *scored_row;   /* the pack row that predicts the token */
@@ -81,8 +81,8 @@ struct claas_plan_side {
 struct claas_plan_learner {
     claas_backend_adapter_t *adapter;
     int tokens, rows; /* trained positions; rows */
-    float *grad;      /* the back-end's: its gradient */
-    double norm;      /* likewise */
+    float *grad;      /* set by the back-end: its gradient */
+    double norm;      /* likewise: the gradient's norm */
 };
 
 /* What a trained position needs beside its logits. */
@@ -96,7 +96,8 @@ struct claas_plan_position {
 
 struct claas_plan {
     const struct claas_backend_train *request;
-    /* The teacher's has no batches where its rows were kept by another request. */
+    /* The teacher's side has no batches where another request left its rows
+     * (claas_backend_train.kept). */
     struct claas_plan_side student, teacher, base;
     struct claas_plan_learner *learners;
     int learner_count;
@@ -105,10 +106,10 @@ struct claas_plan {
     int position_count;
 };
 
-/* The most tokens of a batch (a longer sequence is a batch alone): of one that keeps activations
- * for the way back, and of the others. mixed: a student's batch may hold rows of several adapters,
- * whose gradients the back-end keeps apart; else an adapter's are the same whoever else is in the
- * step, because they are summed in batches of its own. */
+/* The most tokens of a batch (a longer sequence is a batch by itself): train_tokens where
+ * activations are kept for the way back, else infer_tokens. mixed: a student's batch may hold rows
+ * of several adapters, whose gradients the back-end keeps apart. Without it an adapter's gradients
+ * are summed in batches of its own, and so are the same whatever else is in the step. */
 struct claas_plan_limits {
     int train_tokens, infer_tokens;
     bool mixed;
@@ -119,8 +120,8 @@ int claas_plan_new(const struct claas_model_config *config,
                    const struct claas_plan_limits *limits, struct claas_plan *ret);
 void claas_plan_done(struct claas_plan *plan);
 
-/* From the losses of the positions [position_count]: row figures, the loss as trained, the ratio's
- * error, and whether everything is finite. */
+/* From results [position_count]: fills ret->rows [row_count], which the caller allocated, and the
+ * step's loss, tokens, max_ratio_error and finite (of the losses). */
 void claas_plan_collect(const struct claas_plan *plan, const struct claas_loss_result *results,
                         struct claas_train_result *ret);
 

@@ -14,13 +14,13 @@
 #define MASS_MIN      1e-8  /* floor of the renormalisation */
 #define TEACHER_FLOOR -20.0 /* log-prob of a token that the teacher did not list */
 
-/* True if a goes out before b: the smaller logit, of equals the later id. */
+/* True if a is dropped before b: its logit is smaller, or equal and its id larger. */
 static bool is_worse(const float *z, int32_t a, int32_t b)
 {
     return z[a] < z[b] || (z[a] == z[b] && a > b);
 }
 
-/* heap[0] is the worst of the kept. */
+/* Restores the heap below `at`; heap[0] is the worst of the ids kept. */
 static void sift_down(const float *z, int32_t *heap, size_t count, size_t at)
 {
     for (;;) {
@@ -86,8 +86,8 @@ static double diverge(double alpha, double log_s, double log_t, double *slope)
     return jensen_shannon(alpha, log_s, log_t, slope);
 }
 
-/* The mass outside of `ids`, summed, not subtracted from 1: exact even where the top K hold nearly
- * all. */
+/* The log of the mass outside of `ids`, which is summed, not subtracted from 1: exact even where
+ * the top K hold nearly all. */
 static double tail_log_mass(struct claas_loss_work *work, const float *e, double sum, size_t count,
                             bool *held)
 {
@@ -141,11 +141,11 @@ void claas_loss_student_topk(struct claas_loss_work *work, struct claas_loss_slo
     slope->replaces = true;
 }
 
-/* The support: ids, and the teacher's log-prob of each. */
+/* The support (the teacher's top K): ids, and the teacher's log-prob of each. */
 struct support {
     const int32_t *ids;
     size_t count;
-    const float *values; /* by position (remote teacher) or, if by_id, logits by id */
+    const float *values; /* log-probs by position (remote teacher) or, if by_id, logits by id */
     bool by_id;
     double lse_t;
 };
@@ -155,7 +155,8 @@ static double teacher_log(const struct support *support, size_t k)
     return support->by_id ? support->values[support->ids[k]] - support->lse_t : support->values[k];
 }
 
-/* stopgrad(log S_y - tau_y) log S_y */
+/* D = stopgrad(log S_y - tau_y) log S_y, with tau_y the teacher's log-prob of y, or the floor if y
+ * is not in the support. */
 static void token_form(struct claas_loss_work *work, const struct support *support,
                        struct claas_loss_slope *slope)
 {
@@ -173,6 +174,7 @@ static void token_form(struct claas_loss_work *work, const struct support *suppo
     slope->c = -gap / work->sums.s;
 }
 
+/* D over the support, student and teacher each renormalised there. */
 static void renormalised_form(struct claas_loss_work *work, const struct support *support,
                               struct claas_loss_slope *slope)
 {
@@ -189,7 +191,7 @@ static void renormalised_form(struct claas_loss_work *work, const struct support
         mass_t += exp(teacher_log(support, k));
     }
     held = mass_s < MASS_MIN;
-    mass_s = log(held ? MASS_MIN : mass_s);
+    mass_s = log(held ? MASS_MIN : mass_s); /* both are logs from here on */
     mass_t = log(mass_t < MASS_MIN ? MASS_MIN : mass_t);
     work->divergence = 0;
     for (size_t k = 0; k < support->count; k++) {

@@ -53,7 +53,8 @@ float claas_logsumexp(const float *logits, int vocab)
     return (float)((double)max + log(rows->sum_exp(logits, (size_t)vocab, max)));
 }
 
-/* A row begins at a multiple of 16 floats, so that each is aligned as the scratch is. */
+/* Floats from one row of the scratch to the next: a multiple of 16, so that each row is aligned as
+ * the scratch is. */
 static size_t row_stride(int vocab)
 {
     return ((size_t)vocab + 15) / 16 * 16;
@@ -105,8 +106,8 @@ static int check_row(const struct claas_loss_config *config, int vocab,
     return 0;
 }
 
-/* Exponentials and sums of the row; a remote teacher's row is measured against the student itself.
- */
+/* Exponentials and sums of the row. A remote teacher gave no logits: then the student's stand in,
+ * and what depends on them is not used. */
 static void measure(struct claas_loss_work *work)
 {
     const float *z = work->row->student_logits;
@@ -164,6 +165,7 @@ static double clamp_log_ratio(double x)
     return x > LOG_RATIO_MAX ? LOG_RATIO_MAX : x < -LOG_RATIO_MAX ? -LOG_RATIO_MAX : x;
 }
 
+/* rho and whether it was clipped. */
 static void weigh_ratio(const struct claas_loss_work *work, struct claas_loss_result *ret)
 {
     const struct claas_loss_config *config = work->config;

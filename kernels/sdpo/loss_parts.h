@@ -1,12 +1,12 @@
-/* What the files of the loss share. One row goes: measure (loss.c) -> a divergence (loss.c for the
- * whole vocabulary, buckets.c for the top-K variants) -> gradient. */
+/* What the files of the loss share. The way of a row: measure (loss.c) -> a divergence (loss.c for
+ * the whole vocabulary, buckets.c for the top-K variants) -> gradient (loss.c). */
 #ifndef CLAAS_SDPO_LOSS_PARTS_H
 #define CLAAS_SDPO_LOSS_PARTS_H
 
 #include "claas/loss.h"
 #include "sdpo/rows.h"
 
-/* A row being worked on. The scratch holds four rows of V floats. */
+/* A row being worked on. es, et, ids and spare are the scratch: four rows of V elements. */
 struct claas_loss_work {
     const struct claas_loss_config *config;
     const struct claas_loss_row *row;
@@ -15,7 +15,7 @@ struct claas_loss_work {
     float *es;    /* exp(z - max z) */
     float *et;    /* exp(zt - max zt); undefined without teacher logits */
     int32_t *ids; /* members of the support */
-    float *spare;
+    float *spare; /* a copy without the top K, then the patch */
     float max, max_t;
     double lse, lse_t; /* log sum exp of z and zt */
     struct claas_rows_sums sums;

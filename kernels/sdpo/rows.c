@@ -2,8 +2,8 @@
  *
  * The compiler lowers a vector to what the instruction set has (two SSE, one AVX); the lanes, and
  * so the order of every sum, stay the same. Each lane adds 16 floats, then moves into a double: the
- * error of a sum stays near one float ulp whatever V, and of any alignment the result is
- * independent. */
+ * error of a sum stays near one float ulp whatever V is, and the result does not depend on
+ * alignment. */
 #include "sdpo/rows.h"
 
 #include <math.h>
@@ -30,7 +30,7 @@ typedef double dvec __attribute__((vector_size(8 * LANES)));
 #define LOAD(v, p)      memcpy(&(v), (p), sizeof(v))
 #define STORE(p, v)     memcpy((p), &(v), sizeof(v))
 #define SELECT(m, a, b) ((vec)(((ivec)(a) & (m)) | ((ivec)(b) & ~(m))))
-/* 0 where f is 0, else v: NaN of f passes through. */
+/* 0 where f is 0, else v; so a NaN in f lets v through. */
 #define WHERE(f, v) ((vec)((ivec)(v) & ((f) != 0.0F)))
 #define FLUSH(t, a) ((t) += __builtin_convertvector((a), dvec))
 
