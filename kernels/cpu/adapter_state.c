@@ -3,7 +3,7 @@
  * panels are made from the masters again after every optimizer step.
  *
  * Masters are not in the host image's order: A of q, k, v lie together (one product makes all their
- * S), and B lies transposed, because the gradient comes as S^T dY = [R][N]. Upload and download
+ * S), and B lies transposed, because its gradient comes as S^T dY, [R][N]. Upload and download
  * translate. An odd rank is padded to an even one: a zero row of A and of B^T has zero gradients,
  * so it stays zero. */
 #include "cpu/step.h"
@@ -179,7 +179,7 @@ static void copy_layer(const claas_backend_t *backend, const claas_backend_adapt
     }
 }
 
-/* turn: after every layer, unless NULL. */
+/* Copies all layers, to or from the image; calls `turn` after each one, unless it is NULL. */
 static void copy_image(const claas_backend_t *backend, const claas_backend_adapter_t *adapter,
                        float *image, float *master, bool to_image, claas_turn_fn *turn,
                        void *turn_arg)
@@ -285,9 +285,8 @@ static void upload_moments(claas_backend_t *backend, claas_backend_adapter_t *ad
     }
 }
 
-/* Runs on the I/O threads too, so it must not use the pool: a team does one thing at a time. What
- * is for serving only has the masters of one layer at a time, for as long as its panels are made.
- */
+/* Runs on the I/O threads too, so it must not use the pool, which does one thing at a time. A SERVE
+ * adapter has masters only of one layer at a time, while the panels are made from them. */
 int claas_cpu_adapter_upload(claas_backend_t *backend, claas_backend_adapter_t *adapter,
                              const struct claas_adapter_image *image)
 {

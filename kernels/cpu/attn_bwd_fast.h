@@ -8,12 +8,12 @@
  *   key parts    64 positions of a kv head, over all later queries of its heads: dk and dv
  *   query parts  some queries of a kv head's heads, over all earlier positions: dq
  *
- * Scores are computed in both: 7 products in place of 5, which buys that no thread needs sums of
- * the whole sequence.
+ * Scores are computed in both: 7 products in place of 5, so that no thread needs sums over the
+ * whole sequence.
  *
  * Every product is a tile. With the bfloat16 dot instruction p and ds are rounded to bfloat16 for
- * it; the other variants widen everything to float first and use the float tiles. A "g" is that
- * element: */
+ * it; the other variants widen everything to float first and use the float tiles. A "g_elem" is an
+ * element of these operands. */
 #ifndef CLAAS_CPU_ATTN_BWD_FAST_H
 #define CLAAS_CPU_ATTN_BWD_FAST_H
 
@@ -338,7 +338,7 @@ static void bwd_part(void *arg, int index)
     const int heads = a->kv_heads * job->head_tiles;
 
     bwd_layout(&t, claas_pool_scratch(job->pool));
-    if (index < job->key_parts) { /* the earliest positions have the most queries */
+    if (index < job->key_parts) { /* the earliest positions first, which have the most queries */
         t.kv_head = index % a->kv_heads;
         bwd_key_part(&t, job, index / a->kv_heads);
         return;

@@ -5,9 +5,9 @@
  * products are tiles: scores = Q K (lanes are positions, a step is one or two dimensions), out += P
  * V (lanes are dimensions, steps are positions).
  *
- * A row must get the same bits whoever shares its part. So it takes part in exactly the blocks that
- * hold one of its positions, in increasing order; since rows are ordered by query these are, for
- * each block, the rows from some row on. Groups begin at multiples of 64 whatever the query;
+ * A row must get the same bits whichever rows share its part. So it takes part in exactly the
+ * blocks that hold a position it sees, in increasing order; since rows are ordered by query, each
+ * block concerns the rows from some row on. Groups begin at multiples of 64 whatever the query;
  * positions of the group that the row does not see weigh exactly 0. P is rounded to bfloat16 where
  * the dot instruction multiplies it, the sum that normalises it is not. */
 #ifndef CLAAS_CPU_ATTN_FAST_H
@@ -69,7 +69,7 @@ static const act *kv_block(const struct attn_tile *t, int block)
     return (const act *)((const char *)t->a->kv + number * t->a->kv_block_bytes);
 }
 
-/* The first row that sees position `pos`; `rows` if none does. */
+/* The first row that sees position `pos`; t->rows if none does. */
 static int first_row(const struct attn_tile *t, int pos)
 {
     const int query = larger(0, pos - t->run->pos - t->first_query);
@@ -262,7 +262,7 @@ static void attn_part(void *arg, int index)
     const int per_tile = a->kv_heads * job->head_tiles, group = a->heads / a->kv_heads;
     struct attn_tile t = {.a = a, .run = a->runs};
     int tile = (job->parts - 1 - index) / per_tile,
-        last = 0; /* the longest first: they end a run */
+        last = 0; /* the parts with the most positions first: those at the end of a run */
     const int head_tile = (job->parts - 1 - index) % per_tile;
 
     while (tile >= divide_up(t.run->count, job->tile_queries)) {

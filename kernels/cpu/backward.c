@@ -1,7 +1,7 @@
-/* Gradients of the LoRA matrices, layer by layer from the top. The frozen weights and norms have
- * none; through them only the gradient of their input passes. With y = x W^T + S (sB)^T and S = x
- * A^T:
+/* Gradients of the LoRA matrices, layer by layer from the top. The frozen weights and norms have no
+ * gradients; only the gradient of their input passes through them.
  *
+ *   y   = x W^T + S (sB)^T       S = x A^T
  *   dS  = dY (sB)          d(B^T) += s S^T dY
  *   dA += dS^T x           dx = dY W + dS A
  *
@@ -19,7 +19,7 @@ struct backward {
     const claas_backend_adapter_t *adapter;
     float *grad; /* of the layer at hand */
     int layer;
-    int m; /* rows at hand: the tail's down to the last layer's attention, then all */
+    int m; /* rows at hand: the tail's until the last layer's attention is reached, then all */
     const struct cpu_acts *acts;
 };
 
@@ -148,6 +148,7 @@ static struct claas_attn_bwd_args attention_args(const struct backward *bw,
     };
 }
 
+/* A run without a parent. */
 static void whole_sequence(const struct backward *bw, const struct claas_pack_run *run)
 {
     const struct claas_ops *ops = bw->backend->ops;
@@ -166,9 +167,9 @@ static void whole_sequence(const struct backward *bw, const struct claas_pack_ru
     ops->attention_bwd(bw->backend->pool, &args);
 }
 
-/* A branch: the whole sequence is put together with queries of the prompt that weigh nothing (an
- * infinite log-sum-exp makes their probabilities zero), and the prompt's keys and values get their
- * part added. */
+/* A branch: the whole sequence is put together, with zeros for the prompt's queries (a huge
+ * log-sum-exp makes their probabilities zero), and its part of the gradient of the prompt's keys
+ * and values is added to the parent's rows. */
 static void branch_sequence(const struct backward *bw, const struct claas_pack_run *run)
 {
     const struct claas_ops *ops = bw->backend->ops;
@@ -280,7 +281,7 @@ static int mlp_backward(const struct backward *bw)
     return claas_cpu_yield(&space->pass);
 }
 
-/* From the tail's rows to all rows of the batch: the others have had no gradient so far. */
+/* From the tail's rows to all rows of the batch; the gradient of the others is zero so far. */
 static void spread_tail(struct backward *bw)
 {
     claas_backend_t *backend = bw->backend;
@@ -289,7 +290,8 @@ static void spread_tail(struct backward *bw)
     size_t row = nq * backend->ops->act_bytes;
 
     bw->m = bw->batch->pack.m;
-    /* downwards in place: the tail is increasing, so a row never moves up past one still to come */
+    /* from the last row down, in place: the tail is increasing, so no row overwrites one that is
+     * still to be moved */
     for (int from = bw->batch->tail_count - 1, to = bw->m - 1; to >= 0; to--) {
         float *dx = space->dx + (size_t)to * d;
         uint8_t *dattn = (uint8_t *)space->dattn_act + (size_t)to * row;
@@ -325,8 +327,8 @@ static void output_backward(struct backward *bw)
         spread_tail(bw);
 }
 
-/* dattn_act and dx (before the MLP) -> dx (before the layer); below the first layer nobody needs
- * it. */
+/* dattn_act and dx (before the MLP) -> dx (before the layer), which the first layer does not
+ * need. */
 static int input_backward(const struct backward *bw)
 {
     claas_backend_t *backend = bw->backend;

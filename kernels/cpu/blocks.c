@@ -9,8 +9,8 @@
 
 #define BLOCK_MAX 256 /* elements of the largest file block */
 
-/* One file block taken apart: q as it will be stored, and per section the scale and minimum, as
- * file float16 or as float32. */
+/* One block of the file taken apart: q as it will be stored; scale and minimum as the file's
+ * float16, or in float32 per section. */
 struct parts {
     uint8_t q[BLOCK_MAX];
     uint16_t half_d, half_m;
@@ -207,7 +207,7 @@ static size_t form_section_bytes(const struct form_row *form)
     return (size_t)section_bytes(form->bits, form->minima, form->wide, form->section);
 }
 
-/* Puts one file block of a row into its sections; `row` is the row within the group. */
+/* Puts one block of a row into its sections; `row` is the row within the group of 32. */
 static void place_block(const struct form_row *form, const struct parts *p, int elements, int row,
                         uint8_t *sections)
 {
@@ -263,7 +263,8 @@ static void pack_row(struct claas_blocks *blocks, const struct claas_tensor *ten
     }
 }
 
-/* A type with a fast path, all tensors alike, and a CPU with the instruction. */
+/* Whether the type has a fast path, all tensors are alike, and the table in use multiplies
+ * blocks. */
 static bool is_packable(const struct claas_tensor *const *tensors, int count)
 {
     const struct claas_tensor *first = count > 0 ? tensors[0] : NULL;

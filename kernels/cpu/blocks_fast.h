@@ -18,8 +18,8 @@
 #define BLOCK_ROWS 8 /* the most rows for which this beats the panels */
 #endif
 
-/* Scales and minima of a section, each lane's row as in the pairs: rows 0 … 7 twice each, rows 8 …
- * 15 twice each. */
+/* Scales and minima of a section, in the lanes of the pairs: [0] has rows 0 … 7, each twice, [1]
+ * rows 8 … 15. */
 struct section_scales {
     __m512 d[2], m[2];
 };
@@ -143,10 +143,10 @@ static block_tile_fn *const block_tiles[FORM_COUNT] = {
 #undef X
 };
 
-/* One row, where filling whole tiles costs more than the products: the unit's arithmetic by
- * vectors. A product of 16 steps sums the first and the second elements of the pairs on their own,
- * each with one rounding per element, and adds the sum of both to the element. x: the row as
- * floats. */
+/* One row, for which filling whole tiles would cost more than the products: the matrix unit's
+ * arithmetic, done with vectors. A product of 16 steps sums the first and the second elements of
+ * the pairs on their own, each with one rounding per element, and adds the sum of both to the
+ * element. x: the row as floats. */
 typedef void block_row_fn(const uint8_t *group, int k, const float *x, float *acc);
 
 #define BLOCK_AHEAD 1536 /* bytes to prefetch ahead */
@@ -297,7 +297,7 @@ static void multiply(int rows, int panels, struct operand x, const act *w, size_
 /* Room for a row as floats. */
 #define ROW_BYTES(a) ((a)->m == 1 ? ((size_t)(a)->k * sizeof(float) + 63) / 64 * 64 : 0)
 
-/* What a part needs of X besides X itself. */
+/* Prepares what a part needs besides X itself: the row as floats if there is only one. */
 static void prepare_part(const struct blocks_job *job, char *scratch)
 {
     const struct claas_gemm_args *a = job->a;

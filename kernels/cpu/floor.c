@@ -25,7 +25,7 @@ static void free_gemm_memory(struct gemm_memory *memory)
     free(memory->y);
 }
 
-/* Random values: zeros would run cooler and faster than real work. */
+/* Random values, because zeros would run cooler and faster than real work. */
 static int make_operands(const struct claas_ops *ops, int m, int n, int k, struct gemm_memory *ret)
 {
     const float *rows[CLAAS_LANES];

@@ -1,5 +1,6 @@
-/* The matrix products of the fast tables, on top of the tiles of tile.h: who computes what, in
- * which order, and what happens to a finished sum. Part of ops_fast.c, compiled once per variant.
+/* The matrix products of the fast tables, on top of the tiles of tile.h: which part of the work
+ * computes what, in which order, and what happens to a finished sum. Part of ops_fast.c, compiled
+ * once per variant.
  *
  * A part (the unit of work of the pool) is some rows times some neighbouring panels, few enough
  * that the panels stay in the second-level cache while the part walks down its rows in tiles. Rows
@@ -8,9 +9,9 @@
 #ifndef CLAAS_CPU_GEMM_FAST_H
 #define CLAAS_CPU_GEMM_FAST_H
 
-#define PART_BYTES     (384 * 1024) /* of panels */
-#define PARTS_PER_TEAM 4    /* parts per thread to aim at: evens out what the neighbours take */
-#define SUMS_BYTES     4096 /* one tile of sums, at the start of the scratch memory */
+#define PART_BYTES     (384 * 1024) /* of a part's panels */
+#define PARTS_PER_TEAM 4            /* parts per thread to aim at: a slow thread then takes fewer */
+#define SUMS_BYTES     4096         /* one tile of sums, at the start of the scratch memory */
 
 #if defined(CLAAS_OPS_AMX)
 #define GEMM_ROWS (2 * AMX_ROWS) /* the most rows of one tile */
@@ -30,7 +31,7 @@ static void multiply(int rows, int panels, struct operand x, const act *w, size_
 #endif
 }
 
-/* Rows of tile number `tile` of `count` rows dealt to `n_tiles`. */
+/* First row of tile number `tile` when `count` rows are dealt to `n_tiles`. */
 static int tile_start(int count, int n_tiles, int tile)
 {
     return tile * (count / n_tiles) + smaller(tile, count % n_tiles);

@@ -42,7 +42,8 @@ static void gather(const struct chunk *chunk, bool saved)
                      space->head_rstd);
 }
 
-static void lose_row(void *arg, int i)
+/* The loss of row i of the chunk, and its gradient as act in dlogits. */
+static void find_loss(void *arg, int i)
 {
     struct chunk *chunk = arg;
     claas_backend_t *backend = chunk->backend;
@@ -74,7 +75,7 @@ static void lose_row(void *arg, int i)
 }
 
 /* dlogits -> through the head and the final norm -> added to the rows of space->dx, in order: a
- * prompt's last row has a part from each of its branches. */
+ * prompt's last row gets a part from each of its branches. */
 static void chunk_backward(const struct chunk *chunk)
 {
     claas_backend_t *backend = chunk->backend;
@@ -118,14 +119,15 @@ static int run_chunk(struct chunk *chunk, bool saved)
     code = claas_cpu_yield(&space->pass);
     if (code < 0)
         return code;
-    /* numbered along the student's sequences, so the teacher's rows of a chunk lie together */
+    /* positions are numbered along the student's sequences, so the teacher's rows of a chunk lie
+     * together */
     claas_cpu_logits(backend, chunk->count,
                      claas_cpu_at(backend->ops, space->teacher_hidden, index * d),
                      space->teacher_logits);
     code = claas_cpu_yield(&space->pass);
     if (code < 0)
         return code;
-    claas_pool_run(backend->pool, chunk->count, lose_row, chunk);
+    claas_pool_run(backend->pool, chunk->count, find_loss, chunk);
     code = atomic_load(&chunk->error);
     if (code < 0)
         return claas_fail(code, "the loss refused its configuration");
@@ -159,6 +161,7 @@ int claas_cpu_head(claas_backend_t *backend, const struct claas_plan *plan,
     return 0;
 }
 
+/* The log-prob of the token of row i of the chunk. */
 static void score_row(void *arg, int i)
 {
     const struct chunk *chunk = arg;

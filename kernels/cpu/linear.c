@@ -1,14 +1,15 @@
 /* A product with its LoRA terms: y = round(x W^T + S (sB)^T + bias + residual), S = round(x A^T),
  * for rows of any number of adapters. Three ways, chosen by shape and never visible in the result,
  * because each element's products are summed in one order (x W, then S B, then bias, then
- * residual): plain  no LoRA: the fused weight in one call group  one adapter at a time: a call per
- * part (module), LoRA in the same accumulators mixed  few rows: the weight is read once for all
- * rows (of all adapters, and from the file's fused blocks), the LoRA products go on from the float
- * accumulators */
+ * residual):
+ *
+ *   plain  no LoRA: the fused weight in one call
+ *   group  one adapter at a time: a call per part (module), LoRA in the same accumulators
+ *   mixed  few rows: the weight is read once for all rows (of all adapters, and from the file's
+ *          fused blocks), the LoRA products go on from the float accumulators */
 #include "cpu/step.h"
 
-/* One product of the pass, y = round(x W^T + S (sB)^T + bias + residual), where S = round(x A^T).
- */
+/* The product at hand. */
 struct linear {
     const struct cpu_pass *pass;
     const struct claas_pack *pack;
@@ -26,6 +27,7 @@ static bool has_lora(const struct linear *linear, const struct claas_pack_group 
     return group->adapter && group->adapter->layout.parts[linear->kind] > 0;
 }
 
+/* S = round(x A^T), group by group. */
 static void lora_inputs(const struct linear *linear)
 {
     const claas_backend_t *backend = linear->pass->backend;
@@ -47,7 +49,8 @@ static void lora_inputs(const struct linear *linear)
     }
 }
 
-/* The frozen weight, or one part of it, over some rows; the caller adds LoRA and the way out. */
+/* Arguments for the frozen weight, or one part of it, over some rows; the caller adds LoRA and the
+ * output. */
 static struct claas_gemm_args frozen(const struct linear *linear, int first, int count,
                                      const struct cpu_part *part)
 {
@@ -82,6 +85,7 @@ static void add_lora(const struct linear *linear, const struct claas_pack_group 
     args->r = layout->rank;
 }
 
+/* Where the result goes, and what is added to it: rows from `first`, columns from `row` on. */
 static void finish_args(const struct linear *linear, int first, int row,
                         struct claas_gemm_args *args)
 {

@@ -19,12 +19,12 @@
  * Lanes beyond N and k beyond K are zero.
  *
  * Key/value blocks. One block holds 16 positions of one layer and one kv head: first K as a panel
- * with N = 16 positions, K = head_dim; then V as panels with N = head_dim outputs and
- * K = 16 positions:
+ * with N = 16 positions, K = head_dim; then V as panels with N = head_dim outputs and K = 16
+ * positions:
  *   BF16: K [head_dim/2][16][2], V [head_dim/16][8][16][2]
  *   F32:  K [head_dim][16],      V [head_dim/16][16][16]
- * head_dim is a multiple of 16. Positions not yet written hold zeros or old finite values; they are
- * masked (kv_store sees to it). */
+ * head_dim is a multiple of 16. Positions not yet written hold zeros or old finite values (kv_store
+ * sees to that); attention masks them. */
 #ifndef CLAAS_CPU_OPS_H
 #define CLAAS_CPU_OPS_H
 
@@ -39,7 +39,7 @@ enum claas_precision { CLAAS_PRECISION_BF16, CLAAS_PRECISION_F32 };
 #define CLAAS_LANES    16 /* output lanes of a panel */
 #define CLAAS_KV_BLOCK 16 /* positions of a key/value block */
 
-/* Attention's accumulators are sized for it; a back-end refuses a larger model. */
+/* Attention's accumulators have this size; a back-end refuses a model with larger heads. */
 #define CLAAS_HEAD_DIM_MAX 512
 
 typedef uint16_t claas_bf16;
@@ -76,8 +76,9 @@ struct claas_gemm_args {
     const void *x; /* act [m][ldx] */
     int ldx;
     const void *w;                     /* panels [N][K] */
-    const struct claas_blocks *blocks; /* the same weight in the file's blocks, or NULL: used for
-                                        * few rows if it is faster; gives the same bits as w */
+    const struct claas_blocks *blocks; /* the same weight in the file's blocks, or NULL: used in
+                                          place of w for few rows if that is faster; gives the same
+                                          bits */
     const void *lora_s;                /* act [m][lds] */
     int lds;
     const void *lora_b; /* panels [N][R], scale already inside */
@@ -90,8 +91,8 @@ struct claas_gemm_args {
     bool accumulate; /* start from out32 */
 };
 
-/* dX[M][K] (+)= dY[M][N] W[N][K]: the same panels, other direction. Sums over n in increasing
- * order. */
+/* dX[M][K] (+)= dY[M][N] W[N][K]: the same panels as gemm's, in the other direction. Sums over n in
+ * increasing order. */
 struct claas_gemm_dx_args {
     int m, n, k;
     const void *dy; /* act [m][ldy] */
@@ -177,7 +178,7 @@ struct claas_ops {
     /* --- weights --- */
     /* Writes the panel of the 16 rows from row 16*panel on: rows[j] = float[k] or NULL beyond N. */
     void (*pack_panel)(void *panels, int k, int panel, const float *const rows[CLAAS_LANES]);
-    /* Row v of the panels as act (embedding look-up from a tied head). */
+    /* Row `row` of the panels as act (embedding look-up from a tied head). */
     void (*unpack_row)(const void *panels, int k, int row, void *out);
     void (*to_act)(const float *in, void *out, size_t count);
     void (*to_float)(const void *in, float *out, size_t count);
@@ -211,9 +212,9 @@ struct claas_ops {
                           const float *cos_sin, const int32_t *pos);
     /* Puts keys and values (act [m][ldk], kv heads side by side) of position pos[i], block
      * blocks[i] into the layer's pool; positions are written whole (all kv heads). Rows of one
-     * block lie side by side, in increasing positions. A call that begins a block also clears the
-     * block behind the last position it writes: attention multiplies what lies there by 0, and what
-     * an earlier user left may be NaN. */
+     * block lie side by side, in increasing positions. A call that begins a block also clears that
+     * block behind the last position it writes there: attention multiplies what lies there by 0,
+     * and what an earlier user left may be NaN. */
     void (*kv_store)(claas_pool_t *pool, int m, int kv_heads, int head_dim, const void *k,
                      const void *v, int ldk, const int32_t *pos, const int32_t *blocks, void *kv,
                      size_t kv_block_bytes);
@@ -221,8 +222,8 @@ struct claas_ops {
     void (*attention_bwd)(claas_pool_t *pool, const struct claas_attn_bwd_args *args);
     /* h = round(silu(gate) * up); rows of n, gate at x, up at x + n (act [m][ldx]). */
     void (*swiglu)(claas_pool_t *pool, int m, int n, const void *x, int ldx, void *h, int ldh);
-    /* dgate, dup (act, written to dx at 0 and n) from dh (float [m][lddh]); optionally writes h
-     * again (act) for dA. */
+    /* dgate, dup (act, written to dx at 0 and n) from dh (float [m][lddh]); also writes h again
+     * (act), which dA needs, unless h is NULL. */
     void (*swiglu_bwd)(claas_pool_t *pool, int m, int n, const void *x, int ldx, const float *dh,
                        int lddh, void *dx, int lddx, void *h, int ldh);
 
@@ -232,18 +233,20 @@ struct claas_ops {
     void (*adamw)(claas_pool_t *pool, const struct claas_adamw_args *args);
 };
 
-/* The fastest table this CPU runs; the environment variable CLAAS_CPU = ref | avx2 | avx512 |
- * avx512bf16 | amx forces a slower one (never a faster one than the CPU has). Never NULL: "ref"
+/* The fastest table that this CPU runs; the environment variable CLAAS_CPU = ref | avx2 | avx512 |
+ * avx512bf16 | amx forces a slower one (never one that the CPU cannot run). Never NULL: "ref"
  * always works. */
 const struct claas_ops *claas_ops_pick(enum claas_precision precision);
 /* All tables this CPU can run, for tests: index 0 is the reference. NULL past the end. */
 const struct claas_ops *claas_ops_at(enum claas_precision precision, int index);
 
+/* Bytes of the panels of a weight [n][k], and of a key/value block of one kv head. */
 size_t claas_panel_bytes(enum claas_precision precision, int n, int k);
 size_t claas_kv_block_bytes(enum claas_precision precision, int head_dim);
 
-/* Blocks for decoding straight from the file's quantisation (BF16 only): NULL and 0 if the type has
- * none. The values are bf16(dequantised), the same bits as the panels. */
+/* Blocks for decoding straight from the file's quantisation (BF16 only). 0 with *ret NULL if there
+ * are none for the tensor's type or on this CPU. The values are bf16(dequantised), the same bits as
+ * the panels. */
 int claas_blocks_new(const struct claas_tensor *tensor, struct claas_blocks **ret);
 /* The same for a fused weight: the rows of `count` tensors one after the other (q, k, v). */
 int claas_blocks_new_fused(const struct claas_tensor *const *tensors, int count,

@@ -58,8 +58,8 @@ static inline int kv_unwritten_from(const int32_t *pos, const int32_t *blocks, i
     return end - i;
 }
 
-/* The same within the K and the V half of a key/value block: position p of the block, dimension d
- * of the head. */
+/* Where position p and dimension d of the head lie within the K and within the V half of a
+ * key/value block, in elements. */
 static inline size_t key_at_bf16(int head_dim, int p, int d)
 {
     return panel_at_bf16(p, d);
@@ -77,8 +77,8 @@ static inline size_t value_at_f32(int head_dim, int p, int d)
     return (size_t)head_dim * CLAAS_KV_BLOCK + (size_t)(d / 16) * 256 + panel_at_f32(d % 16, p);
 }
 
-/* Sums of a long vector are split into at most this many parts, by its length alone: a fixed order
- * for any team. */
+/* Sums of a long vector are split into at most this many parts, by its length alone, so that their
+ * order is the same for any number of threads. */
 #define SUM_PARTS 256
 static inline size_t sum_part_size(size_t count)
 {

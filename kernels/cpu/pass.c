@@ -1,13 +1,14 @@
 /* One walk over the layers, the same code for decode, prefill, the teacher's rows and the student's
  * rows in training:
  *
- *   xn = rmsnorm(x_in);  q|k|v = xn Wqkv^T;  rotate q, k;  store k, v in their blocks;  attn =
- * attention(q) x_mid = x_in + attn Wo^T;  xn = rmsnorm(x_mid);  g|u = xn Wgu^T;  x_out = x_mid +
- * (silu(g) u) Wd^T
+ *   xn    = rmsnorm(x_in)
+ *   q|k|v = xn Wqkv^T;  rotate q, k;  store k, v in their blocks;  attn = attention(q)
+ *   x_mid = x_in + attn Wo^T
+ *   xn    = rmsnorm(x_mid)
+ *   g|u   = xn Wgu^T
+ *   x_out = x_mid + (silu(g) u) Wd^T
  *
- * each product plus its LoRA term. Which of the ways below a product takes never changes a bit of
- * its result: they all sum one element's products in the same order and add bias and residual in
- * the same order. */
+ * each product plus its LoRA term (linear.c). */
 #include "cpu/step.h"
 
 #include "claas/err.h"
@@ -58,7 +59,7 @@ static void store_keys(const struct cpu_pass *pass, int layer, const struct cpu_
     const struct claas_pack *pack = pass->pack;
     uint8_t *kv = pass->kv + (size_t)layer * pass->kv_layer_bytes;
 
-    /* Copies first: they begin blocks that the pack's own rows go on with. */
+    /* Copies first: they begin blocks that rows of the pack then continue. */
     for (int i = 0; i < pack->copy_count; i++) {
         const struct claas_pack_copy *copy = &pack->copies[i];
         size_t row = (size_t)copy->first * (size_t)model->nqkv;
@@ -328,7 +329,7 @@ void claas_cpu_place_infer(const claas_backend_t *backend, struct cpu_arena *are
 
     acts->x_in = claas_cpu_take(arena, row * d);
     acts->x_mid = claas_cpu_take(arena, row * d);
-    acts->x_out = acts->x_in; /* read for the last time before it is written */
+    acts->x_out = acts->x_in; /* x_in is read for the last time before x_out is written */
     acts->qkv = claas_cpu_take(arena, row * (size_t)model->nqkv);
     acts->attn = claas_cpu_take(arena, row * (size_t)model->nq);
     acts->gate_up = claas_cpu_take(arena, row * 2 * f);

@@ -3,11 +3,12 @@
  *
  *   f_i = theta^(-2i/d), i in [0, d/2);  angle = pos * f_i
  *   linear:  f_i / factor
- *   llama3:  wavelength 2 pi / f_i longer than original/low: f_i / factor; shorter than
- * original/high: f_i; between them a blend of both by (original/wavelength - low) / (high - low)
+ *   llama3:  by the wavelength 2 pi / f_i: f_i / factor if longer than original/low, f_i if shorter
+ *            than original/high, between them a blend of both by
+ *            (original/wavelength - low) / (high - low)
  *   yarn:    f_i and f_i / factor blended by a ramp between the dimensions that turn beta_fast and
- * beta_slow times over the original context (Peng et al. 2023, "YaRN", and Hugging Face's
- * modeling_rope_utils) */
+ *            beta_slow times over the original context (Peng et al. 2023, "YaRN", and Hugging
+ *            Face's modeling_rope_utils) */
 #include "cpu/step.h"
 
 #include <math.h>

@@ -1,6 +1,6 @@
-/* Row-wise operations of the fast tables: norms, rotary embedding, SwiGLU, the key/value store,
- * conversions, and the optimizer. Part of ops_fast.c. Sums over a row use 16 lanes and the fixed
- * tree of l_sum; rows go to the pool in chunks. */
+/* Row-wise operations of the fast tables: norms, rotary embedding, SwiGLU, the key/value store, and
+ * conversions. Part of ops_fast.c. Sums over a row use 16 lanes and the fixed tree of l_sum; rows
+ * go to the pool in chunks. */
 #ifndef CLAAS_CPU_ROWS_FAST_H
 #define CLAAS_CPU_ROWS_FAST_H
 

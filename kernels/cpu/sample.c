@@ -14,7 +14,7 @@
 
 #include <math.h>
 
-/* The random stream of sampling, apart from those of initial weights. */
+/* The number of sampling's random stream, different from those of initial weights. */
 #define SAMPLE_STREAM 1
 
 struct candidate {
@@ -37,8 +37,8 @@ static int32_t greedy(const float *logits, int vocab)
     return best;
 }
 
-/* a before b: likelier, or as likely with a lower id. By the logit: neighbours may have the same p
- * for one exponential function and not for another. */
+/* Whether a comes before b: likelier, or as likely with a lower id. Compared by logits, since near
+ * ones may have the same p by one exponential function and not by another. */
 static bool before(struct candidate a, struct candidate b)
 {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
@@ -76,8 +76,8 @@ static int32_t draw(const float *p, int vocab, double sum, float u)
     return last;
 }
 
-/* Pops the likeliest candidates off a heap to the array's end until top-k or top-p is satisfied;
- * then draws among them. */
+/* Pops the likeliest candidates off a heap, to the end of its array, until top-k or top-p is
+ * reached; then draws among them. */
 static int32_t draw_filtered(const struct claas_sample *sample, const float *logits, const float *p,
                              int vocab, double sum, float u, struct candidate *heap)
 {

@@ -1,6 +1,6 @@
 /* Where the buffers of a training step lie. One region holds first what is kept through the step,
  * then the buffers of the stage at hand: the stages (teacher, base, student) use the same memory
- * one after the other. The same code counts, with an arena without a base, and places. */
+ * one after the other. The same code counts (with an arena that has no base) and places. */
 #include "cpu/train.h"
 
 #include <string.h>
@@ -10,7 +10,7 @@
 #define LOSS_ROWS     64
 #define LOSS_ROWS_MIN 16
 /* A region up to this size waits for the next step; a larger one goes back to the system at once:
- * touching its pages again costs a hundredth of the step that needs them. */
+ * touching new pages costs a hundredth of the step that needs them. */
 #define KEPT_BYTES ((size_t)384 << 20)
 
 /* The largest of everything over a list of batches. */
@@ -101,7 +101,7 @@ static void place_head(const claas_backend_t *backend, struct cpu_arena *arena,
     space->grad_row = claas_cpu_take(arena, members * vocab * sizeof(float));
 }
 
-/* What the backward pass needs of one layer, but for the residual stream. */
+/* What the backward pass needs of one layer, except for the residual stream. */
 static struct cpu_acts place_layer(const claas_backend_t *backend, struct cpu_arena *arena,
                                    size_t m, const struct cpu_step_space *space)
 {

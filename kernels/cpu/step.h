@@ -1,8 +1,16 @@
-/* The transformer on the CPU: what its files share. backend.c opens and describes, weights.c and
- * rope.c hold the frozen model, adapter_state.c the LoRA adapters, pack.c lays sequences out as
- * rows, forward.c walks the layers (the same code for decode, prefill and training, which is why
- * their log-probs agree bit for bit), sample.c turns logits into tokens, plan.c, head.c, backward.c
- * and train.c make a training step.
+/* The transformer on the CPU: what its files share.
+ *
+ *   backend.c         opens and describes
+ *   memory.c          regions of memory
+ *   weights.c         the frozen model (rope.c: its angles, blocks.c: the file's own blocks)
+ *   adapter_state.c   the LoRA adapters
+ *   pass.c, linear.c  walk the layers: the same code for decode, prefill and training, which is why
+ *                     their log-probs agree bit for bit
+ *   forward.c         a forward pass of the engine
+ *   sample.c          turns logits into tokens
+ *   train.c           a training step, with space.c, head.c and backward.c (cpu/train.h)
+ *
+ * How sequences become rows is kernels/pack's; the arithmetic is the operation table's (cpu/ops.h).
  *
  * Letters in shapes: m rows of a pack, D hidden, F intermediate, V vocabulary, L layers, H heads, G
  * kv heads, d head_dim, Nq = H*d, Nk = G*d, Nqkv = Nq + 2*Nk, R rank (made even). "act" is an
@@ -24,8 +32,9 @@ struct cpu_region {
     void *base;
     size_t bytes;
 };
+/* NO_MEMORY, with `what` in the error's text. */
 int claas_cpu_region_new(struct cpu_region *region, size_t bytes, const char *what);
-/* Asks for huge pages. */
+/* Asks the system for huge pages; nothing is lost where it has none. */
 void claas_cpu_region_huge(const struct cpu_region *region);
 void claas_cpu_region_done(struct cpu_region *region);
 
@@ -35,7 +44,7 @@ struct cpu_arena {
     uint8_t *base;
     size_t used;
 };
-/* 64-byte aligned. */
+/* The next `bytes`, 64-byte aligned; NULL when only counting. */
 void *claas_cpu_take(struct cpu_arena *arena, size_t bytes);
 
 /* Element `element` of an array of acts. */
@@ -51,8 +60,8 @@ enum cpu_weight_kind { CPU_QKV, CPU_O, CPU_GATE_UP, CPU_DOWN };
 #define CPU_WEIGHTS   4
 #define CPU_PARTS_MAX 3
 
-/* Rows [row, row + n) of a fused weight, multiples of 16: one tensor of the file, one LoRA module.
- */
+/* Rows [row, row + n) of a fused weight, both multiples of 16: one tensor of the file, one LoRA
+ * module. */
 struct cpu_part {
     int row, n;
     enum claas_module module;
@@ -80,7 +89,8 @@ struct cpu_model {
     void *embedding;                 /* act [V][D]; NULL when tied */
     float *norm_out;                 /* [D] */
     float *cos_sin;                  /* [context][d/2][2] */
-    struct cpu_region panels, small; /* all panels and the embedding; float32 odds and ends */
+    struct cpu_region panels, small; /* all panels and the embedding; norms, biases and angles in
+                                        float32 */
     size_t blocks_bytes;
 };
 struct claas_loading;
@@ -90,9 +100,9 @@ void claas_cpu_model_done(struct cpu_model *model);
 
 /* --- adapters --- */
 
-/* Where things lie in an adapter. Master order per layer and weight: A of the parts present, fused
- * [parts*R][K], then for each of them B transposed [R][N]; so every matrix has its gradient in the
- * same shape straight from gemm_tn. */
+/* Where things lie in an adapter. Order of the masters per layer and weight: A of the parts
+ * present, fused [parts*R][K], then for each of them B transposed [R][N]. gemm_tn gives gradients
+ * in just these shapes. */
 struct cpu_lora_layout {
     int rank;                                     /* R: even, the padding is zero for ever */
     int parts[CPU_WEIGHTS];                       /* modules present in a weight */
@@ -148,22 +158,23 @@ struct cpu_acts {
     void *qk_raw;  /* act [m][Nq+Nk] before QK-norm: training of models that have it, else NULL */
     void *attn;    /* act [m][Nq] */
     void *gate_up; /* act [m][2F] */
-    void *s[CPU_WEIGHTS]; /* act [m][lds]: x A^T of a weight's modules side by side; NULL without
-                             LoRA */
-    float *rstd_in, *rstd_mid; /* [m]; NULL when nothing is saved, like the next three */
+    void *s[CPU_WEIGHTS];      /* act [m][lds]: x A^T of a weight's modules side by side; lds is 0
+                                  without LoRA */
+    float *rstd_in, *rstd_mid; /* [m]; NULL when nothing is saved, like rstd_q, rstd_k and lse */
     float *rstd_q, *rstd_k;    /* [m][H], [m][G] */
     float *lse;                /* [m][H] */
 };
 struct cpu_pass {
     claas_backend_t *backend;
     const struct claas_pack *pack;
-    uint8_t *kv; /* block 0 of layer 0 */
-    size_t
-        kv_layer_bytes; /* from layer to layer; 0: one layer's blocks are used again by the next */
-    int lds[CPU_WEIGHTS]; /* row length of acts->s */
+    uint8_t *kv;           /* block 0 of layer 0 */
+    size_t kv_layer_bytes; /* from layer to layer; 0: all layers use the same blocks, one after the
+                              other */
+    int lds[CPU_WEIGHTS];  /* row length of acts->s */
     /* scratch */
     void *xn, *h;                /* act [m][D], [m][F] */
-    float *mixed;                /* float [CPU_MIXED_ROWS][max N]: see linear() */
+    float *mixed;                /* float [CPU_MIXED_ROWS][max N]: sums of linear_mixed() in
+                                    linear.c */
     struct claas_attn_run *runs; /* [run_count] */
     claas_yield_fn *yield;
     void *yield_arg;
@@ -171,24 +182,25 @@ struct cpu_pass {
 /* A pack of several adapters and at most this many rows reads the weights once instead of once per
  * adapter. */
 #define CPU_MIXED_ROWS 64
-/* Up to this many rows the file's blocks are worth a call per part. */
+/* Up to this many rows decoding from the file's blocks is worth a call per part. */
 #define CPU_FEW_ROWS 16
 
 /* 0, or CLAAS_ERR_CANCELLED when the yield callback gives up. */
 int claas_cpu_yield(const struct cpu_pass *pass);
-/* One weight of one layer over all rows of the pack, with LoRA; shapes as in linear.c. */
+/* One weight of one layer over all rows of the pack, with LoRA: x act [m][K], s act [m][lds],
+ * residual (or NULL) and out act [m][N]. */
 void claas_cpu_linear(const struct cpu_pass *pass, const struct claas_pack *pack, int layer,
                       enum cpu_weight_kind kind, const void *x, void *s, const void *residual,
                       void *out);
+/* The embeddings of m tokens, act [m][D]. */
 void claas_cpu_embed(claas_backend_t *backend, const int32_t *tokens, int m, void *out);
 /* x_in -> attn; also writes this layer's keys and values. */
 int claas_cpu_attention_half(const struct cpu_pass *pass, int layer, const struct cpu_acts *acts);
 /* x_in, attn -> x_out over the rows of `pack` (the pass's own or a part of its rows, gathered). */
 int claas_cpu_mlp_half(const struct cpu_pass *pass, const struct claas_pack *pack, int layer,
                        const struct cpu_acts *acts);
-/* All layers without keeping anything. `tail` names the rows wanted at the end ([tail_count],
- * increasing): the last layer's second half is computed for them alone, and the final norm of them
- * is written to out, act [tail_count][D]. */
+/* What claas_cpu_infer works in. `tail` names the rows wanted at the end, [tail_count],
+ * increasing. */
 struct cpu_infer {
     struct cpu_acts acts;
     void *tail_x, *tail_attn;             /* act [tail_count][D], [tail_count][Nq] */
@@ -199,20 +211,24 @@ struct cpu_infer {
 /* Copies rows of an act matrix [][width] side by side. */
 void claas_cpu_gather(const struct claas_ops *ops, const void *in, const int32_t *rows, int count,
                       size_t width, void *out);
+/* All layers, without keeping anything. The last layer's second half is computed for the tail's
+ * rows alone; their final norm is written to out, act [tail_count][D]. */
 int claas_cpu_infer(const struct cpu_pass *pass, struct cpu_infer *infer, void *out);
 /* Places the buffers of a pass and of an inference walk over m rows; lds as in the pass. */
 void claas_cpu_place_pass(const claas_backend_t *backend, struct cpu_arena *arena, int m, int runs,
                           struct cpu_pass *pass);
 void claas_cpu_place_infer(const claas_backend_t *backend, struct cpu_arena *arena, int m, int tail,
                            int groups, const struct cpu_pass *pass, struct cpu_infer *infer);
+/* logits float [m][V] of x act [m][D], rows after the final norm. */
 void claas_cpu_logits(claas_backend_t *backend, int m, const void *x, float *logits);
-/* Rounds over the pool. */
+/* Rounds `count` floats to act, over the pool. */
 void claas_cpu_to_act(claas_backend_t *backend, const float *in, void *out, size_t count);
 
 /* --- sampling --- */
 
-/* Fills the results of m samples from float logits [m][V], over the pool. `scratch`:
- * claas_cpu_sample_bytes per member of the pool. A row that is not finite gets token -1. */
+/* Fills the results of m samples from float logits [m][V], over the pool, each member of which
+ * needs claas_cpu_sample_bytes of backend->forward.sampling. A row that is not finite gets token
+ * -1. */
 void claas_cpu_sample(claas_backend_t *backend, int m, const float *logits,
                       struct claas_sample *samples);
 size_t claas_cpu_sample_bytes(int vocab);
@@ -236,9 +252,9 @@ struct claas_backend {
     struct cpu_model model;
     int kv_blocks, max_tokens;
     size_t kv_block_bytes; /* of one kv head */
-    struct cpu_region kv;  /* [L][kv_blocks][G] */
+    struct cpu_region kv;  /* blocks [L][kv_blocks][G] */
     struct cpu_forward_space forward;
-    struct cpu_region step; /* of training; grown when a step needs more */
+    struct cpu_region step; /* memory of a training step; grown when one needs more */
     size_t
         saved_limit; /* bytes of activations to keep; a batch with more computes its layers twice */
     char name[64];
@@ -250,8 +266,7 @@ void claas_cpu_memory_changed(claas_backend_t *backend);
 
 /* Allocates the workspace of forward passes. */
 int claas_cpu_forward_open(claas_backend_t *backend);
-/* Allocates the workspace of forward passes. */
-int claas_cpu_forward_open(claas_backend_t *backend);
+/* The functions of claas_backend_ops (engine/backend.h). */
 int claas_cpu_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
                       struct claas_sample *samples);
 int claas_cpu_train(claas_backend_t *backend, const struct claas_backend_train *request,

@@ -33,6 +33,7 @@ static int infer_batch(struct cpu_step_space *space, const struct claas_plan_bat
     return claas_cpu_infer(&space->pass, &space->infer, space->hidden);
 }
 
+/* Leaves the rows for later requests if they are wanted, fit, and there is memory. */
 static void leave_teacher(struct claas_teacher_kept *kept, const void *rows, size_t bytes)
 {
     if (bytes > kept->limit)
@@ -157,6 +158,7 @@ static int run_student(claas_backend_t *backend, const struct claas_plan *plan,
 
 /* --- the update --- */
 
+/* The norm of each learner's gradient; ret->grad_norm becomes the largest. */
 static void measure_gradients(claas_backend_t *backend, struct claas_plan *plan,
                               struct claas_train_result *ret)
 {

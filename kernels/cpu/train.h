@@ -5,13 +5,14 @@
 
 #include "cpu/step.h"
 
-/* Memory of a step, placed in the back-end's step region. */
+/* Memory of a step, placed in the back-end's step region. Sizes are those of the largest batch of
+ * the stage. */
 struct cpu_step_space {
     struct cpu_pass pass;
     struct cpu_infer infer;
     void *hidden; /* act [tail][D]: final norm of an inference batch */
     void *kv;
-    size_t kv_bytes; /* of one layer */
+    size_t kv_bytes; /* of one layer's blocks */
     /* kept through the step */
     void *teacher_hidden;              /* act [positions][D] */
     float *base_logprobs;              /* [positions] */
@@ -20,7 +21,7 @@ struct cpu_step_space {
      * rows are computed, so there, in the head and back through it, rows are numbered along the
      * tail. */
     struct cpu_acts *saved; /* [L] */
-    bool recompute;         /* all layers but for x_in and x_out share one set of buffers */
+    bool recompute;         /* all layers share one set of buffers, but for x_in and x_out */
     void *tail_x,
         *tail_attn; /* act [tail][D], [tail][Nq]: the last layer's x_in and attn, gathered */
     struct claas_pack_group tail_group;
@@ -29,8 +30,9 @@ struct cpu_step_space {
     float *dwide; /* float [m][max(F, Nqkv)]: gradient of h, then of q|k|v */
     float *dattn; /* float [m][Nq] */
     float *ds;    /* float [m][parts*R] */
-    void *ds_act, *dy_act, *dgu, *dattn_act;   /* act: roundings of the above; dgu [m][2F] */
-    void *branch_q, *branch_out, *branch_dout; /* act [longest][Nq] */
+    void *ds_act, *dy_act, *dgu, *dattn_act;   /* act: the above, rounded; dgu [m][2F]: gradient of
+                                                  gate|up */
+    void *branch_q, *branch_out, *branch_dout; /* act [longest][Nq]: a whole sequence of a branch */
     float *branch_lse, *branch_d;              /* [longest][H], [longest][Nqkv] */
     /* the head, in chunks of rows */
     int chunk;
@@ -52,18 +54,18 @@ void claas_cpu_space_leave(claas_backend_t *backend);
 void claas_cpu_space_enter(claas_backend_t *backend, const struct claas_plan *plan,
                            enum cpu_stage stage, struct cpu_step_space *space);
 
-/* Loss of a batch's trained positions from the student's hidden rows along the tail: after the
- * final norm in space->hidden (saved = false), or before it in the last layer's x_out, and then
- * with the gradient in space->dx. */
+/* Loss of a batch's trained positions, from the student's hidden rows along the tail. saved =
+ * false: those in space->hidden, after the final norm. saved = true: those of the last layer's
+ * x_out, before it; the gradient is then added to space->dx. */
 int claas_cpu_head(claas_backend_t *backend, const struct claas_plan *plan,
                    const struct claas_plan_batch *batch, struct cpu_step_space *space, bool saved);
 /* One layer with the activations in space->saved; the last one's second half for the tail alone. */
 int claas_cpu_layer_saved(claas_backend_t *backend, const struct claas_plan_batch *batch,
                           struct cpu_step_space *space, int layer);
-/* Log-probs of a batch's tokens from space->hidden into space->base_logprobs. */
+/* Log-probs of a batch's trained tokens, from space->hidden into space->base_logprobs. */
 int claas_cpu_head_logprobs(claas_backend_t *backend, const struct claas_plan *plan,
                             const struct claas_plan_batch *batch, struct cpu_step_space *space);
-/* From space->dx through all layers; adds to `grad` in the masters' layout. */
+/* Takes space->dx back through all layers; adds to `grad`, in the order of the masters. */
 int claas_cpu_backward(claas_backend_t *backend, const struct claas_plan_batch *batch,
                        struct cpu_step_space *space, float *grad);
 

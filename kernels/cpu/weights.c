@@ -1,8 +1,8 @@
 /* The frozen model in the operation table's layout: every weight once, as panels. q|k|v and gate|up
- * are fused into one weight each; because a part starts at a multiple of 16 rows, its panels are
- * addressable alone, so LoRA and the file's blocks work per part. In bf16 the quantised blocks of
- * the file are kept beside the panels for decoding: a third of the bytes per token, the same
- * values. */
+ * are fused into one weight each; because a part starts at a multiple of 16 rows, its panels can be
+ * addressed by themselves, so LoRA and the file's blocks work per part. In bf16 the quantised
+ * blocks of the file are kept beside the panels for decoding: a third of the bytes per token, the
+ * same values. */
 #include "cpu/step.h"
 #include "pack/loading.h"
 
@@ -55,7 +55,7 @@ static int find_tensor(const struct loader *loader, int layer, const char *name,
 
 /* --- packing over the pool --- */
 
-#define AHEAD_BYTES ((size_t)64 << 20) /* of a file, that the disk is told of */
+#define AHEAD_BYTES ((size_t)64 << 20) /* of the file that are asked for ahead of being read */
 
 static int rows_ahead(const struct claas_tensor *tensor)
 {
@@ -196,7 +196,7 @@ static int load_weight(struct loader *loader, int layer, struct cpu_weight *weig
     return keep_blocks(loader, weight, tensors);
 }
 
-/* Shapes and places of a weight; with arenas that only count, nothing else. */
+/* Shapes and places of a weight. With arenas that only count the places are NULL. */
 static void place_weight(struct loader *loader, struct cpu_weight *weight,
                          enum cpu_weight_kind kind)
 {
@@ -357,7 +357,7 @@ int claas_cpu_model_load(struct cpu_model *model, const struct claas_ops *ops, c
     model->layers = CLAAS_NEW_ARRAY(struct cpu_layer, (size_t)model->config.layers);
     if (!model->layers)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    place_model(&loader); /* counts */
+    place_model(&loader); /* the arenas only count */
     code = claas_cpu_region_new(&model->panels, loader.panels.used, "the model's weights");
     if (code >= 0)
         code = claas_cpu_region_new(&model->small, loader.small.used, "the model's tables");
