@@ -29,9 +29,8 @@ static const char *const refused_keys[] = {
     "arrow_config",
 };
 /* These initialisations move a part of the base weights into the adapter, which PEFT takes back out
- * when it is told to
- * ("path_initial_model_for_weight_conversion", which also resets the key): as saved they fit
- * another base. */
+ * when it is told to (path_initial_model_for_weight_conversion, which also resets the key). As
+ * saved such adapters fit another base. */
 static const char *const refused_inits[] = {"pissa", "olora", "corda", "loftq"};
 
 static bool is_unset(const cJSON *value)

@@ -112,10 +112,12 @@ static int read_config(const char *directory, struct claas_lora_config *ret)
     if (rc < 0)
         return claas_fail_context(rc, "%s: ", path);
     rc = claas_adapter_config_parse(json, ret);
-    return rc < 0 ? claas_fail_context(rc, "%s/", directory) : 0; /* it begins with the name */
+    return rc < 0 ? claas_fail_context(rc, "%s/", directory) : 0; /* the error's text begins with
+                                                                     the file's name */
 }
 
-/* With or without PEFT's prefix; `lead` goes in front of either ("exp_avg."). */
+/* Finds the tensor of that name, with PEFT's prefix or without; `lead` ("exp_avg.") goes in front
+ * of either. */
 static const struct claas_safetensor *find_tensor(const claas_safetensors_t *file, const char *lead,
                                                   const char *name)
 {
@@ -154,7 +156,7 @@ static int decode_matrix(const struct claas_safetensor *tensor, const char *lead
     return 0;
 }
 
-/* The name of a tensor in the file that no module of the adapter has. */
+/* Fails with the name of a tensor of the file that belongs to no module of the adapter. */
 static int fail_extra(const claas_safetensors_t *file, const struct claas_model_config *model,
                       const struct claas_lora_config *lora, const char *lead)
 {
@@ -177,7 +179,8 @@ static int fail_extra(const claas_safetensors_t *file, const struct claas_model_
     return claas_fail(CLAAS_ERR_FORMAT, "the file holds a matrix twice");
 }
 
-/* All matrices whose names begin with `lead` into one image; *ret_count of tensors read. */
+/* Reads all matrices whose names begin with `lead` into one array of an image; *ret_count is their
+ * number. */
 static int read_image(const claas_safetensors_t *file, const char *lead,
                       const struct claas_model_config *model, const struct claas_lora_config *lora,
                       float *out, size_t *ret_count)

@@ -12,7 +12,7 @@
 
 #define NAME_BYTES (CLAAS_ADAPTER_NAME_BYTES + 16)
 
-/* What is written, of what, and until when. */
+/* A write under way: where to, what, and until when it is wanted. */
 struct writing {
     const char *directory;
     const struct claas_model_config *model;
@@ -101,8 +101,8 @@ static int write_moments(const struct writing *w)
                                           w->is_unwanted, w->arg);
 }
 
-/* The moments' file beside the weights': twice as large, and most of the time goes into copying to
- * the page cache. */
+/* Writes the moments' file while the weights' is written: it is twice as large, and most of the
+ * time goes into copying to the page cache. */
 struct moments_thread {
     const struct writing *writing;
     pthread_t thread;

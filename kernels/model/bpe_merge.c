@@ -65,7 +65,7 @@ void claas_bpe_add_merge(struct claas_bpe *bpe, int32_t left, int32_t right, uin
 
 /* --- short words: arrays --- */
 
-/* pair i is made of symbols i and i + 1. */
+/* Pair i is symbols i and i + 1. */
 struct short_word {
     int32_t ids[SHORT];
     uint32_t ranks[SHORT];

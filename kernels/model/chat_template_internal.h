@@ -38,7 +38,7 @@ void claas_chat_template_hash(const char *source, char hex[65]);
  * <|im_end|> in one string literal, else the literal given to a variable named after the system
  * message. *ret is NULL if there is none, else freed with free(). */
 int claas_chat_template_read_system(const char *source, char **ret);
-/* The literal given to date_string; false if there is none that fits. */
+/* The literal given to the variable date_string; false if there is none that fits. */
 bool claas_chat_template_read_date(const char *source, char date[CLAAS_CHAT_DATE_SIZE]);
 
 /* --- families and known texts (chat_template.c) --- */

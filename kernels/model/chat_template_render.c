@@ -164,7 +164,7 @@ static void put_tool_response(struct rendering *r, size_t i)
     }
 }
 
-/* The last message in which a person asked something; the last of all if there is none. */
+/* Index of the last message in which a person asked something; of the last if there is none. */
 static size_t last_query(const struct rendering *r)
 {
     for (size_t i = r->count; i-- > 0;) {
@@ -188,8 +188,8 @@ static const char *find_last(struct piece piece, const char *tag)
     return last;
 }
 
-/* Splits an answer at its </think>: thinking is what stands between the last <think> before the
- * first </think> and it, the rest is what follows the last </think>. */
+/* Splits an answer at its </think>: thinking is what stands between the first </think> and the last
+ * <think> before it, the rest is what follows the last </think>. */
 static void split_thinking(const char *content, struct piece *thinking, struct piece *rest)
 {
     static const char open[] = "<think>", close[] = "</think>";

@@ -1,9 +1,11 @@
 /* Parser of GGUF (version 2 and 3, little-endian): key-value pairs, tensor infos, tensor bytes.
  *
  *   "GGUF" | u32 version | u64 tensor count | u64 pair count
- *   pairs:   string key | u32 type | value           string = u64 length, bytes; array = u32 type,
- * u64 count, items tensors: string name | u32 n | u64 shape[n] | u32 type | u64 offset padding to
- * general.alignment | tensor bytes, each padded likewise
+ *   pairs:     string key | u32 type | value
+ *   tensors:   string name | u32 n | u64 shape[n] | u32 type | u64 offset
+ *   padding to general.alignment, then the tensors' bytes, each tensor padded likewise
+ *
+ *   string = u64 length, bytes;  array = u32 type, u64 count, items
  *
  * The result borrows everything from the image, so memory is proportional to the pairs and tensors
  * that are really there: a count is compared with the bytes left (no pair is shorter than 14 bytes,

@@ -1,4 +1,4 @@
-/* Opening a model: picks the reader of a path, then gives the parts out. */
+/* Opening a model: picks the reader that a path needs. Also the getters of an open one. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,11 +1,13 @@
 /* What a model is called and how it is recognised.
  *
  * The name is what people write in requests: the file's or directory's own name without path,
- * suffix and quantisation
- * ("SmolLM2-135M-Instruct.Q4_1.gguf" -> "SmolLM2-135M-Instruct"), since general.name is often a
- * training run's. It is used only when the path says nothing ("model.gguf"). The fingerprint keys
- * tables of settings that were measured on a model: a hash of the shape, the vocabulary's size and
- * the decoded values of a few rows. */
+ * suffix and quantisation, since general.name is often a training run's:
+ *
+ *   SmolLM2-135M-Instruct.Q4_1.gguf -> SmolLM2-135M-Instruct
+ *
+ * general.name is used only when the path says nothing ("model.gguf"). The fingerprint is the key
+ * of tables of settings that were measured on a model: a hash of the shape, the vocabulary's size
+ * and the decoded values of a few rows. */
 #include <ctype.h>
 #include <sodium.h>
 #include <stdio.h>

@@ -58,7 +58,8 @@ struct claas_tensor_spec {
 size_t claas_model_spec_count(const struct claas_model_config *config);
 void claas_model_spec_at(const struct claas_model_config *config, size_t index,
                          struct claas_tensor_spec *ret);
-/* The one of a name in either scheme; false if the config has no such tensor. */
+/* Whether the config calls for a tensor of that name: ggml's name if `gguf`, else Hugging
+ * Face's. */
 bool claas_model_spec_find(const struct claas_model_config *config, const char *name, bool gguf);
 
 /* Fills type, rows, columns, data and bytes (or the random fields) of a tensor; NOT_FOUND if the
@@ -73,7 +74,8 @@ int claas_model_config_check(const struct claas_model_config *config);
  * CLAAS_STOP_MAX. */
 void claas_model_add_stop(struct claas_model *model, int64_t token);
 
-/* Every token has a row of the embedding (the other way round is common: rows are padded). */
+/* FORMAT unless every token has a row of the embedding. (More rows than tokens are common: they are
+ * padded.) */
 int claas_model_check_tokenizer(const struct claas_model *model);
 
 /* Sets model->name from `hint` (may be NULL) and the path, and model->fingerprint. */
@@ -140,7 +142,8 @@ int claas_gguf_parse(const uint8_t *data, size_t length, struct claas_gguf **ret
 void claas_gguf_free(struct claas_gguf **gguf);
 const struct claas_gguf_value *claas_gguf_get(const struct claas_gguf *gguf, const char *key);
 const struct claas_gguf_tensor *claas_gguf_find(const struct claas_gguf *gguf, const char *name);
-/* Typed getters as those of claas/json.h: 0 absent, 1 present, FORMAT when it is something else. */
+/* Typed getters like those of claas/json.h: 0 absent, 1 present, FORMAT when the value has another
+ * type or range. */
 int claas_gguf_get_int(const struct claas_gguf *gguf, const char *key, int64_t min, int64_t max,
                        int64_t *ret);
 int claas_gguf_get_number(const struct claas_gguf *gguf, const char *key, double min, double max,
@@ -150,7 +153,7 @@ int claas_gguf_get_text(const struct claas_gguf *gguf, const char *key, struct c
 /* An array of one item type; *ret NULL when absent. */
 int claas_gguf_get_array(const struct claas_gguf *gguf, const char *key, enum claas_gguf_type type,
                          const struct claas_gguf_value **ret);
-/* The next string of a string array's items; the reader was initialised over value->items. */
+/* The next string of a string array; the reader must have been initialised over value->items. */
 struct claas_span claas_gguf_next_text(struct claas_reader *reader);
 bool claas_span_equal(struct claas_span span, const char *text);
 
@@ -167,15 +170,15 @@ int claas_hf_load(struct claas_model *model, const char *directory, const char *
 int claas_hf_config_parse(const cJSON *json, struct claas_model_config *ret, int *ret_tied);
 
 /* ---- random ---- */
-/* `spec` is what follows "random:". */
+/* `spec` is what follows "random:", see random_model.c. */
 int claas_random_load(struct claas_model *model, const char *spec, const char *chat_template);
 
 float claas_half_to_float(uint16_t half);
 
 /* ---- adapters ---- */
-/* adapter_config.json -> rank, alpha (so that alpha / rank is the scale, rslora or not), modules;
- * modules is 0 when the file selects them by a pattern, which only the tensors' names can answer.
- */
+/* adapter_config.json -> rank, alpha (made such that alpha / rank is the scale, with rslora too),
+ * modules; modules is 0 when the file selects them by a pattern: then only the tensors' names
+ * tell. */
 int claas_adapter_config_parse(const cJSON *json, struct claas_lora_config *ret);
 int claas_adapter_config_write(const char *path, const char *base_model_name,
                                const struct claas_lora_config *lora);

@@ -102,7 +102,7 @@ size_t claas_model_spec_count(const struct claas_model_config *config)
            (size_t)config->layers * count_present(config, layer_parts, CLAAS_COUNT(layer_parts));
 }
 
-/* The index-th part that is present; index is below their number. */
+/* The index-th of the parts that are present in the config. */
 static const struct part *pick_part(const struct claas_model_config *config,
                                     const struct part *parts, size_t count, size_t index)
 {
@@ -198,7 +198,7 @@ static int compare_tensors(const void *a, const void *b)
     return strcmp(((const struct claas_tensor *)a)->name, ((const struct claas_tensor *)b)->name);
 }
 
-/* A tensor as its source gave it, against what the config asks for. */
+/* Checks a tensor as its source gave it against what the config asks for. */
 static int check_tensor(const struct claas_tensor_spec *spec, const struct claas_tensor *tensor)
 {
     int block = claas_type_block_elements(tensor->type);
@@ -310,8 +310,9 @@ void claas_tensor_row(const struct claas_tensor *tensor, int row, float *out)
                      out);
 }
 
-/* Without it pages come one after the other, as they are touched. In small steps: of a longer one
- * Linux takes what it reads ahead at a time, often 128 KB, and forgets the rest. */
+/* Without this hint pages are read one after the other, as they are touched. It is given in small
+ * steps: of a longer range Linux takes only what it reads ahead at a time, often 128 KB, and
+ * forgets the rest. */
 void claas_tensor_prepare(const struct claas_tensor *tensor, int first, int count)
 {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), step = (size_t)128 << 10;

@@ -153,7 +153,8 @@ static const struct shape_row shape_rows[] = {
 static const char *const special_texts[] = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"};
 #define SPECIALS 3
 #define BYTES    256
-/* A space before a letter, then a consonant before a vowel and a vowel before a consonant. */
+/* The merges: a space before a letter, then a consonant before a vowel, and a vowel before a
+ * consonant. */
 #define LETTERS    26
 #define VOWELS     "aeiou"
 #define CONSONANTS "bcdfghjklmnpqrstvwxyz"

@@ -78,8 +78,9 @@ static int build_header(const struct claas_safetensor_out *tensors, size_t count
     return ret->error ? claas_fail(ret->error, "the header is too large") : 0;
 }
 
-/* The disk is sent off after every so many bytes, so that the fsync at the end finds most of the
- * work done: a file of a gigabyte is copied to the page cache while it is written out. */
+/* After every SEND_BYTES the kernel is told to write out what it has, so that the fsync at the end
+ * finds most of the work done: a file of a gigabyte goes to the disk while it is copied to the page
+ * cache. */
 static int write_all(int fd, const struct claas_buf *header,
                      const struct claas_safetensor_out *tensors, size_t count,
                      bool (*is_unwanted)(void *arg), void *arg)

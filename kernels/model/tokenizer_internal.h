@@ -1,10 +1,12 @@
-/* The parts of the tokenizer, private to kernels/model.
+/* The parts of the tokenizer, private to kernels/model. The way of a text:
  *
- *   text --added tokens cut out (tokenizer.c)--> stretches --NFC--> --pretokenize.c--> words
- * --bpe.c--> ids
+ *   tokenizer.c, tokenizer_added.c   added tokens are cut out; what lies between are stretches
+ *   normalize.c                      NFC, where the family asks for it
+ *   pretokenize.c                    stretches are cut into words
+ *   bpe.c, bpe_merge.c               words become ids
  *
  * Words are raw bytes all the way: GPT-2's byte alphabet is undone once, when the vocabulary is
- * read, so that encoding never translates anything. */
+ * read (tokenizer_build.c), so that encoding never translates anything. */
 #ifndef CLAAS_TOKENIZER_INTERNAL_H
 #define CLAAS_TOKENIZER_INTERNAL_H
 
@@ -31,8 +33,8 @@ void claas_id_list_done(struct claas_id_list *list);
 
 /* --- normalisation (normalize.c) --- */
 
-/* NFC of valid UTF-8. *ret is NULL when the text is its own NFC for sure, else freed with free().
- */
+/* NFC of valid UTF-8. *ret is NULL when the text is certain to be its own NFC, else freed with
+ * free(). */
 int claas_nfc(const char *text, size_t length, char **ret, size_t *ret_length);
 
 /* --- cutting into words (pretokenize.c) --- */

@@ -269,8 +269,7 @@ static int read_model(struct reading *reading, const cJSON *root)
     return 0;
 }
 
-/* An unknown token that the vocabulary lacks is only an error when it is needed, and then the byte
- * vanishes. */
+/* An unknown token that the vocabulary lacks is no error: bytes that would need it vanish. */
 static void find_unknown(struct reading *reading)
 {
     const char *unknown = text_of(reading->model, "unk_token");
@@ -354,9 +353,9 @@ static int read_pre_tokenizer(struct reading *reading, const cJSON *pre_tokenize
     return 0;
 }
 
-/* --- post-processor: {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id":
- * "<|begin_of_text|>"}}, …]} --- */
+/* --- post-processor --- */
 
+/* {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin_of_text|>"}}, …]} */
 static void read_bos(struct reading *reading, const cJSON *processor)
 {
     const cJSON *parts = claas_json_get(processor, "processors"), *item;
