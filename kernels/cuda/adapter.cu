@@ -2,16 +2,16 @@
  * read; one that trains has float32 masters and moments beside it, and the view is made from the
  * masters again after every optimizer step.
  *
- * All of them share one order of elements (model.h), which differs from the host image's only by
- * stacking the A of fused modules and by the rank made a multiple of 8, for aligned products: a
+ * All of them share one order of elements (cuda_model.h), which differs from the host image's only
+ * by stacking the A of fused modules and by the rank made a multiple of 8, for aligned products: a
  * zero row of A and a zero column of B have zero gradients, so they stay zero.
  *
  *   view[i] = round(A_i)  or  round(scale * B_i);  a thread does 8 elements: 32 bytes read, 16
  *   written. Within a layer the B of a weight's modules lie together, behind their A.
  *
  * Images come and go a layer at a time on the calling thread's own stream, because that thread is
- * not the one that computes: a pinned image a matrix at a time to its place, any other through two
- * pinned buffers. */
+ * not the one that computes: pinned images go matrix by matrix straight to their place, others
+ * through two pinned buffers. */
 #include "cuda/cuda_model.h"
 
 #include "claas/mem.h"
@@ -220,8 +220,8 @@ struct matrix {
     int ld_image, ld_layer, rows, count;
 };
 
-/* All of a layer's: A [r][K] and B [N][r] of the image, A [R][K] and B [N][R] of the layer in the
- * device's order. Returns how many. */
+/* Lists all matrices of a layer: A [r][K] and B [N][r] of the image, A [R][K] and B [N][R] of the
+ * layer in the device's order. Returns how many. */
 static int list_matrices(const struct cuda_model *model, const struct cuda_adapter *adapter, int l,
                          float *image, float *layer, struct matrix ret[2 * CLAAS_MODULE_COUNT])
 {
@@ -329,7 +329,7 @@ static int open_shuttle(struct cuda_context *context, const struct cuda_adapter 
     return rc;
 }
 
-/* Notes that what was queued by now belongs to a turn. */
+/* Notes that what is queued so far belongs to a turn. */
 static int note_copy(struct cuda_context *context, struct shuttle *shuttle, int turn)
 {
     int rc = cuda_check(context, cudaEventRecord(shuttle->done[turn], shuttle->stream),
@@ -366,7 +366,8 @@ static int start_matrix(struct cuda_context *context, const struct shuttle *shut
     return cuda_check(context, code, "copying an adapter");
 }
 
-/* What copy_layer does, between a pinned image and the device: the layer's padding stays. */
+/* Does what copy_layer does, between a pinned image and the device; the layer's padding stays as it
+ * is. */
 static int start_layer(struct cuda_context *context, const struct cuda_model *model,
                        const struct cuda_adapter *adapter, const struct shuttle *shuttle, int l,
                        float *image, float *layer, bool to_image)
@@ -394,8 +395,8 @@ static int wait_copy(struct cuda_context *context, struct shuttle *shuttle, int 
 
 /* --- upload --- */
 
-/* One array of the image. device NULL: only its view is kept. The padding of the buffers, and of
- * what is on the device, was zeroed at the start, and nothing is written there. */
+/* Uploads one array of the image. device NULL: only its view is kept. The padding of the buffers,
+ * and of what is on the device, was zeroed at the start and is never written. */
 static int upload_array(struct cuda_context *context, const struct cuda_model *model,
                         const struct cuda_adapter *adapter, struct shuttle *shuttle,
                         const float *image, float *device)
@@ -485,7 +486,7 @@ static int start_download(struct cuda_context *context, const struct cuda_model 
     return rc < 0 ? rc : note_copy(context, shuttle, l & 1);
 }
 
-/* One array into the image: while a layer is unpacked the next one is on its way. */
+/* Downloads one array into the image: while a layer is unpacked the next one is on its way. */
 static int download_array(struct cuda_context *context, const struct cuda_model *model,
                           const struct cuda_adapter *adapter, struct shuttle *shuttle,
                           const float *device, float *image)
@@ -508,7 +509,7 @@ static int download_array(struct cuda_context *context, const struct cuda_model 
     return rc;
 }
 
-/* A stream goes on where the computing stream is now: an update may still be queued. */
+/* Lets a stream wait for what the computing stream has queued so far: an update may be among it. */
 static int follow(struct cuda_context *context, cudaStream_t stream, cudaEvent_t now)
 {
     cudaError_t code;

@@ -1,7 +1,8 @@
 /* Causal attention with grouped queries, over packed rows (training) or over paged keys and values
- * (serving). All pointers are device pointers, but for the counts. head_dim 64 or 128 in bfloat16
- * on tensor cores; any multiple of 16 up to 256, and float32, by a plain kernel. Softmax in
- * float32, P rounded to act for the product with V. Deterministic: no atomics. */
+ * (serving). All pointers in the arguments' structs are device pointers, except `finish`. head_dim
+ * 64 or 128 in bfloat16 on tensor cores; any multiple of 16 up to 256, and float32, by a plain
+ * kernel. Softmax in float32, P rounded to act for the product with V. Deterministic: no
+ * atomics. */
 #ifndef CLAAS_CUDA_ATTENTION_H
 #define CLAAS_CUDA_ATTENTION_H
 
@@ -23,9 +24,8 @@ struct cuda_attn_run {
     int32_t first, count, pos;
     int32_t parent_first;
     int32_t table;      /* serving: this run's block numbers begin at tables[table] */
-    int32_t child_from; /* training, backward: runs whose parent this run is are children[child_from
-                           … */
-    int32_t child_end;  /* … child_end), in order */
+    int32_t child_from; /* training, backward: the runs whose parent this one is are … */
+    int32_t child_end;  /* … children[child_from … child_end), in order */
 };
 
 struct cuda_attention {
@@ -45,29 +45,31 @@ struct cuda_attention {
     const void *kv;
     const int32_t *tables;
     /* serving: no run reads a key that another one of the pass writes (decoding). All but a run's
-     * own keys are then there before the pass's first kernel begins, and may be read so early. */
+     * own keys are then there before the pass's first kernel begins, and may be read that early. */
     bool apart;
     /* serving: device memory for the parts of long rows, aligned to 16 bytes; may be NULL where the
      * size function gives 0 */
     void *scratch;
     size_t scratch_bytes;
-    /* decoding, or NULL: cuda_qkv_finish has not been called for this pass's rows and is done here,
-     * but for q|k|v itself, which keeps what the product left. Each run is one row, and `apart`
-     * holds. */
+    /* decoding, or NULL (host): cuda_qkv_finish has not been called for this pass's rows; its work
+     * is done here, except that qkv itself keeps what the product left. Each run is one row, and
+     * `apart` holds. */
     const struct cuda_qkv *finish;
 };
-/* Whether cuda_attention should be given rows to finish (not with CLAAS_CUDA_FUSE=0). It refuses
- * those that it cannot, or that would cost more than they save: INTERNAL. */
+/* Whether cuda_attention should be given args->finish: not with CLAAS_CUDA_FUSE=0, nor where it
+ * cannot finish the rows or that would cost more than it saves. In the last two cases it refuses
+ * them with INTERNAL. */
 bool cuda_attention_finishes(const struct cuda_context *context, const struct cuda_attention *args);
-/* Runs of few queries over many keys are cut into parts of keys that are joined afterwards. Enough
- * for any pass of at most these sizes; 0 without parts. */
+/* Bytes of scratch that are enough for any pass of at most these sizes: the keys of runs of few
+ * queries are cut into parts that are joined afterwards. 0 where nothing is cut. */
 size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head_dim, int runs, int longest,
                                     int furthest);
 int cuda_attention(struct cuda_context *context, const struct cuda_attention *args);
-/* The most queries of a run whose keys are summed in parts, the way of decoding; 0: none. Parts
- * follow from where the run ends: longer from some positions on, the first of which behind
- * `position` is its border. A row has the same bits in any run that is no longer and ends no later
- * than that. */
+/* part_queries: the most queries that a run may have for its keys to be taken in parts, as in
+ * decoding; 0: none. The length of the parts follows from where the run ends: beyond certain
+ * positions parts are longer, and part_border is the first such position behind `position`. A row
+ * at `position` has the same bits in any run of at most so many queries that ends no later than
+ * that border. */
 int cuda_attention_part_queries(int heads, int kv_heads);
 int cuda_attention_part_border(int position);
 /* The largest `furthest` (INT32_MAX: any) for which decoding launches the same kernels with the
@@ -76,13 +78,14 @@ int cuda_attention_part_border(int position);
 int cuda_attention_reach(int furthest);
 
 /* dqkv act [m][ldqkv] from dout act [m][Nq]; delta: scratch float [m][H]. The gradient of a shared
- * prompt's keys and values sums over the run's own queries, then its children's in order. */
+ * prompt's keys and values sums over the queries of its own run, then over its children's in
+ * order. */
 struct cuda_attention_bwd {
     struct cuda_attention forward; /* as it was, out and lse filled; training only */
     const int32_t *children;
-    /* device: windows of CUDA_KEY_WINDOW rows of the pack, those whose keys most queries see first,
-     * each in the low half of its word: an order of work, which does not show in the numbers. NULL:
-     * as they lie. */
+    /* device: the numbers of the pack's windows of CUDA_KEY_WINDOW rows, each in the low half of
+     * its word; first those whose keys most queries see. An order of work that does not show in the
+     * results. NULL: as they lie. */
     const int64_t *key_order;
     const void *dout;
     float *delta;

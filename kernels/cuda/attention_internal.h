@@ -38,7 +38,7 @@ static __device__ __forceinline__ attn_keys<T> attn_keys_of(const struct cuda_at
     return keys;
 }
 
-/* Of the key at position p. */
+/* Where the key at position p begins, in elements from keys.k. */
 template <typename T>
 static __device__ __forceinline__ size_t attn_key_at(const struct attn_keys<T> &keys, int p)
 {
@@ -48,10 +48,10 @@ static __device__ __forceinline__ size_t attn_key_at(const struct attn_keys<T> &
     return (size_t)(p < keys.pos ? keys.parent + p : keys.own + p - keys.pos) * keys.stride;
 }
 
-/* Heads of a group side by side fill a tile's rows: a tile takes groups up to this. */
+/* The heads of a group lie side by side in a tile's rows: the largest group that a tile takes. */
 #define ATTN_GROUP_MAX 64
 
-/* Tensor cores take it: bfloat16, a head of 64 or 128, whole 16-byte pieces. */
+/* Whether tensor cores can do it: bfloat16, heads of 64 or 128, whole pieces of 16 bytes. */
 static inline bool attn_tiled(const struct cuda_context *context, const struct cuda_attention *a)
 {
     const uintptr_t places = (uintptr_t)a->qkv | (uintptr_t)a->out | (uintptr_t)a->kv;
@@ -68,11 +68,11 @@ attn_in_parts(const struct cuda_attention &a, int group, const struct cuda_attn_
     return a.kv && run.count * group <= ATTN_PART_ROWS;
 }
 
-/* By products of warpgroups, in place of mma.sync: what attn_tiled takes, where
- * context->warpgroups, and not the parts of decoding. */
+/* By products of warpgroups instead of mma.sync: for what attn_tiled accepts, where
+ * context->warpgroups, except for the parts of decoding. */
 int cuda_attention_sm90(struct cuda_context *context, const struct cuda_attention *args);
 
-/* The arguments that both paths refuse. */
+/* Refuses what neither path can do: UNSUPPORTED. */
 int attn_check(const struct cuda_attention *a);
 
 int cuda_attention_plain(struct cuda_context *context, const struct cuda_attention *args);

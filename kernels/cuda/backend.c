@@ -39,8 +39,8 @@ static void close_backend(claas_backend_t **backend)
     *backend = NULL;
 }
 
-/* A pool as large as leaves room for a training step: a share of the card, but no more than half of
- * what the weights left; never less than what is needed anyway. */
+/* Makes the pool as large as leaves room for a training step: a share of the card, but no more than
+ * half of what the weights left; never less than was asked for. */
 static int widen_kv(claas_backend_t *backend, size_t block)
 {
     size_t available = 0, share = (size_t)(KV_SHARE * (double)backend->context.memory), blocks;
@@ -66,7 +66,7 @@ static int open_kv(claas_backend_t *backend, bool more)
 
     if (code < 0)
         return code;
-    /* and the spare block */
+    /* one more: the spare block */
     if (__builtin_mul_overflow(block, (size_t)backend->kv_blocks + 1, &bytes))
         return claas_fail(CLAAS_ERR_LIMIT, "%d key/value blocks are too many", backend->kv_blocks);
     return cuda_region_new(&backend->context, &backend->kv, bytes, "keys and values");

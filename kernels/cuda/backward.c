@@ -10,8 +10,8 @@
 struct backward {
     struct cuda_step *step;
     const struct cuda_batch *batch;
-    const struct cuda_lora_rows *rows; /* at hand: the tail's down to the last layer's attention,
-                                          then all */
+    const struct cuda_lora_rows *rows; /* rows at hand: the tail's until the last layer's attention
+                                          is reached, then all */
     int layer;
     const struct cuda_acts *acts;
     float *dx;   /* of the rows at hand */
@@ -23,8 +23,8 @@ static struct cuda_context *context_of(const struct backward *bw)
     return &bw->step->backend->context;
 }
 
-/* A weight's products, with dY [m][N] and x [m][K], its input, and dx [m][K], where the gradient of
- * that goes. dS lies in space.ds, until the next weight's. */
+/* The LoRA of a weight: dY [m][N], the input x [m][K], and dx [m][K], where the input's gradient
+ * goes. dS lies in space.ds, until the next weight's. */
 static struct cuda_lora lora_of(const struct backward *bw, enum cuda_weight_kind kind,
                                 const void *dy, const void *x, void *dx)
 {
@@ -42,7 +42,7 @@ static struct cuda_lora lora_of(const struct backward *bw, enum cuda_weight_kind
     };
 }
 
-/* dS, and of dx what the frozen weight gives: dY W. */
+/* dS, and the frozen weight's part of dx: dY W. */
 static int outer_gradient(const struct backward *bw, const struct cuda_lora *lora)
 {
     struct cuda_context *context = context_of(bw);
@@ -93,7 +93,7 @@ static int mlp_backward(const struct backward *bw)
 
     if (code >= 0)
         code = cuda_lora_inner(context, &down, false, true);
-    /* h, the down product's input, is made again here: its A's gradient comes after */
+    /* this makes h again, the input of the down product, whose A gets its gradient after it */
     if (code >= 0)
         code = cuda_swiglu_bwd(context, m, c->intermediate, acts->gate_up, space->dh, space->dgu,
                                space->pass.h);
@@ -125,7 +125,7 @@ static int output_backward(struct backward *bw)
     bw->dattn = space->dattn;
     if (code < 0 || !last)
         return code;
-    /* From the tail's rows to all rows: the others have had no gradient so far. */
+    /* From the tail's rows to all rows; the gradient of the others is zero so far. */
     bw->rows = &bw->batch->pack.rows;
     bw->dattn = space->dattn_spread;
     bw->dx = space->dx_spread;
@@ -154,7 +154,7 @@ static int attention_backward(const struct backward *bw)
     return code >= 0 ? cuda_qkv_finish_bwd(context_of(bw), &qkv, space->dy) : code;
 }
 
-/* dattn and dx (before the MLP) -> dx (before the layer); below the first layer nobody needs it. */
+/* dattn and dx (before the MLP) -> dx (before the layer), which the first layer does not need. */
 static int input_backward(const struct backward *bw)
 {
     struct cuda_step_space *space = &bw->step->space;

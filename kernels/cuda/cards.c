@@ -1,13 +1,13 @@
-/* The cards of this machine: names, sizes, versions. Opens nothing that stays but the driver's own
- * contexts, which asking for free memory makes (0.2 s and some hundred MB each while this process
- * lives). */
+/* The cards of this machine: names, sizes, versions. Leaves nothing open but the driver's own
+ * contexts, which asking for free memory creates (0.2 s each, and some hundred MB while this
+ * process lives). */
 #include "cuda/context.h"
 #include "cuda/cuda_backend.h"
 
 #include <stdio.h>
 
-/* Needs a context, for which a full card has no room, and which another process may have for itself
- * alone: such a card is listed all the same. */
+/* This needs a context. A full card has no room for one, and another process may have the card for
+ * itself: such a card is listed all the same. */
 static void read_free(int number, struct claas_card *card)
 {
     size_t available = 0, total = 0;

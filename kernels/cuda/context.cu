@@ -1,8 +1,8 @@
 /* Opening the device, errors, memory.
  *
- * Memory is zeroed on the calling thread's own stream and waited for, so that it is zero for
- * whoever uses it next, on whatever stream; the device's I/O thread makes adapters while the
- * compute thread works, which is why counters change atomically. */
+ * Memory is zeroed on the calling thread's own stream, and that is waited for, so that it is zero
+ * for every stream that uses it next. The device's I/O threads make adapters while the compute
+ * thread works, which is why counters change atomically. */
 #include "cuda/context.h"
 #include "claas/device.h"
 #include "cuda/gemm.h"
@@ -32,9 +32,9 @@ void cuda_capture_unlock(struct cuda_context *context)
     (void)pthread_mutex_unlock(&context->capture);
 }
 
-/* A sticky error (a kernel that faulted, a device that fell off the bus) is answered to every later
- * call, also to one as harmless as asking whether the stream is done. While it is captured the
- * stream cannot be asked; what comes after the capture will meet the error again. */
+/* A sticky error (a kernel that faulted, a device that fell off the bus) is the answer to every
+ * later call, even to one as harmless as asking whether the stream is done. While the stream is
+ * captured it cannot be asked; what comes after the capture will meet the error again. */
 static bool is_lost(struct cuda_context *context)
 {
     cudaError_t now;
@@ -52,7 +52,7 @@ int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
 {
     if (code == cudaSuccess)
         return 0;
-    (void)cudaGetLastError(); /* else the next launch would be blamed for it */
+    (void)cudaGetLastError(); /* clears it, or the next launch would be blamed for it */
     if (code == cudaErrorMemoryAllocation)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "%s: the device's memory is full", what);
     if (context->stream && is_lost(context))
@@ -82,7 +82,8 @@ int cuda_wait(struct cuda_context *context)
 
 /* --- memory --- */
 
-/* The line of that name, the last one when there are too many names. Threads may meet here. */
+/* The map's line of that name, or the last one when there are too many names. Several threads may
+ * be here at once. */
 static int find_use(struct cuda_context *context, const char *what)
 {
     for (int i = 0; i < CUDA_USES; i++) {
@@ -222,7 +223,7 @@ void *cuda_take(struct cuda_arena *arena, size_t bytes)
 
 /* --- opening --- */
 
-/* A card was lost, and this process was started to go on with it. */
+/* Whether this process was started because one before it lost its card. */
 static bool is_second_life(void)
 {
     return getenv(CLAAS_DEVICE_LOST_VARIABLE) != NULL;
@@ -354,7 +355,7 @@ int cuda_context_open(enum cuda_type act, struct cuda_context *ret)
         rc = open_library(&context);
     if (rc < 0) {
         cuda_context_close(&context);
-        /* It is listed, and not ready yet. */
+        /* the card is listed, but not ready yet */
         return rc == CLAAS_ERR_DEVICE && is_second_life() ? CLAAS_ERR_DEVICE_LOST : rc;
     }
     (void)pthread_mutex_destroy(&context.capture); /* a mutex in use must not be copied */

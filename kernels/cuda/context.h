@@ -47,8 +47,8 @@ struct cuda_context {
     int multiprocessors;
     bool early;      /* kernels may begin before the one before them ends (launch.cuh): sm_90, and
                         CLAAS_CUDA_EARLY is not 0 */
-    bool warpgroups; /* the card runs code of sm_90a, which alone has products of warpgroups */
-    bool fuse;       /* attention of few decoded rows finishes their q, k and v itself:
+    bool warpgroups; /* the card runs code of sm_90a, the only kind with products of warpgroups */
+    bool fuse;       /* attention of few decoded rows also does cuda_qkv_finish's work:
                         CLAAS_CUDA_FUSE is not 0 */
     size_t memory;   /* bytes of the card, or the limit where that is lower */
     char name[64];   /* "NVIDIA H100 80GB HBM3" */
@@ -57,26 +57,26 @@ struct cuda_context {
     cudaStream_t stream;
     cublasLtHandle_t lt;
     struct cuda_region lt_region;
-    void *lt_space; /* workspace of every product on the stream: lt_region's */
+    void *lt_space; /* workspace of every product on the stream: lt_region.base */
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
     size_t bytes;  /* device memory taken through cuda_region_new */
-    uint64_t peak; /* the most that it was (pack/peak.h) */
-    size_t limit;  /* of `bytes`; 0: none */
+    uint64_t peak; /* the most that `bytes` was (pack/peak.h) */
+    size_t limit;  /* the most that `bytes` may be; 0: no limit */
     struct cuda_use uses[CUDA_USES];
     bool lost; /* a sticky error was seen: nothing works any more */
-    /* Held while work of the stream is captured into a graph. Whoever records or asks about the
-     * stream on another thread than the computing one holds it too: it would else be captured, or
-     * spoil the capture. */
+    /* Held while work of the stream is captured into a graph. Another thread than the computing one
+     * must hold it, too, to record an event on the stream or to ask about it: that would else be
+     * captured, or spoil the capture. */
     pthread_mutex_t capture;
 };
 
 /* Whether there is a usable driver and a card: 0, or UNSUPPORTED with one clear line. */
 int cuda_find_device(void);
-/* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, a
- * driver or a card too old (below sm_80). A card that is listed and does not open is DEVICE, or
- * DEVICE_LOST with CLAAS_DEVICE_LOST_VARIABLE set. CLAAS_CUDA_MEMORY_LIMIT=BYTES makes the card as
- * small as that for cuda_region_new: to see on a large card what happens on a full one. */
+/* Opens device 0 (CUDA_VISIBLE_DEVICES chooses). UNSUPPORTED with one clear line: no device, or a
+ * driver or card that is too old (below sm_80). A card that is listed and does not open is DEVICE,
+ * or DEVICE_LOST with CLAAS_DEVICE_LOST_VARIABLE set. CLAAS_CUDA_MEMORY_LIMIT=BYTES limits what
+ * cuda_region_new hands out, to see on a large card what happens on a full one. */
 int cuda_context_open(enum cuda_type act, struct cuda_context *ret);
 void cuda_context_close(struct cuda_context *context);
 
@@ -95,15 +95,15 @@ bool cuda_is_capturing(const struct cuda_context *context);
 int cuda_wait(struct cuda_context *context);
 
 /* Device memory, zeroed. `what` names its use; a literal, since it is kept. NO_MEMORY says which
- * allocation, of how many bytes, how much is free and who holds the rest. */
+ * allocation, of how many bytes, how much is free and what holds the rest. */
 int cuda_region_new(struct cuda_context *context, struct cuda_region *region, size_t bytes,
                     const char *what);
 void cuda_region_done(struct cuda_context *context, struct cuda_region *region);
 /* Pinned memory of the host, for copies; cudaFreeHost gives it back. OVERLOADED, with `what` and
- * how many bytes, when the host has none: that is no want of the device's memory, so nothing there
- * has to go for it. */
+ * how many bytes, when the host has none left: the device's memory is not short then, so nothing
+ * there has to go for it. */
 int cuda_pin(struct cuda_context *context, void **ret, size_t bytes, const char *what);
-/* Bytes that could still be taken, by the card's word and by the limit. */
+/* Bytes that could still be taken: what the card says, or what the limit leaves if that is less. */
 int cuda_memory_free(struct cuda_context *context, size_t *ret);
 
 /* A bump allocator over a region, 256-byte aligned. With base NULL it only counts, so one layout

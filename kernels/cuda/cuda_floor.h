@@ -1,4 +1,4 @@
-/* The card's own limits, measured: what a share of the peak is a share of. */
+/* The card's own limits, measured: the peak that shares of the peak refer to. */
 #ifndef CLAAS_CUDA_CUDA_FLOOR_H
 #define CLAAS_CUDA_CUDA_FLOOR_H
 

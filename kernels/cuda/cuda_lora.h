@@ -1,13 +1,14 @@
-/* LoRA over the rows of many adapters: one launch per operation, whoever the rows belong to.
+/* LoRA over the rows of many adapters: one launch per operation, whichever adapters the rows belong
+ * to.
  *
  * With y = x W^T + S (sB)^T and S = x A^T, per adapter:
  *
  *   forward    S = x A^T        y += S (sB)^T
  *   backward   dS = dY (sB)     dB += s dY^T S     dA += dS^T x     dx += dS A
  *
- * A pack says which rows are whose by *groups* (neighbours under one adapter) and *tiles* (at most
- * so many rows of one group); rows of the base model are in neither. Three ways to do an
- * operation:
+ * Which rows belong to which adapter is said by *groups* (neighbouring rows under one adapter) and
+ * *tiles* (at most so many rows of one group); rows of the base model are in neither. Three ways to
+ * do an operation:
  *
  *   few      packs of serving of at most CUDA_LORA_FEW rows, bound by reading A and B: up to 64
  *            rows in the frozen product's own launch (gemm_few.cu), or by lora_few.cu
@@ -29,13 +30,13 @@ extern "C" {
 #define CUDA_LORA_FEW       256 /* rows */
 #define CUDA_LORA_FEW_ROWS  16  /* of a tile */
 #define CUDA_LORA_TILE_ROWS 64
-#define CUDA_LORA_PARTS     8 /* sums that a row of S is the sum of, when there are few rows */
+#define CUDA_LORA_PARTS     8 /* chunks of K at most, whose sums make S when there are few rows */
 
 /* Rows [first, first+count) of a pack under one adapter, as the device knows them; places in
  * elements, within a layer (see struct cuda_lora_layout). */
 struct cuda_lora_group {
     const void *view; /* act; of layer 0 */
-    float *grad;      /* likewise; NULL unless it learns */
+    float *grad;      /* likewise float32; NULL unless the adapter learns */
     uint64_t layer, a[CUDA_WEIGHTS], b[CLAAS_MODULE_COUNT];
     int32_t index[CLAAS_MODULE_COUNT], parts[CUDA_WEIGHTS];
     int32_t rank, first, count;
@@ -45,7 +46,7 @@ struct cuda_lora_group {
 struct cuda_lora_tile {
     int32_t group, first, count;
 };
-/* The rows of a pack. An adapter has at most one group, but for serving. */
+/* The rows of a pack. An adapter has at most one group, except in serving. */
 struct cuda_lora_rows {
     const struct cuda_lora_group *groups; /* device [group_count] */
     const struct cuda_lora_tile *tiles;   /* device [tile_count] */
@@ -54,8 +55,8 @@ struct cuda_lora_rows {
     int tile_count;
     int tile_rows;               /* CUDA_LORA_FEW_ROWS or CUDA_LORA_TILE_ROWS */
     int rank;                    /* the largest */
-    struct cuda_lora_group only; /* the group, if there is one */
-    bool by_gemm;                /* it is large enough for cuBLASLt */
+    struct cuda_lora_group only; /* the group, if there is just one */
+    bool by_gemm;                /* there is one group, large enough for cuBLASLt */
 };
 
 /* A group of `adapter`'s rows; grad may be NULL. */
@@ -64,14 +65,14 @@ struct cuda_lora_group cuda_lora_group(const struct cuda_adapter *adapter, float
 /* Lists the tiles of groups in order and returns how many there are: at most one per row. */
 int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_rows,
                     struct cuda_lora_tile *tiles);
-/* What the host keeps of them: all but the device's two pointers. `tiles`: entries of the list. */
+/* What the host knows of the rows: all but the two device pointers. `tiles`: entries of the list of
+ * tiles. */
 struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
                                      int tile_rows, int tiles);
 
-/* S of the launches that make it beside the product (gemm_few.cu), each of which takes one of two
- * buffers by turns. An element is CUDA_LORA_MISSING until it is made, which is how the launch
- * itself knows, and each launch makes the rows of the other buffer missing for the next one. So
- * within a pass
+/* Where launches that make S beside the product (gemm_few.cu) keep it: two buffers, taken by turns.
+ * An element is CUDA_LORA_MISSING until it is made, which is how the launch knows what is there,
+ * and each launch makes the other buffer's rows missing again for the next one. So within a pass
  *
  *   - cuda_lora_begin comes first, also after a pass that failed;
  *   - a launch has at most the rows of the one before (the tail has fewer), or goes apart;
@@ -79,24 +80,25 @@ struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int c
  *     of it calls launch_wait before it ends, or it is launched the ordinary way;
  *   - all are on one stream.
  *
- * Turn and rows are the host's, so that a captured pass has the turn in its arguments. */
+ * The host keeps turn and rows, so that a captured pass has the turn in its kernels' arguments. */
 struct cuda_lora_pair {
     void *s; /* device, bfloat16 [2][CUDA_LORA_PAIR_ROWS][CUDA_LORA_PAIR_LD] */
     unsigned turn;
-    int rows; /* the most that the next launch may have; 0: none may join */
+    int rows; /* the most rows that the next launch may have; 0: no launch may join */
 };
 #define CUDA_LORA_PAIR_ROWS  64
-#define CUDA_LORA_PAIR_LD    (3 * CLAAS_RANK_MAX) /* of every weight: a row's place is the same */
+#define CUDA_LORA_PAIR_LD    (3 * CLAAS_RANK_MAX) /* for every weight: places are the same */
 #define CUDA_LORA_PAIR_BYTES (2 * CUDA_LORA_PAIR_ROWS * CUDA_LORA_PAIR_LD * 2)
-/* A NaN that rounding never gives: of every NaN __float2bfloat16_rn makes 0x7fff. */
+/* A NaN that rounding never gives: __float2bfloat16_rn turns every NaN into 0x7fff. */
 #define CUDA_LORA_MISSING 0xffff
 
-/* Queues that m rows of both become missing; the first launch takes the first. No kernel: it can be
- * captured, but the kernel behind it does not start early. m = 0, or CLAAS_CUDA_LORA=apart: nothing
- * is queued, and no launch may join. */
+/* Queues a memset that makes m rows of both buffers missing; the first launch takes the first
+ * buffer. It can be captured, but it is no kernel, so the kernel behind it does not start early. m
+ * = 0, or CLAAS_CUDA_LORA=apart: nothing is queued, and no launch may join. */
 int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, int m);
 
-/* One weight of one layer over those rows. What an operation does not name above may be NULL. */
+/* The arguments of an operation: one weight of one layer over rows->m rows. Arrays that the
+ * operation's formula above does not name may be NULL. */
 struct cuda_lora {
     const struct cuda_lora_rows *rows;
     const struct cuda_weight *weight;
@@ -112,8 +114,8 @@ struct cuda_lora {
     float *sums;                 /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
     struct cuda_lora_pair *pair; /* few, beside the product, in place of s; or NULL */
 };
-/* The few ways read the lists of rows and the adapters before launch_wait: whoever wrote those must
- * have been followed by a copy to the device on the stream, as at the beginning of every pass. */
+/* The few way reads the lists of rows and the adapters before launch_wait: so what wrote them must
+ * be followed on the stream by a copy to the device, as at the beginning of every pass. */
 
 /* S = x A^T */
 int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora);
@@ -121,19 +123,20 @@ int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora)
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora);
 /* dS = dY (sB) */
 int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora);
-/* Of dB += s dY^T S, dA += dS^T x (both: gradients) and dx += dS A those wanted, by one launch. */
+/* One launch for those wanted of dB += s dY^T S and dA += dS^T x (gradients), and dx += dS A
+ * (input). */
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
                     bool input);
-/* The few way is the one for these rows: S depends on neither m nor the groups. In launches of its
- * own it is in `sums`, the sum over its first dimension rounded. */
+/* Whether these rows go the few way, in which S depends on neither m nor the groups. In launches of
+ * its own S stands in `sums`: it is the sum over the first dimension, rounded. */
 bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora *lora);
 
-/* These rows' LoRA may be done beside the frozen product (gemm_few.cu). */
+/* Whether these rows' LoRA may be done beside the frozen product (gemm_few.cu). */
 bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lora *lora);
 
 /* --- for lora.c --- */
 
-/* Whole pieces of 16 bytes everywhere: tensor cores can take it. */
+/* Whether everything is in whole pieces of 16 bytes, so that tensor cores can do it. */
 bool cuda_lora_is_even(const struct cuda_context *context, const struct cuda_lora *lora);
 int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora);
@@ -146,7 +149,7 @@ enum cuda_lora_form {
     CUDA_LORA_DA,
     CUDA_LORA_DX
 };
-#define CUDA_LORA_FORMS 3 /* of one launch: they must not depend on each other */
+#define CUDA_LORA_FORMS 3 /* the most in one launch; they must not depend on each other */
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
                       const enum cuda_lora_form *forms, int count);
 

@@ -43,9 +43,9 @@ struct cuda_model {
     struct cuda_region region;
 };
 /* Values are bf16(dequantised) as on the CPU. Rows are decoded by several threads into two pinned
- * buffers that are copied while the next one fills. A random model's are made on the device, the
- * same bits that claas_tensor_row makes. loading: told of what has been read, or NULL. On failure
- * `ret` holds nothing. */
+ * buffers, one of which is copied while the other fills. A random model's rows are made on the
+ * device, with the bits that claas_tensor_row makes. loading: told of what has been read, or NULL.
+ * On failure `ret` holds nothing. */
 int cuda_model_load(struct cuda_context *context, const claas_model_t *source,
                     struct claas_loading *loading, struct cuda_model *ret);
 void cuda_model_done(struct cuda_context *context, struct cuda_model *model);
@@ -79,16 +79,16 @@ struct cuda_adapter {
 int cuda_adapter_new(struct cuda_context *context, const struct cuda_model *model,
                      const struct claas_lora_config *lora, bool trains, struct cuda_adapter *ret);
 void cuda_adapter_done(struct cuda_context *context, struct cuda_adapter *adapter);
-/* From and to the host's image; both wait for the copies. The download allocates from ret->memory;
- * an image in pinned memory (cuda_host_new) moves without a copy between. */
+/* From and to the host's image; both wait for the copies. The download allocates from ret->memory.
+ * An image in pinned memory (cuda_host_new) moves without passing through another buffer. */
 int cuda_adapter_upload(struct cuda_context *context, const struct cuda_model *model,
                         struct cuda_adapter *adapter, const struct claas_adapter_image *image);
 /* turn, unless NULL: called after every layer; may use the computing stream. */
 int cuda_adapter_download(struct cuda_context *context, const struct cuda_model *model,
                           const struct cuda_adapter *adapter, void (*turn)(void *arg),
                           void *turn_arg, struct claas_adapter_image *ret);
-/* A copy on the device of an adapter with masters, from where the computing stream is now; waits
- * for it. Any thread while nobody writes the source. */
+/* A copy, on the device, of an adapter with masters as the work queued so far leaves it; waits for
+ * that. Any thread, while nobody writes the source. */
 enum cuda_clone {
     CUDA_CLONE_VIEW,  /* to serve */
     CUDA_CLONE_STATE, /* masters and moments alone, to be read back or cloned again */
@@ -97,7 +97,7 @@ enum cuda_clone {
 int cuda_adapter_clone(struct cuda_context *context, const struct cuda_model *model,
                        const struct cuda_adapter *source, enum cuda_clone what,
                        struct cuda_adapter *ret);
-/* Pinned memory of the host; NULL if there is none. Any thread. */
+/* Pinned memory of the host; NULL if there is none left. Any thread. */
 void *cuda_host_new(size_t bytes);
 void cuda_host_free(void *base);
 /* Parameters -> act view, after a step; on the stream. */

@@ -16,8 +16,8 @@ int cuda_embed(struct cuda_context *context, int m, int d, const void *table, co
 /* y = x rstd weight, rstd = 1/sqrt(mean x^2 + eps). x, y: act [m][n]; rstd: [m] or NULL. */
 int cuda_rmsnorm(struct cuda_context *context, int m, int n, const void *x, const float *weight,
                  float eps, void *y, float *rstd);
-/* dx += the norm's gradient by x, given dy (act [m][n]) of its output; dx float [m][n]. dx_act, if
- * not NULL, gets the new dx rounded, act [m][n]. */
+/* dx += the gradient by the norm's input x, from dy (act [m][n]), that by its output; dx float
+ * [m][n]. dx_act, if not NULL, gets the new dx rounded, act [m][n]. */
 int cuda_rmsnorm_bwd(struct cuda_context *context, int m, int n, const void *x, const float *weight,
                      const float *rstd, const void *dy, float *dx, void *dx_act);
 

@@ -58,29 +58,32 @@ struct cuda_step {
     struct cuda_batch *student, *teacher, *base; /* as many as the plan's sides have */
     struct cuda_acts *saved;                     /* [L] */
     size_t grad_bytes;                           /* of all learners */
-    int kept_tokens; /* of a batch whose activations are kept; a longer one computes its layers
-                        twice */
+    int kept_tokens; /* the most tokens of a batch whose activations are kept; a longer one computes
+                        its layers twice */
     struct cuda_step_space space;
 };
 
 enum cuda_stage { CUDA_STAGE_TEACHER, CUDA_STAGE_BASE, CUDA_STAGE_STUDENT };
-/* Makes the region large enough for every stage, if need be of a step that computes all its layers
- * twice; enter places one stage's buffers, what is kept stays. */
+/* Makes the region large enough for every stage, if need be by computing all layers twice. enter
+ * places one stage's buffers; what is kept through the step stays. */
 int cuda_space_reserve(struct cuda_step *step);
 void cuda_space_enter(struct cuda_step *step, enum cuda_stage stage);
-/* Tokens of a training batch, by the memory that is free beside the gradients' bytes, whoever holds
- * the rest of the card. */
+/* Tokens of a training batch, from the memory that is free besides the gradients' bytes. */
 struct cuda_train_tokens {
-    int batch; /* of the plan's batches, in coarse steps; 1,024 even where there is no room for so
-                  many activations */
-    int kept;  /* whose activations fit, to the token */
+    int batch; /* limit for the plan's batches, in coarse steps; at least 1,024, even where there is
+                  no room for that many activations */
+    int kept;  /* how many tokens' activations fit, exactly */
 };
 int cuda_train_tokens(claas_backend_t *backend, size_t gradients, struct cuda_train_tokens *ret);
 
+/* One layer with the activations in space.saved; the last one's second half for the tail alone. */
 int cuda_layer_saved(struct cuda_step *step, const struct cuda_batch *batch, int layer);
+/* The loss of a batch's trained positions into space.results; saved: from the last layer's x_out,
+ * with the gradient added to space.dx; else from space.hidden. */
 int cuda_head(struct cuda_step *step, const struct cuda_batch *batch, bool saved);
-/* Bytes that all chunks of a step's head take of chunk_upload at most. */
+/* The most bytes that all chunks of a step's head take of chunk_upload. */
 size_t cuda_head_bytes(int positions);
+/* Log-probs of a batch's trained tokens, from space.hidden into space.base_logprobs. */
 int cuda_head_logprobs(struct cuda_step *step, const struct cuda_batch *batch);
 /* Adds to the gradients of the adapters that the pack's groups name. */
 int cuda_backward(struct cuda_step *step, const struct cuda_batch *batch);

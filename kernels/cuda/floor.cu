@@ -1,10 +1,10 @@
 /* What the card could do at best, measured when asked: an 8192 x 8192 x 8192 product of random
  * values, 2 * 8192^3 FLOP, by the same cuda_gemm that everything uses, and a copy of 1 GiB on the
  * card, which counts as read and written. Both are timed by events, several runs between two of
- * them; the best of some rounds counts, so that a share of it is never flattered.
+ * them; the best of some rounds counts, so that a share of it is never overstated.
  *
- * It opens a context of its own (stream, cuBLASLt, workspace) and gives everything back: it may run
- * before a model is loaded and after. */
+ * It opens a context of its own (stream, cuBLASLt, workspace) and gives everything back, so it may
+ * run before a model is loaded and afterwards. */
 #include "cuda/cuda_floor.h"
 #include "cuda/gemm.h"
 

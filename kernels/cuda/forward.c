@@ -5,8 +5,8 @@
  *
  * Decoding, one row of each sequence, is the same few hundred launches again and again: its rows
  * are filled up to one of a few numbers, and what is launched then follows from that number and
- * from the longest sequence's size class alone (graph.h). A row that fills up is the first token of
- * a sequence of its own, whose keys and values go into a block behind the pool. */
+ * from the longest sequence's size class alone (graph.h). A row that only fills up is the first
+ * token of a sequence of its own, whose keys and values go into a block behind the pool. */
 #include "cuda/gemm_few.h"
 #include "cuda/pass.h"
 #include "cuda/sample.h"
@@ -22,9 +22,9 @@
 #define LOGITS_FLOATS   ((size_t)20 << 20)
 #define LOGITS_ROWS     256
 #define LOGITS_ROWS_MIN 8
-#define DECODE_ROWS_MAX 256 /* more are not filled up: products dominate by far */
+#define DECODE_ROWS_MAX 256 /* more are not filled up: there products dominate by far */
 
-/* The number of rows that `m` are filled up to; `most` fit into a pass. */
+/* The number of rows that `m` rows are filled up to; at most `most`, as many as fit into a pass. */
 static int find_bucket(int m, int most)
 {
     static const int buckets[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, DECODE_ROWS_MAX};
@@ -118,8 +118,8 @@ int cuda_forward_open(claas_backend_t *backend)
     struct cuda_arena arena = {0};
     int table = (c->context + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK, code;
     size_t m = (size_t)backend->max_tokens;
-    /* sequences share blocks but not their lists: each may be as long as the context; what fills a
-     * pass of decoding up has one block a row */
+    /* sequences share blocks but not lists of blocks, and each may be as long as the context; a row
+     * that fills up a pass of decoding has one block */
     size_t tables = (size_t)backend->max_sequences *
                         (size_t)(table < backend->kv_blocks ? table : backend->kv_blocks) +
                     DECODE_ROWS_MAX;
@@ -169,8 +169,8 @@ static int take_segments(claas_backend_t *backend, const struct claas_segment *s
                                &space->infer.tail_count);
 }
 
-/* The wanted rows come first in the upload: for one number of rows, all wanted, every array then
- * has its fixed place, since the pack's last one is the only one of varying length. */
+/* The wanted rows come first in the upload. When all rows are wanted, every array then has a place
+ * that follows from their number, since only the pack's last array varies in length. */
 static int send_rows(claas_backend_t *backend)
 {
     struct cuda_forward_space *space = &backend->forward;
@@ -201,6 +201,7 @@ static bool is_decoding(const struct claas_segment *segments, int count)
     return count <= DECODE_ROWS_MAX;
 }
 
+/* Adds rows of the base model that nobody wants, up to `rows`. */
 static void fill_up(struct cuda_forward_space *space, int rows)
 {
     struct claas_pack *pack = &space->pack;

@@ -74,7 +74,7 @@ struct cuda_gemm_plans {
     char *path; /* of the file; NULL: none */
     struct gemm_choices_origin origin;
     bool unsaved;    /* something was chosen that the file does not have */
-    int64_t written; /* when it was last; else opened */
+    int64_t written; /* when the file was last written; before that, when the context was opened */
 };
 
 /* --- describing a product --- */
@@ -114,7 +114,7 @@ static const void *added(const struct cuda_gemm *gemm)
     return gemm->beta != 0.0f && gemm->add ? gemm->add : gemm->out;
 }
 
-/* cuBLASLt's A is our b, its B our a. */
+/* Fills in the plan's descriptors. cuBLASLt's A is our b, its B our a. */
 static cublasStatus_t describe(const struct cuda_context *context, const struct cuda_gemm *gemm,
                                struct plan *plan)
 {
@@ -269,7 +269,7 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
     return best;
 }
 
-/* Whether the file's algorithm does this product here, in the room there is, and adds in a fixed
+/* Whether the file's algorithm can do this product here, within the workspace, and adds in a fixed
  * order. */
 static bool is_usable(struct cuda_context *context, struct plan *plan)
 {
@@ -290,7 +290,7 @@ static bool is_usable(struct cuda_context *context, struct plan *plan)
 }
 
 /* The one place where an algorithm is decided on. While a graph is captured nothing can be timed: a
- * shape first seen then gets the favourite and stays open. */
+ * shape that is first seen then gets the favourite, and its plan stays open. */
 static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, struct plan *plan)
 {
     cublasLtMatmulHeuristicResult_t proposals[PROPOSALS];
@@ -412,7 +412,7 @@ static struct plan *find_plan(struct cuda_gemm_plans *plans, const struct plan_k
     return *slot;
 }
 
-/* The plan of a product, which describes just this one, with an algorithm. */
+/* The plan of a product, with an algorithm, and with descriptors for this very product. */
 static int look_up(struct cuda_context *context, const struct cuda_gemm *gemm, bool exact,
                    struct plan **ret)
 {
@@ -502,7 +502,7 @@ static void write_choices(struct cuda_gemm_plans *plans)
     gemm_choices_done(&choices);
 }
 
-/* Now and then while the table grows, and never into a capture. */
+/* Writes the file now and then while the table grows, and never during a capture. */
 static void keep_choices(struct cuda_context *context)
 {
     struct cuda_gemm_plans *plans = context->plans;
@@ -583,7 +583,7 @@ static int check_gemm(const struct cuda_gemm *gemm)
     return 0;
 }
 
-/* By cuBLASLt. */
+/* Does the product by cuBLASLt. */
 static int run_library(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
     struct plan *plan = NULL;
@@ -593,7 +593,7 @@ static int run_library(struct cuda_context *context, const struct cuda_gemm *gem
     if (rc < 0)
         return rc;
     status = run(context, gemm, plan, &plan->algo, gemm->out);
-    /* What suits one size of a class need not do for all of it. */
+    /* An algorithm that suits one size of a class need not suit all of them. */
     if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
         rc = look_up(context, gemm, true, &plan);
         if (rc < 0)

@@ -1,8 +1,9 @@
 /* Matrix products. Sums are float32 (float32 operands: no TF32), in an order that repeats.
  *
- * Few rows by a weight (gemm_few.h says which) are an own kernel's, with the same bits for a row
- * whatever the number of rows. The rest is cuBLASLt's, by an algorithm chosen once per shape by
- * timing those that it proposes, and kept: for the context's life, and in a file for later ones. */
+ * Few rows by a weight (gemm_few.h says which) are done by a kernel of ours, with the same bits for
+ * a row whatever the number of rows. The rest is cuBLASLt's. Its algorithm is chosen once per
+ * shape, by timing those that cuBLASLt proposes, and kept: for the context's life, and in a file
+ * for later processes. */
 #ifndef CLAAS_CUDA_GEMM_H
 #define CLAAS_CUDA_GEMM_H
 
@@ -33,8 +34,8 @@ struct cuda_gemm {
     float beta;      /* 0: `add` is not read */
     const void *add; /* [m][n] of out_type, row length ldo; NULL = out itself */
     bool frozen;     /* b never changes: it may be read before the work queued so far is done */
-    /* NULL, or its S = x A^T is made and S (sB)^T is added, x and y being a and out, and rounded as
-     * if by launches of their own: only if cuda_gemm_adds_lora. Takes a turn of its pair */
+    /* NULL, or a LoRA to add (x and y are a and out): S = x A^T is made and S (sB)^T added, rounded
+     * as if by launches of their own. Only if cuda_gemm_adds_lora; takes a turn of lora->pair. */
     const struct cuda_lora *lora;
 };
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);

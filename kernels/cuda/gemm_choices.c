@@ -1,5 +1,6 @@
 /* The file of chosen algorithms: a header, then the choices as they are in memory. It is made and
- * read on one machine, so numbers are in its byte order; a foreign one fails at the version.
+ * read on one machine, so numbers are in its byte order; a file of another order fails at the
+ * version.
  *
  * The checksum is FNV-1a over everything else: each step is a bijection of the state, so no change
  * of a single byte goes unseen. It guards against disks, not against people: a file is in the
@@ -21,7 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FORMAT_VERSION 2 /* also of what keys mean */
+#define FORMAT_VERSION 2 /* also changes when keys mean something else */
 #define FILE_LIMIT     (sizeof(struct header) + GEMM_CHOICES_MAX * sizeof(struct gemm_choice))
 #define LOCK_WAIT      500     /* ms; it is held for one or two */
 #define LOCK_PAUSE     1000000 /* ns */
@@ -142,7 +143,7 @@ char *gemm_choices_path(const char *device)
     for (char *c = card; *c; c++)
         if (!isalnum((unsigned char)*c))
             *c = '-';
-    if (cache && cache[0] == '/') /* the specification: what is relative does not count */
+    if (cache && cache[0] == '/') /* the XDG specification: a relative path does not count */
         return claas_format("%s/claas/gemm-%s.bin", cache, card);
     if (home && home[0] == '/')
         return claas_format("%s/.cache/claas/gemm-%s.bin", home, card);
@@ -217,9 +218,9 @@ static void unlock(const int *lock)
         close(*lock);
 }
 
-/* Of a file beside `path`, which itself is replaced. -1: there is no lock to be had. Then
- * somebody's choices may get lost, which costs timing them again; the thread that computes waits no
- * longer. */
+/* Locks a file beside `path`, since `path` itself is replaced. -1: no lock was to be had. Then
+ * somebody's choices may get lost, which costs timing them again; but the thread that computes
+ * waits no longer. */
 static int lock_beside(const char *path)
 {
     const struct timespec pause = {.tv_nsec = LOCK_PAUSE};

@@ -19,8 +19,8 @@ extern "C" {
 
 #define GEMM_CHOICES_WAIT 5000 /* ms between two writes of a table that grows */
 
-/* Whatever may change what is fastest, or what an algorithm's bytes mean. No padding: compared as
- * bytes. */
+/* Everything that may change what is fastest, or what an algorithm's bytes mean. No padding, since
+ * it is compared as bytes. */
 struct gemm_choices_origin {
     char device[64]; /* its name, zeros behind */
     uint64_t library;
@@ -49,13 +49,13 @@ int gemm_choices_decode(const struct gemm_choices_origin *origin, const void *da
  * ~/.cache/claas; NULL: no file is kept (CLAAS_CUDA_CHOICES is empty, there is no home). device:
  * the card's name, of which letters and digits are kept: cards of two kinds share a home. */
 char *gemm_choices_path(const char *device);
-/* What the file says; nothing, and a line in the log, where it is no good. A file that is not there
- * is no reason for a line. */
+/* Reads the file; no choices, and a line in the log, if it is no good. A missing file is not worth
+ * a line. */
 void gemm_choices_read(const char *path, const struct gemm_choices_origin *origin,
                        struct gemm_choices *ret);
-/* Replaces the file at once by these choices and those that others have added to it; for the same
- * product ours count. Writers take turns by a lock on <path>.lock, which stays; who does not get it
- * within half a second writes without. A failure is logged. */
+/* Replaces the file, in one step, by these choices and those that others have added to it; for the
+ * same product ours count. Writers take turns by a lock on <path>.lock, a file that stays; a writer
+ * that does not get the lock within half a second writes without it. A failure is logged. */
 int gemm_choices_write(const char *path, const struct gemm_choices_origin *origin,
                        const struct gemm_choices *choices);
 /* Monotonic milliseconds, to space writes. */

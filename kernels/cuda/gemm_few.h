@@ -19,8 +19,8 @@ int cuda_gemm_few_open(struct cuda_context *context);
 /* Whether cuda_gemm_few does this product: NT, bfloat16, 1 to 64 rows, n and k of 256 or more, rows
  * of a and b that begin at multiples of 16 bytes. */
 bool cuda_gemm_few_suits(const struct cuda_context *context, const struct cuda_gemm *gemm);
-/* Of a product that it does: whether it adds gemm->lora too. m rows of serving, and parts of the
- * weight that begin at multiples of 128 rows. */
+/* Whether it also adds gemm->lora to a product that it does: in serving, where the parts of the
+ * weight begin at multiples of 128 rows. */
 bool cuda_gemm_few_adds(const struct cuda_context *context, const struct cuda_gemm *gemm);
 /* One launch; neither allocates nor waits, so a graph can capture it. */
 int cuda_gemm_few(struct cuda_context *context, const struct cuda_gemm *gemm);

@@ -1,5 +1,5 @@
-/* Capturing, keeping and launching graphs (graph.h). Only calls of the capturing thread are watched
- * (mode thread-local): an I/O thread allocates memory and copies adapters meanwhile. */
+/* Capturing, keeping and launching graphs (graph.h). Only calls of the capturing thread are checked
+ * (mode thread-local), because the I/O threads allocate memory and copy adapters meanwhile. */
 #include "cuda/graph.h"
 
 #include "claas/log.h"
@@ -33,7 +33,7 @@ static bool is_key(const struct cuda_graph_key *a, const struct cuda_graph_key *
     return a->rows == b->rows && a->furthest == b->furthest && a->adapters == b->adapters;
 }
 
-/* The key's slot; a new one in place of that which was not used for longest. */
+/* The key's slot; if there is none, that of the least recently used graph, emptied. */
 static struct cuda_graph *find_slot(struct cuda_graphs *graphs, const struct cuda_graph_key *key)
 {
     struct cuda_graph *oldest = &graphs->slots[0];

@@ -3,9 +3,9 @@
  *
  * What a piece of work launches must follow from its key alone: the same kernels over the same
  * addresses, with the same arguments. What changes from one run to the next lies in the device's
- * memory, in buffers that never move. A key's first run is made as it is (so that everything that
- * is measured, loaded or allocated at first use is then there), the second is captured, from then
- * on the graph is launched. All three give the same bits.
+ * memory, in buffers that never move. A key's first run is made without a graph (so that everything
+ * that is measured, loaded or allocated at first use is there afterwards), the second is captured,
+ * and from then on the graph is launched. All three give the same bits.
  *
  * Used by the computing thread only, on the context's stream. */
 #ifndef CLAAS_CUDA_GRAPH_H
@@ -40,13 +40,14 @@ struct cuda_graphs {
 
 /* CLAAS_CUDA_GRAPHS=0 turns them off: everything is launched kernel by kernel. */
 void cuda_graphs_open(struct cuda_graphs *graphs);
-/* The device must be done with them. */
+/* The device must have finished them. */
 void cuda_graphs_done(struct cuda_graphs *graphs);
 
 /* Launches kernels on the stream; 0 or a negative code. It must not wait for the device. */
 typedef int cuda_graph_work_fn(void *arg);
-/* Runs the work that belongs to the key. The least recently used graph makes room for a new one: it
- * must not be under way any more, so whoever calls this has waited for the stream since. */
+/* Runs the work that belongs to the key. The least recently used graph makes room for a new one,
+ * and must not be under way any more: the caller must have waited for the stream since it was
+ * launched. */
 int cuda_graphs_run(struct cuda_context *context, struct cuda_graphs *graphs,
                     const struct cuda_graph_key *key, cuda_graph_work_fn *work, void *arg);
 

@@ -42,7 +42,7 @@ struct targets {
     const int32_t *starts, *items, *rows; /* device */
 };
 
-/* An array of count + 1 numbers, rounded up to 16 bytes, is at most 16 a position. */
+/* An array of count + 1 numbers, rounded up to 16 bytes, takes at most 16 bytes a position. */
 size_t cuda_head_bytes(int positions)
 {
     return 3 * 16 * (size_t)positions;
@@ -72,7 +72,8 @@ static int list_targets(const struct chunk *chunk, struct targets *ret)
         own[i] = rows[i];
         counts[rows[i]]++;
     }
-    for (int row = 0; row < plan->tail_count; row++) { /* counts become where items go */
+    for (int row = 0; row < plan->tail_count; row++) { /* each count becomes the place where the
+                                                          row's items begin */
         int n = counts[row];
 
         counts[row] = next;
@@ -142,7 +143,8 @@ static int run_chunk(const struct chunk *chunk, bool saved)
 
     if (code >= 0)
         code = cuda_logits(backend, chunk->count, space->head_xn, space->logits);
-    /* numbered along the student's sequences, so the teacher's rows of a chunk lie together */
+    /* positions are numbered along the student's sequences, so the teacher's rows of a chunk lie
+     * together */
     if (code >= 0)
         code =
             cuda_logits(backend, chunk->count,

@@ -2,12 +2,12 @@
  * launch, CUDA C++ Programming Guide): a chain of kernels of a few microseconds then loses no time
  * between them, and a kernel can fetch what never changes before it waits.
  *
- * A kernel launched here does what needs nothing of the work queued before it, calls launch_wait, and
- * only then touches memory that such work writes, or writes memory that it reads. What it reads
- * must not be declared __restrict__ and const, which would say that nobody writes it while the
- * kernel lives. It calls launch_next when the next kernel may begin to do the same. launch_wait
- * returns when all of that work is done and seen, since each kernel of the chain waits itself.
- * Below sm_90 both are nothing and launches are the ordinary ones. */
+ * A kernel launched here first does what needs nothing of the work queued before it, calls
+ * launch_wait, and only then reads memory that such work writes, or writes memory that such work
+ * reads or writes. What it reads must not be declared __restrict__ and const, which would say that
+ * nobody writes it while the kernel lives. It calls launch_next when the next kernel may begin to
+ * do the same. launch_wait returns when all of that work is done and seen, since each kernel of the
+ * chain waits itself. Below sm_90 both are nothing and launches are the ordinary ones. */
 #ifndef CLAAS_CUDA_LAUNCH_CUH
 #define CLAAS_CUDA_LAUNCH_CUH
 

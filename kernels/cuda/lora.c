@@ -1,4 +1,5 @@
-/* Which rows are whose, as the device knows it, and which way an operation of LoRA goes. */
+/* LoRA on the host: groups and tiles of a pack's rows, as the device reads them, and which of the
+ * three ways of cuda_lora.h an operation goes. */
 #include "cuda/cuda_lora.h"
 
 #include "cuda/gemm.h"
@@ -55,8 +56,8 @@ int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_ro
     return listed;
 }
 
-/* CLAAS_CUDA_LORA, to measure and to compare: grouped (not even one large adapter is cuBLASLt's) or
- * apart (nothing is done beside the frozen products). */
+/* Whether CLAAS_CUDA_LORA asks for this way, to measure and to compare: grouped (cuBLASLt is not
+ * used even for one large adapter) or apart (nothing is done beside the frozen products). */
 static bool is_wished(const char *way)
 {
     const char *wish = getenv("CLAAS_CUDA_LORA");
@@ -302,7 +303,7 @@ int cuda_lora_begin(struct cuda_context *context, struct cuda_lora_pair *pair, i
                       "LoRA");
 }
 
-/* Nothing to do for the only adapter: it has none of the weight's modules. */
+/* Whether there is nothing to do, since the only adapter has none of the weight's modules. */
 static bool is_absent(const struct cuda_lora *lora)
 {
     return lora->rows->group_count == 1 && width_of(lora) == 0 &&

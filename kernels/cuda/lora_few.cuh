@@ -32,7 +32,8 @@ static __host__ __device__ __forceinline__ int lora_chunks_of(int k)
     return (k + lora_chunk_of(k) - 1) / lora_chunk_of(k);
 }
 
-/* From the L2: the kernel before this one may have written it while this one was there already. */
+/* Loads from the L2, past the L1: the kernel before this one may have written it while this one was
+ * running already. */
 static __device__ __forceinline__ uint4 load_16(const bf16 *from, bool valid)
 {
     return valid ? __ldcg((const uint4 *)from) : make_uint4(0, 0, 0, 0);

@@ -29,7 +29,7 @@
 
 /* --- pieces --- */
 
-/* Until at most `pieces` - 1 of the newest groups are under way. */
+/* Waits until at most the newest `pieces` - 1 groups of copies are under way. */
 static __device__ __forceinline__ void wait_oldest(int pieces)
 {
     if (pieces == 3)
@@ -165,7 +165,7 @@ static __device__ __forceinline__ void sum_piece(warp_sums &total, const lora_pr
         multiply_piece<TURNED_LEFT, TURNED_RIGHT>(sum, tile, row, column);
         if ((k + STEP) % LORA_CHUNK == 0 || k + STEP >= p.k_end)
             add_chunk(total, sum);
-        __syncthreads(); /* everybody is done with the tile */
+        __syncthreads(); /* all warps are done with the tile */
         if (ahead < p.k_end)
             load_terms<TURNED_LEFT, TURNED_RIGHT>(tile, p, ahead);
         copies_commit();
@@ -407,8 +407,8 @@ static int columns_of(const struct lora_args *args, enum cuda_lora_form form)
     }
 }
 
-/* Into how many chunks k is split: 1 unless too few blocks would have too many terms. The chunks
- * lie in the products' workspace, which is free between two of them. */
+/* Into how many chunks k is split: 1, unless too few blocks would have too many terms. The chunks'
+ * sums lie in the products' workspace, which is free between two products. */
 static int splits_of(const struct cuda_context *context, const struct lora_args *args,
                      enum cuda_lora_form form, int blocks)
 {
@@ -424,7 +424,7 @@ static int splits_of(const struct cuda_context *context, const struct lora_args 
     return chunks;
 }
 
-/* Pieces in flight: as many as the shortest wait needs, or all there are. */
+/* Pieces in flight: as many as the section with the most terms has, but at most PIECES_MAX. */
 static int pieces_of(const struct lora_args *args)
 {
     int pieces = 1;

@@ -2,26 +2,27 @@
  * arithmetic is lora_few.cuh's.
  *
  * The grid's first blocks make S (lora_shrink.cuh), each its slabs, or four together their parts of
- * them. S itself says what is there: an element is CUDA_LORA_MISSING until it is stored, once.
+ * them. S itself says what is there: an element is CUDA_LORA_MISSING until it is stored, which
+ * happens once.
  *
  * The product's blocks do their sums meanwhile. Towards the end of k their ring has room for the
  * rows of B that meet the block's columns (the first ones may have room of their own and come at
  * the beginning), and for S, which is asked for whether it is made or not. Behind the sums each
  * thread looks at the pieces of S that it copied, and asks again for those in which something is
- * missing. An element that is there is the last word on itself and says nothing of others, so
- * neither a fence nor an order of loads is needed. A warp takes the same 32 columns of one tile
- * after another; B too comes as a lane's own pieces.
+ * missing. An element that is there is final and says nothing of others, so neither a fence nor an
+ * order of loads is needed. A warp takes the same 32 columns of one tile after another; B too comes
+ * as a lane's own pieces.
  *
- * Behind launch_wait the product's blocks make all of the next launch's S missing: whoever read it,
- * the launch before, is done, and whoever stores or reads it next waits for this launch (cuda_lora.h,
- * struct cuda_lora_pair).
+ * Behind launch_wait the product's blocks make all of the next launch's S missing: the launch that
+ * read it, the one before this, is done, and those that store or read it next wait for this launch
+ * (cuda_lora.h, struct cuda_lora_pair).
  *
- * Who waits: a product's block for blocks of lower number in its own grid, and those for none but
- * others of their cluster, all of which run at once. Blocks are handed out in the order of their
- * numbers (which cuBLAS and CUTLASS rely on where they split k), so when one waits the others run or
- * are done; and those that make S need nothing of a block that has no place yet. Kernels before this
- * one are all running when it begins (launch.cuh) and need nothing of it; later ones begin when all
- * of its blocks run. */
+ * Why nothing waits for ever: a product's block waits for blocks of lower number in its own grid,
+ * and those wait for none but others of their cluster, all of which run at once. Blocks are handed
+ * out in the order of their numbers (which cuBLAS and CUTLASS rely on where they split k), so when
+ * one waits the others run or are done; and the blocks that make S need nothing of a block that has
+ * no place yet. Kernels before this one are all running when it begins (launch.cuh) and need
+ * nothing of it; later ones begin when all of its blocks run. */
 #ifndef CLAAS_CUDA_LORA_JOIN_CUH
 #define CLAAS_CUDA_LORA_JOIN_CUH
 
@@ -44,7 +45,8 @@ struct lora_join {
     int team;   /* of them, that share a slab: 1, or LORA_TEAM of a cluster */
 };
 
-/* One tile, as those see it who make S of all the weight's parts, or add one part. */
+/* One tile, as seen by the blocks that make S of all the weight's parts, or by those that add one
+ * part. */
 struct lora_line {
     const bf16 *from; /* the first row of A, or of B; NULL: the adapter has none */
     int first, count; /* rows of the pack */
@@ -104,7 +106,7 @@ lora_begin_list(struct lora_lines *lines, const struct lora_args &args)
     return tile;
 }
 
-/* By all threads; a barrier then makes the lines everybody's. */
+/* By all threads; a barrier then makes the lines visible to all of them. */
 static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
                                                  const struct lora_args &args,
                                                  const struct cuda_lora_tile &tile, int module)
@@ -125,8 +127,9 @@ static __device__ __forceinline__ void lora_list(struct lora_lines *lines,
     }
 }
 
-/* Each line's rows, behind that barrier, which keeps them apart from NOBODY everywhere; the next
- * one makes them everybody's. Those who make S do without. */
+/* Notes which line each row has. Comes behind that barrier, which separates it from the filling
+ * with LORA_NOBODY; the next barrier makes it visible to all threads. The blocks that make S do
+ * without. */
 static __device__ __forceinline__ void lora_list_rows(struct lora_lines *lines)
 {
     const int t = (int)threadIdx.x - (LORA_THREADS - LORA_LINES);
@@ -249,8 +252,8 @@ static __device__ __forceinline__ int lora_s_at(int row, int piece)
     return row * LORA_S_PIECES + (piece ^ (row & 1) << 2);
 }
 
-/* The next launch's S becomes missing. By all threads of the product's blocks, behind launch_wait:
- * of those that make S some leave before. */
+/* Makes the next launch's S missing. By all threads of the product's blocks, behind launch_wait;
+ * not by those that make S, of which some leave before. */
 static __device__ __forceinline__ void lora_clear_next(const struct lora_join &join)
 {
     const int pieces = join.args.m * (CUDA_LORA_PAIR_LD / 8), blocks = (int)gridDim.x - join.blocks;
@@ -282,7 +285,8 @@ static __device__ __forceinline__ void lora_ask_s(const struct lora_join &join,
     }
 }
 
-/* Some of the 8 terms are missing: a half of a word is ones where that of ~word is zero. */
+/* Whether some of the 8 terms are missing: a half of a word is all ones where that half of ~word is
+ * zero. */
 static __device__ __forceinline__ bool lora_misses(const uint4 &terms)
 {
     const uint32_t words[4] = {terms.x, terms.y, terms.z, terms.w};
@@ -309,15 +313,15 @@ static __device__ __forceinline__ uint4 lora_load_s(const bf16 *from)
 }
 
 /* Waits for all copies of this thread, and until no term of S is missing in those that lora_ask_s
- * started; a barrier makes S everybody's. ROWS: the pack has no more. A piece that was whole at the
- * first look is stored where it was: one way for all. */
+ * started; a barrier then makes S visible to all threads. ROWS: the pack has no more. A piece that
+ * was whole at the first look is stored where it was: one way for all. */
 template <int ROWS>
 static __device__ __forceinline__ void lora_receive_s(const struct lora_join &join,
                                                       const struct lora_lines *lines, uint4 *s)
 {
     constexpr int step = LORA_THREADS / LORA_S_PIECES, most = (ROWS + step - 1) / step;
     const int row = (int)threadIdx.x / LORA_S_PIECES, piece = (int)threadIdx.x % LORA_S_PIECES;
-    unsigned missing = 0, polls = 0; /* missing: as far as is known */
+    unsigned missing = 0, polls = 0; /* missing: a bit for each piece, as far as is known */
     uint4 terms[most];
     int from[most];
 

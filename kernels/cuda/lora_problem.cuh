@@ -20,13 +20,13 @@
 #include "cuda/cuda_lora.h"
 
 #define LORA_TILE  64  /* of i and of j */
-#define LORA_CHUNK 512 /* of k: sums of so many are added up in order, wherever they were made */
+#define LORA_CHUNK 512 /* of k: sums of so many terms are added in order, whichever block made them */
 
 struct lora_section {
     enum cuda_lora_form form;
     unsigned first; /* block */
     int columns;
-    int splits; /* of k, in chunks: 1, or so many that each block has one */
+    int splits; /* parts of k: 1, or one for each chunk */
 };
 struct lora_args {
     const struct cuda_lora_group *groups;
@@ -87,8 +87,8 @@ template <typename T> struct lora_problem {
     float *partial; /* of (0, 0): float32, out_i apart; or NULL */
 };
 
-/* The part of the weight that column `x` belongs to, of `per` columns per `size` of its N rows; x
- * becomes the column within it. */
+/* The part of the weight that column `x` belongs to, where each part has `per` columns for every
+ * `size` of its N rows; x becomes the column within the part. */
 static __device__ __forceinline__ int lora_part_of(const struct lora_args &args, int size, int per,
                                                    int *x)
 {
@@ -200,7 +200,7 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
         p->partial = args.partial + ((size_t)chunk * (size_t)args.m + first) * (size_t)args.ld +
                      (size_t)place * (size_t)group->rank;
         p->k_first = chunk * LORA_CHUNK;
-        /* a shorter part of the weight has no terms in its last chunks: sums of zero */
+        /* a shorter part of the weight has no terms in its last chunks, whose sums are zero */
         p->k_end = p->k_end < p->k_first + LORA_CHUNK ? p->k_end : p->k_first + LORA_CHUNK;
     }
     return p->j < p->n && p->k_end > 0;

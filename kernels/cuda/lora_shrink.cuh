@@ -3,17 +3,18 @@
  * A block takes a slab of 16 columns of S at a time for one tile: warp c sums chunk c of K. Where K
  * is long that is too much of it for one block, and LORA_TEAM neighbours of a cluster take a slab
  * together: block p has the chunks 2p and 2p + 1, and a warp a quarter of one. A and x come through
- * a ring of a lane's own pieces in shared memory, which runs on from slab to slab and has A before x
- * is waited for. Beside a product that fills the memory's queues even what is in the L2 takes 2 or 3
- * us to come, so the ring must be long for x as well.
+ * a ring of a lane's own pieces in shared memory, which runs on from slab to slab and has A before
+ * x is waited for. Beside a product that fills the memory's queues even what is in the L2 takes 2
+ * or 3 us to come, so the ring must be long for x as well.
  *
  * A team's block p stores the columns 4p to 4p + 3 of each slab: it is sent (mbarrier.cuh) all
  * chunks' sums of them by all four, itself too, for one slab and the next by turns into two places.
- * A place is free again without a word: who sends for the next slab but one has received what this
- * block sent for the next one, which it did when it had read this slab's. The same holds for a
- * place's barrier: all sends that it counts in a phase come when the phase before has ended. A block
- * leaves when it has stored its last slab, and then nobody sends to it any more; all four have the
- * same list of slabs, so all stay or, without slabs, none. */
+ * That a place is free again needs no message: a block that sends for the next slab but one has
+ * received what this block sent for the next one, which this block did after it had read this
+ * slab's. The same holds for a place's barrier: all sends that it counts in a phase come when the
+ * phase before has ended. A block leaves when it has stored its last slab, and then no block sends
+ * to it any more; all four have the same list of slabs, so all stay or, without slabs, none
+ * does. */
 #ifndef CLAAS_CUDA_LORA_SHRINK_CUH
 #define CLAAS_CUDA_LORA_SHRINK_CUH
 
@@ -198,7 +199,7 @@ static __device__ __forceinline__ void lora_store_sum(const struct lora_join &jo
                      : "memory");
 }
 
-/* The chunks' sums, added in order and rounded. By all threads: one element each. */
+/* Stores the chunks' sums, added in order and rounded. By all threads: one element each. */
 static __device__ __forceinline__ void lora_store_slab(const struct lora_join &join,
                                                        const struct lora_line &line, int slab,
                                                        const float (&total)[2][4],
@@ -215,7 +216,7 @@ static __device__ __forceinline__ void lora_store_slab(const struct lora_join &j
     for (int c = 0; c < CUDA_LORA_PARTS; c++)
         sum += sums[c][row][column];
     lora_store_sum(join, line, row, slab * LORA_SLAB + column, sum);
-    __syncthreads(); /* nobody reads the sums any more */
+    __syncthreads(); /* no thread reads the sums any more */
 }
 
 /* By the warp that has the first quarter of a chunk in `total`: adds the others in order, and sends
@@ -239,7 +240,8 @@ static __device__ __forceinline__ void lora_push_chunk(float (&total)[2][4], con
             total[1][2 * half] += sum.z;
             total[1][2 * half + 1] += sum.w;
         }
-    __syncwarp(); /* all lanes have read before any chunk is sent: who has them all may go on */
+    __syncwarp(); /* all lanes have read before any chunk is sent: a block that has all of them may
+                     go on */
     place += (chunk * (HIGH ? 16 : 8) + row) * LORA_TEAM_COLUMNS + lane % 2 * 2;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -320,7 +322,7 @@ static __device__ __forceinline__ void lora_make_slabs(const struct lora_join &j
 
     lora_seek(lines, first, &line, &slab);
     if (line >= lora_used(lines))
-        return; /* without waiting: the product's blocks want the room */
+        return; /* without launch_wait: the product's blocks want the room */
     if (join.team > 1)
         cluster_arrive(); /* those that have left are not waited for */
     lora_aim(&feed, join, lines, first, range.begin);

@@ -72,7 +72,7 @@ struct loss_row {
     struct loss_scalars *scalars;
     struct row_slice z, zt;
     float max, max_t;
-    bool stored;     /* z and zt became es and x */
+    bool stored;     /* z and zt now hold es and x */
     row_key_t bound; /* members' keys are no smaller */
 };
 
@@ -369,7 +369,7 @@ static __device__ void student_topk(struct loss_row *row, double alpha)
     __syncthreads();
 }
 
-/* stopgrad(log S_y - tau_y) log S_y */
+/* D = stopgrad(log S_y - tau_y) log S_y, as in sdpo/buckets.c */
 static __device__ void token_form(const struct loss_row *row, float z, float zt, int token)
 {
     struct loss_scalars *ret = row->scalars;
@@ -644,14 +644,15 @@ static __device__ __forceinline__ void fetch(struct loss_row *row, const struct 
     row_fetched();
 }
 
-/* Members have a gradient of their own: not in the forms that teach the token or nothing. */
+/* Whether the top K have a patch: not in the forms that teach only the token, or nothing. */
 static __device__ __forceinline__ bool has_patch(const struct claas_loss_config *config)
 {
     return config->variant == CLAAS_LOSS_STUDENT_TOPK_TAIL ||
            (config->alpha > 0 && config->alpha < 1);
 }
 
-/* Two kernels by TOP_K, so that the doubles of the second do not cost the first its registers. */
+/* Two kernels, by TOP_K, so that the doubles that the second one needs do not cost the first one
+ * registers. */
 template <typename Act, bool TOP_K>
 static __global__ void __launch_bounds__(1024, 1) loss_rows(const struct loss_args args)
 {

@@ -1,8 +1,9 @@
 /* Barriers that count bytes (mbarrier), and stores into another block of the cluster that are
  * counted there (st.async): from sm_90 on. PTX ISA, "mbarrier" and "st.async".
  *
- * Who sends does not wait, and what is sent is there when the receiver's barrier has counted it: no
- * fence, which would wait for all of a thread's memory, and no barrier of all blocks. The order:
+ * The sender does not wait, and what is sent is there when the receiver's barrier has counted it.
+ * So there is no fence, which would wait for all of a thread's memory accesses, and no barrier of
+ * all blocks. The order:
  *
  *   begin    the receiver's mbarrier_init by one thread, then cluster_arrive by all threads of every
  *            block, when what is sent to it has a free place; cluster_wait before the first push
@@ -11,9 +12,9 @@
  *   end      a block leaves when it has received all that is sent to it; its own pushes need it no
  *            more, since they took their values from registers
  *
- * cluster_arrive is relaxed: mbarrier_init has a fence of its own, and nothing else that was written
- * is read from afar. That a place is free means reads that are over: those of threads of the block
- * at a barrier of the block before cluster_arrive, those of wgmma at its wait.
+ * cluster_arrive is relaxed: mbarrier_init has a fence of its own, and nothing else that was
+ * written is read by other blocks. A place is free when the reads of it are over: those by threads
+ * of the block are at a barrier of the block before cluster_arrive, those by wgmma at its wait.
  *
  * Below sm_90 the functions are empty; nobody calls them there. */
 #ifndef CLAAS_CUDA_MBARRIER_CUH
@@ -28,7 +29,7 @@
 #endif
 
 #define MBARRIER_BYTES     8
-#define MBARRIER_POLLS_MAX (1u << 22) /* each waits some microseconds itself: many seconds */
+#define MBARRIER_POLLS_MAX (1u << 22) /* each poll waits some microseconds: many seconds */
 
 /* Phases of one arrival: mbarrier_expect. A barrier of the block lets its other threads wait. */
 static __device__ __forceinline__ void mbarrier_init(uint64_t *barrier)
@@ -47,7 +48,7 @@ static __device__ __forceinline__ void mbarrier_expect(uint64_t *barrier, int by
                 : "memory");
 }
 
-/* Until the phase of this parity (0, 1, 0, …) has ended. */
+/* Waits until the phase of this parity (0, 1, 0, …) has ended. */
 static __device__ __forceinline__ void mbarrier_wait(const uint64_t *barrier, int parity)
 {
     uint32_t done = 1, polls = 0;

@@ -23,7 +23,7 @@ static __device__ __forceinline__ void copy_16(void *to, const void *from, bool 
                  "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
                  : "memory");
 }
-/* The same where the rest of the 256 bytes is wanted soon. */
+/* The same, where the rest of the surrounding 256 bytes will be wanted soon. */
 static __device__ __forceinline__ void copy_16_of_many(void *to, const void *from, bool valid)
 {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
@@ -35,8 +35,8 @@ static __device__ __forceinline__ void copies_commit(void)
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-/* All of this thread's groups but the last PENDING have arrived; a barrier makes them everybody's.
- */
+/* Waits until all of this thread's groups of copies but the last PENDING have arrived; a barrier
+ * then makes them visible to all threads. */
 template <int PENDING> static __device__ __forceinline__ void copies_wait_but(void)
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");

@@ -21,8 +21,8 @@
 #include <string.h>
 
 #define STAGING_BYTES ((size_t)32 << 20)
-#define AHEAD         3     /* buffers' worth of a file that the disk is told of */
-#define TASK_ELEMENTS 32768 /* what a thread decodes at a time: long beside handing it out */
+#define AHEAD         3     /* buffers' worth of the file that are asked for ahead of being read */
+#define TASK_ELEMENTS 32768 /* decoded by a thread at a time: long beside handing them out */
 #define FILL_THREADS  256
 #define FILL_BLOCKS   16 /* per multiprocessor */
 #define HEAD_DIM_STEP 16
@@ -266,7 +266,7 @@ static int load_matrix(struct loader *loader, const struct claas_tensor *tensor,
     return rc;
 }
 
-/* Where the host prepares what `device`, a place in the small arena, will hold. */
+/* Where the host prepares what a place in the small arena, `device`, will hold. */
 static float *host_place(const struct loader *loader, const float *device)
 {
     return loader->host_small + (device - (const float *)loader->small.base);
@@ -383,7 +383,7 @@ static float *take_floats(struct loader *loader, size_t count)
     return (float *)cuda_take(&loader->small, count * sizeof(float));
 }
 
-/* With arenas that only count, nothing else. */
+/* Places everything. With arenas that only count it does nothing else. */
 static void place_model(struct loader *loader)
 {
     struct cuda_model *model = loader->model;
@@ -413,7 +413,7 @@ static int allocate(struct loader *loader)
     size_t weights, small;
     int rc;
 
-    place_model(loader); /* counts */
+    place_model(loader); /* the arenas only count */
     weights = loader->weights.used;
     small = loader->small.used;
     rc = cuda_region_new(loader->context, &model->region, weights + small, "the model's weights");

@@ -25,8 +25,8 @@ struct norm_args {
 };
 typedef void norm_kernel(struct norm_args);
 
-/* Over the threads of a row: blockDim.x of them, one warp or a whole block (which then comes here
- * once). */
+/* The sum over the threads of a row: blockDim.x of them, one warp or a whole block (which must call
+ * this only once). */
 __device__ static float row_sum(float sum)
 {
     __shared__ float warps[WARP];

@@ -240,7 +240,7 @@ int cuda_mlp_half(const struct cuda_pass *pass, const struct cuda_lora_rows *row
 
 /* --- all layers --- */
 
-/* The tail's rows of what the last layer's second half reads. */
+/* Gathers the tail's rows of what the last layer's second half reads. */
 static int gather_tail(const struct cuda_pass *pass, const struct cuda_infer *infer,
                        struct cuda_acts *acts)
 {
@@ -279,7 +279,8 @@ static int infer_tail(const struct cuda_pass *pass, struct cuda_infer *infer, vo
     return code;
 }
 
-/* For the rows that may have LoRA beside their products: all, or of a larger pack the tail. */
+/* Prepares the pair for the rows that may have LoRA beside their products: all rows, or those of
+ * the tail if the pack is larger. */
 static int begin_lora(const struct cuda_pass *pass, int tail_count)
 {
     struct cuda_context *context = &pass->backend->context;

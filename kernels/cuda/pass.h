@@ -28,13 +28,13 @@ struct cuda_upload {
     uint8_t *host;
     struct cuda_region device;
     size_t bytes, used, sent;
-    cudaEvent_t copied; /* until then the host's side must not be written */
+    cudaEvent_t copied; /* until this event the host's side must not be written */
     bool pending;
 };
 int cuda_upload_new(struct cuda_context *context, struct cuda_upload *upload, size_t bytes,
                     const char *what);
 void cuda_upload_done(struct cuda_context *context, struct cuda_upload *upload);
-/* Starts filling again; waits for the last copy. */
+/* Starts filling from the beginning; waits for the last copy. */
 int cuda_upload_begin(struct cuda_context *context, struct cuda_upload *upload);
 /* Room for `bytes` on the host's side and its address on the device's. NULL when full. */
 void *cuda_upload_take(struct cuda_upload *upload, size_t bytes, const void **device);
@@ -48,18 +48,18 @@ struct cuda_pack {
     const int32_t *tokens, *pos, *blocks, *row_run, *tables, *children;
     const int64_t *key_order; /* training: see cuda_attention_bwd */
     const struct cuda_attn_run *runs;
-    struct cuda_lora_rows rows; /* whose the rows are */
-    struct cuda_lora_rows tail; /* likewise of the pack's tail, numbered along it */
+    struct cuda_lora_rows rows; /* which rows belong to which adapter */
+    struct cuda_lora_rows tail; /* likewise for the pack's tail, numbered along it */
 };
-/* Bytes that cuda_pack_fill takes of an upload at most. */
+/* The most bytes that cuda_pack_fill takes of an upload. */
 size_t cuda_pack_bytes(int m, int runs, int tables);
 /* Runs with a parent find it in the same pack (paged = false), or all earlier positions in their
  * blocks (paged = true). LIMIT if the upload is full.
  *
- * Serving (paged) at most CUDA_LORA_FEW rows, all arrays but the block tables, and what describes a
- * tail shorter than the pack, have places that follow from the numbers of rows and runs alone, and
- * so have the launches of cuda_linear: only whether there is any adapter makes a difference. A run
- * longer than `queries` becomes several (0: none does). */
+ * When serving (paged) at most CUDA_LORA_FEW rows, the places of all arrays (except for block
+ * tables, and for what describes a tail shorter than the pack) follow from the numbers of rows and
+ * runs alone, and so do the launches of cuda_linear: only whether there is any adapter makes a
+ * difference. A run longer than `queries` becomes several (0: none does). */
 int cuda_pack_fill(struct cuda_upload *upload, const struct claas_pack *pack, bool paged,
                    int queries, struct cuda_pack *ret);
 
@@ -93,17 +93,20 @@ struct cuda_pass {
 };
 
 /* Called between layers: gives the engine its turn, and keeps the host at most two calls ahead of
- * the device, so that its clock means something. CANCELLED when the engine gives up. */
+ * the device, so that time measured by the host means something. CANCELLED when the engine gives
+ * up. */
 int cuda_yield(const struct cuda_pass *pass);
-/* Called after the products of one weight: the turn alone. A kernel's first launch loads it, which
- * takes milliseconds, and a first step meets dozens in its first layer. */
+/* Called after the products of one weight: gives the turn alone. It is needed that often because a
+ * kernel's first launch loads it, which takes milliseconds, and a first step meets dozens of
+ * kernels in its first layer. */
 int cuda_turn(const struct cuda_pass *pass);
 
 /* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. */
 int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows, int layer,
                 enum cuda_weight_kind kind, const void *x, void *s, const void *residual,
                 void *out);
-/* What a layer's q|k|v and attention work on: of the pass's pack, in serving with its blocks. */
+/* The arguments of a layer's q|k|v and attention: those of the pass's pack, in serving with its
+ * blocks. */
 struct cuda_qkv cuda_qkv_args(const struct cuda_pass *pass, int layer,
                               const struct cuda_acts *acts);
 struct cuda_attention cuda_attention_args(const struct cuda_pass *pass, int layer,
@@ -120,7 +123,7 @@ struct cuda_infer {
     struct cuda_acts acts;
     void *tail_x, *tail_attn; /* act [tail_count][D], [tail_count][Nq] */
     const int32_t *tail;      /* device */
-    int tail_count;           /* the pack's, or all of its rows */
+    int tail_count;           /* that of the pack's tail, or of all its rows */
 };
 int cuda_infer(const struct cuda_pass *pass, struct cuda_infer *infer, void *out);
 
@@ -145,9 +148,9 @@ struct cuda_forward_space {
     struct cuda_lora_pair lora_pair; /* the pass's */
     struct cuda_infer infer;
     struct cuda_graphs graphs;
-    int32_t spare; /* the block behind the pool: of rows that fill up a pass */
+    int32_t spare; /* the block behind the pool, for rows that fill up a pass */
     int32_t *tail; /* host [max_tokens] */
-    void *host;    /* memory of the host's arrays */
+    void *host;    /* memory of the pack's and tail's arrays on the host */
     void *hidden;
     float *logits; /* [logits_rows][V] */
     void *sampling;
@@ -163,7 +166,7 @@ struct claas_backend {
     struct cuda_forward_space forward;
     struct cuda_region step; /* of training; grown when a step needs more, kept for the next one */
     struct cuda_upload step_upload;  /* the rows of all its batches */
-    struct cuda_upload chunk_upload; /* of the head's chunks, one behind the other */
+    struct cuda_upload chunk_upload; /* for the head's chunks, one behind the other */
     cudaEvent_t turns[2];            /* of cuda_yield */
     int turn;
     char name[96];

@@ -25,7 +25,8 @@ __device__ static void load_angles(float cs[2 * CHUNK], const float *table)
 }
 
 /* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. cs: cos, sin of 8
- * angles. What is contracted is said, here and below, and not left to the kernel around it. */
+ * angles. Which multiply-adds are fused is said here and below, and not left to how the compiler
+ * sees the kernel around them. */
 __device__ static void rotate(float low[CHUNK], float high[CHUNK], const float cs[2 * CHUNK],
                               float sign)
 {
@@ -75,7 +76,7 @@ __device__ static int unwritten_from(const struct cuda_qkv &a, int row)
     return count;
 }
 
-/* Where a row's keys and values go, by what the pass says of it. */
+/* Where a row's keys and values go, from the pass's positions and blocks. */
 struct kv_slot {
     int block, position; /* in it */
     int clear_from;
@@ -108,8 +109,9 @@ __device__ static void store_kv(const struct cuda_qkv &a, const struct head_plac
         store_halves(out + (size_t)p * d, d / 2, zero, zero);
 }
 
-/* Without norm nothing is rounded and the result means nothing. With it the norm reads what raw
- * holds, so that the backward pass is that of the very same numbers. */
+/* The head's 1/rms, for its norm. Without a norm nothing is rounded and the result means nothing.
+ * With one, the norm reads the rounded values that `raw` holds, so that the backward pass works on
+ * the very same numbers. */
 template <typename T>
 __device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm, float low[CHUNK],
                                   float high[CHUNK])
@@ -131,8 +133,8 @@ __device__ static const float *head_norm(const struct cuda_qkv &a, const struct 
     return place.q ? a.norm_q : place.k ? a.norm_k : NULL;
 }
 
-/* The head as it comes, with its bias; zeros where there is none. Returns what it is normalised by.
- * All lanes of the warp must come here. */
+/* Reads the head and adds its bias; zeros where there is no head. Returns what head_rstd does. All
+ * lanes of the warp must come here. */
 template <typename T>
 __device__ static float read_head(const struct cuda_qkv &a, const struct head_place &place,
                                   int lanes, float low[CHUNK], float high[CHUNK])
@@ -171,7 +173,7 @@ __device__ static void load_turn(const struct cuda_qkv &a, const struct head_pla
     load_angles(turn.cs, a.cos_sin + (size_t)pos * a.head_dim + 2 * at);
 }
 
-/* Of q or k: normalised, if it has a norm, and rotated. */
+/* Normalises q or k, if it has a norm, and rotates it. */
 __device__ static void finish_head(const struct cuda_qkv &a, const struct head_place &place,
                                    float rstd, const struct head_turn &turn, float low[CHUNK],
                                    float high[CHUNK])

@@ -99,8 +99,8 @@ __device__ static inline void store8(__nv_bfloat16 *p, int valid, const float v[
     }
 }
 
-/* v as an array of T would hold it. In pairs: a lone conversion to bfloat16 is four times as slow.
- */
+/* Rounds v to what an array of T would hold. In pairs, since a lone conversion to bfloat16 is four
+ * times as slow. */
 __device__ static inline void round8(float *, const float *)
 {
 }

@@ -12,7 +12,8 @@ extern "C" {
 /* Fills the results of m samples from float32 logits [m][V] on the device. `samples` is the host's;
  * `device_samples` (m of them) and scratch (cuda_sample_scratch_bytes) are device memory; `staging`
  * is pinned host memory for m samples. Waits for the stream: this is the pass's one
- * synchronisation. Same request, seed and logits: same token as the CPU's. */
+ * synchronisation. The same request, seed and logits give the CPU's token (but see sample.cu on
+ * borders). */
 int cuda_sample(struct cuda_context *context, int vocab, int m, const float *logits,
                 struct claas_sample *samples, struct claas_sample *staging,
                 struct claas_sample *device_samples, void *scratch);

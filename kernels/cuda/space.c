@@ -1,6 +1,6 @@
 /* Where the buffers of a training step lie. One region holds first what is kept through the step,
  * then the buffers of the stage at hand: the stages (teacher, base, student) use the same memory
- * one after the other. The same code counts, with an arena without a base, and places. */
+ * one after the other. The same code counts (with an arena that has no base) and places. */
 #include "cuda/cuda_train.h"
 
 #include <limits.h>
@@ -187,8 +187,8 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
                          space);
 }
 
-/* A power of two or three quarters of one. Where batches end decides in which order gradients are
- * summed, so that must hardly ever move with what else is on the card. */
+/* Rounds down to a power of two or three quarters of one. Where batches end decides in which order
+ * gradients are summed, so it must hardly ever depend on what else is on the card. */
 static int batch_limit(size_t tokens)
 {
     int power = TRAIN_TOKENS_MIN;
@@ -240,8 +240,8 @@ static int take_region(struct cuda_step *step, size_t bytes)
     return cuda_region_new(&backend->context, &backend->step, bytes, "a training step");
 }
 
-/* A quarter more than before where as much again stays free: steps that are each a little longer
- * shall not each take and zero gigabytes. */
+/* Takes a quarter more than before where as much again stays free, so that steps which are each a
+ * little longer do not each allocate and zero gigabytes. */
 static int grow_region(struct cuda_step *step, size_t need)
 {
     claas_backend_t *backend = step->backend;
@@ -255,7 +255,7 @@ static int grow_region(struct cuda_step *step, size_t need)
     return take_region(step, need < roomy && roomy <= available / 2 ? roomy : need);
 }
 
-/* Copies of adapters that are only there to save time go before layers are computed twice. */
+/* Lets go of copies of adapters that only save time, before layers are computed twice. */
 static int keep_more(struct cuda_step *step)
 {
     const struct claas_backend_train *request = step->plan.request;

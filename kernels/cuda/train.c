@@ -109,7 +109,8 @@ static int ready_upload(struct cuda_context *context, struct cuda_upload *upload
     return cuda_upload_new(context, upload, bytes + bytes / 2, "the rows of a step");
 }
 
-/* Copies the plan's arrays; the loss positions then go to their place, which is written later. */
+/* Copies the plan's arrays, then, on the device, the loss positions to their place in the step's
+ * memory, where the base's log-probs are added later. */
 static int send_plan(struct cuda_step *step)
 {
     claas_backend_t *backend = step->backend;
@@ -153,7 +154,8 @@ static int infer_batch(struct cuda_step *step, const struct cuda_batch *batch)
     return cuda_infer(&space->pass, &space->infer, space->hidden);
 }
 
-/* Hidden rows to where the positions' numbers say: runs of consecutive numbers at once. */
+/* Copies hidden rows to the places that their positions' numbers give, a run of consecutive numbers
+ * at once. */
 static int keep_teacher(struct cuda_step *step, const struct cuda_batch *batch)
 {
     const struct claas_plan_batch *plan = batch->plan;
@@ -353,8 +355,8 @@ static int measure_gradients(struct cuda_step *step, struct cuda_learned *learne
                       "the gradients' norms");
 }
 
-/* The last of the stream's work before the wait, so that no step ends with the copy under way: its
- * memory may go then. */
+/* Copies the teacher's rows to the host. This is the last work queued before the wait, so that no
+ * step ends while the copy is under way: the memory may be freed then. */
 static int leave_teacher(struct cuda_step *step, const struct claas_teacher_kept *kept)
 {
     struct cuda_context *context = &step->backend->context;
@@ -367,7 +369,7 @@ static int leave_teacher(struct cuda_step *step, const struct claas_teacher_kept
                       "the teacher's rows");
 }
 
-/* Waits for all that is queued of the step. */
+/* Fetches losses and norms; waits for all that the step queued. */
 static int fetch_figures(struct cuda_step *step, struct claas_train_result *ret)
 {
     struct cuda_context *context = &step->backend->context;

@@ -1,5 +1,6 @@
 /* What the host hands over: buffers that it fills and the device reads, and how a pack lies in one:
- * whose the rows are (LoRA's groups and tiles), tokens and positions, runs, block numbers. */
+ * which adapters the rows belong to (LoRA's groups and tiles), tokens and positions, runs, block
+ * numbers. */
 #include "cuda/pass.h"
 
 #include <stdlib.h>
@@ -96,8 +97,8 @@ static int blocks_of(const struct claas_pack_run *run)
     return (run->pos + run->count + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK;
 }
 
-/* The length of the piece of a run that begins with its row `done`: all that is left, or so much
- * that attention works on each row as if it were decoded. */
+/* The length of the piece of a run that begins with its row `done`: all that is left, or, with
+ * `queries`, as much as attention takes in the way of decoding. */
 static int piece_length(const struct claas_pack_run *run, int done, int queries)
 {
     int left = run->count - done, pos = run->pos + done, length = left;
@@ -128,7 +129,7 @@ static int count_pieces(const struct claas_pack *pack, int queries)
     return pieces;
 }
 
-/* A serving run in the device's form, or its pieces: all with the run's block numbers. */
+/* Writes a serving run, or its pieces, in the device's form; all have the run's block numbers. */
 static int fill_pieces(const struct claas_pack_run *run, int queries, int table,
                        struct cuda_attn_run *runs)
 {
@@ -158,7 +159,7 @@ static void fill_paged(const struct claas_pack *pack, int queries, struct cuda_a
     }
 }
 
-/* Training runs in the device's form; a run's children are listed in their order. */
+/* Writes training runs in the device's form; a run's children are listed in their order. */
 static void fill_runs(const struct claas_pack *pack, struct cuda_attn_run *runs, int32_t *children)
 {
     int child = 0;
@@ -180,7 +181,7 @@ static void fill_runs(const struct claas_pack *pack, struct cuda_attn_run *runs,
     }
 }
 
-/* Query rows that may see some key of the pack's rows first … end-1. */
+/* How many query rows may see some key of the pack's rows first … end-1. */
 static int64_t queries_of_keys(const struct claas_pack *pack, const struct cuda_attn_run *runs,
                                const int32_t *children, int first, int end)
 {
@@ -206,7 +207,7 @@ static int compare_keys(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The windows of keys by falling work, each in the low half of its word. */
+/* The windows of keys, those with most work first, each in the low half of its word. */
 static void fill_order(const struct claas_pack *pack, const struct cuda_attn_run *runs,
                        const int32_t *children, int64_t *order)
 {
@@ -257,8 +258,8 @@ static int list_groups(const struct claas_pack *pack, bool tail, struct cuda_lor
     return count;
 }
 
-/* As many places as there are runs and rows; few: with all tiles of the list in use, the rest of
- * them empty. */
+/* Takes as many places as there are runs and rows, and fills in groups and tiles; few: all tiles of
+ * the list count, those left over being empty. */
 static int fill_lora(struct cuda_upload *upload, const struct claas_pack *pack, bool tail, bool few,
                      struct cuda_lora_rows *ret)
 {
@@ -285,7 +286,7 @@ static int fill_lora(struct cuda_upload *upload, const struct claas_pack *pack, 
     return 0;
 }
 
-/* What does not depend on how far the runs go, then `last` bytes. */
+/* Takes the arrays whose sizes do not depend on how far the runs go, then `last` bytes. */
 static int take_arrays(struct cuda_upload *upload, int m, int runs, size_t last, void *host[7],
                        const void *at[7])
 {

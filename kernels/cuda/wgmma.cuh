@@ -24,8 +24,8 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-/* Other code than sm_90a's has these functions without a body: its host never launches their users.
- */
+/* In code of other kinds than sm_90a these functions have no body: the host never launches kernels
+ * that use them there. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -47,7 +47,7 @@ template <int PENDING> static __device__ __forceinline__ void wgmma_wait(void)
     WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-/* This thread's writes to shared memory, for products that follow a barrier. */
+/* Makes this thread's writes to shared memory visible to products that follow a barrier. */
 static __device__ __forceinline__ void wgmma_publish(void)
 {
     WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory");

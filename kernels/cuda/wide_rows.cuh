@@ -44,7 +44,7 @@ typedef unsigned long long row_key_t;
 
 /* --- sums over a row --- */
 
-/* What of row_sums counts; FOLD_SUM is sum[0] and sum[1], FOLD_MORE the other two. */
+/* Which fields of row_sums are folded; FOLD_SUM is sum[0] and sum[1], FOLD_MORE the other two. */
 enum { FOLD_MAX = 1, FOLD_KEY = 2, FOLD_MASS = 4, FOLD_SUM = 8, FOLD_MORE = 16 };
 
 struct row_sums {
@@ -54,7 +54,7 @@ struct row_sums {
     double sum[4];
 };
 
-/* What follows it in shared memory is read by four, hence the alignment. */
+/* What follows it in shared memory is read four floats at a time, hence the alignment. */
 struct alignas(16) row_shared {
     struct row_sums warps[ROW_WARPS_MAX];
     struct row_sums own[2]; /* of this block; read by the other blocks of the cluster */
@@ -69,10 +69,10 @@ struct row_block {
     struct row_shared *shared;
     int rank, blocks;
     int begin, count;  /* the block's elements of the row */
-    int folds, digits; /* done so far: buffers alternate */
+    int folds, digits; /* folds and digits done so far: buffers alternate */
 };
 
-/* What `mine` of this block is in block `rank` of the cluster. */
+/* Where block `rank` of the cluster has what this block has at `mine`. */
 template <typename T> static __device__ __forceinline__ T *row_remote(T *mine, int rank, int blocks)
 {
 #if __CUDA_ARCH__ >= 900
@@ -305,7 +305,7 @@ template <typename W> struct alignas(16) digit_bins {
     W groups[2][BIN_GROUPS];
 };
 
-/* scale 0: an element counts 1. */
+/* An element's weight: 1 where counts are taken (unsigned, or scale 0), else its mass. */
 static __device__ __forceinline__ void weigh(float value, float scale, unsigned *ret)
 {
     *ret = 1;
@@ -370,8 +370,8 @@ template <typename W> static __device__ W over_blocks(const struct row_block *bl
     return sum;
 }
 
-/* By one warp: the bin, from the highest down, at which the sum first reaches `wanted`; what lies
- * above it; what is inside it. */
+/* By one warp: finds the bin, from the highest down, at which the sum first reaches `wanted`, the
+ * sum above it and the sum inside it. */
 template <typename W>
 static __device__ void find_bin(const struct row_block *block, W *bins, W *groups, W wanted)
 {
@@ -472,9 +472,9 @@ static inline void row_cut(struct row_plan *plan, int blocks, int threads, int s
     plan->resident = true;
 }
 
-/* A row as `slots` arrays of floats in shared memory, behind `fixed` bytes: on as few blocks, but
- * at least `least`, as let two of them share a multiprocessor (one loads while the other computes).
- */
+/* Plans a row as `slots` arrays of floats in shared memory, behind `fixed` bytes: on the fewest
+ * blocks, but at least `least`, with which two blocks fit on a multiprocessor (one loads while the
+ * other computes). */
 static inline int row_plan(struct cuda_context *context, const void *kernel, int vocab, int slots,
                            size_t fixed, int least, struct row_plan *plan)
 {
