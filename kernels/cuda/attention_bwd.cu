@@ -201,7 +201,7 @@ template <int D> struct query_block {
     } tiles[2];
 };
 
-/* Adds what one tile of keys, the first at position `key`, gives to the warp's 16 rows. */
+/* Adds what one tile of keys, the first of them at position `key`, gives to the warp's 16 rows. */
 template <int D>
 static __device__ __forceinline__ void
 grad_queries_tile(float (&dq)[1][D / 8][4], const struct query_block<D> *shared, int row, int stage,

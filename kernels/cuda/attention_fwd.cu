@@ -47,8 +47,8 @@
 #define PARTS_MAX 32
 /* Rows up to which attend_part finishes q, k and v itself. The launch saved, and keys that need not
  * wait for it, are some 3 us a layer; every part of a row pays its queries again, about 0.3 us more
- * than fetching them, and items are five deep on the card at 8 rows of 4,096 positions. Prediction.
- */
+ * than fetching them, and at 8 rows of 4,096 positions each place on the card gets five items.
+ * Predictions; what was measured is in NOTES.md, "Fewer launches at few rows". */
 #define FINISH_ROWS 8
 
 struct attend_args {
@@ -62,7 +62,7 @@ struct attend_args {
     struct cuda_qkv finish; /* if a.finish */
 };
 
-/* Log 2 of the keys of a part, of a run that ends at `end`. */
+/* log2 of the keys in a part, for a run that ends at `end`. */
 static __device__ __forceinline__ int part_shift(int end)
 {
     int shift = 7;
@@ -73,7 +73,7 @@ static __device__ __forceinline__ int part_shift(int end)
     return shift;
 }
 
-/* The parts a run is done in, 0: not in parts. */
+/* How many parts a run is done in; 0: it is not done in parts. */
 static __device__ __forceinline__ int parts_of(const struct attend_args &args,
                                                const struct cuda_attn_run &run)
 {
@@ -107,7 +107,7 @@ static __device__ __forceinline__ void attend_begin(struct attend_state<D, MT> &
     }
 }
 
-/* The same with what was summed before. */
+/* soften(), and rescales what was summed before. */
 template <int D, int NT>
 static __device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&out)[D / 8][4],
                                                     float &max, float &sum, int half, float scale2)
@@ -122,7 +122,7 @@ static __device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&o
 }
 
 /* The warp's rows q_row … against keys k_row … k_row+8 NT-1 of the tile, the first of which is at
- * position `key`. position: of the rows; a row sees the keys up to its own. */
+ * position `key`. position: that of each row, which sees the keys up to its own. */
 template <int D, int MT, int NT>
 static __device__ __forceinline__ void attend_tile(struct attend_state<D, MT> &state, const bf16 *q,
                                                    int q_row, const bf16 *k, const bf16 *v,
@@ -234,15 +234,15 @@ static __global__ __launch_bounds__(ATTN_THREADS, 2) void attend(const struct at
 
 /* --- parts of keys --- */
 
-/* A part of a run's keys, for one kv head: what a block does at a time. */
+/* A part of a run's keys, for one kv head: what a block works on at a time. */
 struct part {
     int first, count, pos, table; /* the run's; count 0: there is no part */
     int g;
     int from, last; /* positions of its keys */
-    int slot;       /* of its row 0 in part_out and part_stats */
+    int slot;       /* where its row 0 is in part_out and part_stats */
 };
 
-/* It has the run's last key, and all of them. */
+/* Whether the part has the run's last key; whether it has all of the run's keys. */
 static __device__ __forceinline__ bool part_ends(const struct part &part)
 {
     return part.last == part.pos + part.count - 1;
@@ -252,11 +252,12 @@ static __device__ __forceinline__ bool part_is_all(const struct part &part)
     return part.from == 0 && part_ends(part);
 }
 
-/* The parts that there are of the block's next 32 items, in their order. */
+/* The parts among the block's next 32 items, in their order (not every item has one). */
 struct part_list {
     struct part parts[32];
-    int blocks[ATTN_WARPS][32]; /* the number that each warp's share of the first tile has */
-    int count, next; /* of parts; the item behind those that were looked up */
+    int blocks[ATTN_WARPS][32]; /* number of the block of the pool that is each warp's share of the
+                                   part's first tile */
+    int count, next; /* count of parts; the item behind those that were looked up */
 };
 
 /* A block's shared memory. */
@@ -274,15 +275,15 @@ static __device__ __forceinline__ int part_slot(const struct attend_args &args, 
     return ((run * args.a.kv_heads + g) * args.parts_max + part) * args.part_rows + row;
 }
 
-/* Row r of kv head g of a run that begins at row `first` has its result. */
+/* Which row and head of the result row r of kv head g is, of a run that begins at row `first`. */
 static __device__ __forceinline__ size_t row_head(const struct attend_args &args, int first, int g,
                                                   int r)
 {
     return (size_t)(first + r / args.group) * args.a.heads + g * args.group + r % args.group;
 }
 
-/* The number of the block of the pool that is this warp's share of the tile at position `key`; of
- * one that there is if the share is beyond the part. */
+/* The number of the block of the pool that is this warp's share of the tile at position `key`; the
+ * part's last block if the share lies beyond the part. */
 static __device__ __forceinline__ int block_number(const struct attend_args &args,
                                                    const struct part &part, int key)
 {
@@ -308,17 +309,19 @@ static __device__ __forceinline__ struct part part_of(const struct attend_args &
     part.from = index << shift;
     part.last = min(part.from + (1 << shift), end) - 1;
     part.slot = part_slot(args, run_index, part.g, index, 0);
-    /* A row is in the pass: no question, but by it nothing of the run is still on its way when the
-     * answer is there, for which tiles that are multiplied later would wait. */
+    /* The last condition always holds. It is there because the answer needs all of the run, so that
+     * nothing of the run is still on its way afterwards: tiles that are multiplied later would wait
+     * for that. */
     part.count = 0;
     if (attn_in_parts(args.a, args.group, run) && part.from < end && run.first < args.a.m)
         part.count = run.count;
     return part;
 }
 
-/* Looks up the block's items from `item` on, 32 at a time until there is a part: each lane one. So
- * all runs come in one round trip to memory, all block numbers in another, and a part's first tile
- * can be asked for without either. The warps agree; a barrier must stand before and behind. */
+/* Looks up the block's items from `item` on, 32 at a time (one a lane), until there is a part among
+ * them. So all runs come in one round trip to memory, all block numbers in another, and a part's
+ * first tile can be asked for without either. All warps find the same; a barrier is needed before
+ * and after. */
 static __device__ __forceinline__ void list_parts(const struct attend_args &args, int item,
                                                   struct part_list &list)
 {
@@ -397,7 +400,7 @@ static __device__ __forceinline__ struct query_pieces<D> find_pieces(const struc
     return found;
 }
 
-/* As load_queries does. */
+/* Copies the pieces, to where load_queries would put them. */
 template <int D>
 static __device__ __forceinline__ void load_part_queries(const struct attend_args &args,
                                                          const struct part &part,
@@ -421,7 +424,8 @@ static __device__ __forceinline__ void load_part_queries(const struct attend_arg
 template <int D> struct walk {
     struct part part;
     int key;
-    /* of the warp's block of the tile, if it is of `part`: read a tile before it is used */
+    /* number of the warp's block of the tile, if that is of `part`: read one tile before it is
+     * used */
     int number;
     int place;  /* in the list, of the part behind this one */
     bool first; /* nothing has been multiplied yet */
@@ -441,8 +445,7 @@ static __device__ __forceinline__ void next_part(struct walk<D> &walk, const str
     walk.key = walk.part.from;
 }
 
-/* Lists what is behind the list, if that has been walked through. All warps come here and see the
- * same. */
+/* Makes the next list if this one has been walked through. All warps come here and see the same. */
 template <int D>
 static __device__ __forceinline__ void list_more(const struct attend_args &args,
                                                  struct walk<D> &walk, struct part_list &list)
@@ -457,8 +460,8 @@ static __device__ __forceinline__ void list_more(const struct attend_args &args,
     __syncthreads();
 }
 
-/* Asks for the warp's share of the next tile: a group of copies, of none if there is no part left.
- * OWN: what a part with the row's own position has of it is not in the pool. The number that the
+/* Asks for the warp's share of the next tile: a group of copies, an empty one if there is no part
+ * left. OWN: the key and value at the row's own position are not in the pool. The number that the
  * tile behind it needs is asked for, too, and nobody waits for it before that tile's turn. */
 template <int D, bool OWN>
 static __device__ __forceinline__ void ask_tile(const struct attend_args &args, struct walk<D> &walk,
@@ -476,8 +479,8 @@ static __device__ __forceinline__ void ask_tile(const struct attend_args &args, 
     copies_commit();
 }
 
-/* The same, and before it, as a group of its own, for the queries if the tile begins a part: into
- * q, which the part before the last does not need any more. The stage is nobody's. */
+/* The same; but before that, as a group of its own, asks for the queries if the tile begins a part:
+ * into q, which the part before the last needs no longer. No other tile uses the stage. */
 template <int D, bool OWN>
 static __device__ __forceinline__ void ask(const struct attend_args &args, struct walk<D> &walk,
                                            struct part_shared<D> &shared,
@@ -494,8 +497,8 @@ static __device__ __forceinline__ void ask(const struct attend_args &args, struc
 
 /* --- a part's end --- */
 
-/* Where a warp's row has columns 4 chunk … 4 chunk+3 for the join: the first half of them where its
- * keys were, the second where its values were. In elements of the stage. */
+/* Where a warp leaves columns 4 chunk … 4 chunk+3 of a row for the join: the first half of the
+ * columns where its keys were, the second where its values were. In elements of the stage. */
 template <int D> static __device__ __forceinline__ int left_at(int row, int chunk)
 {
     constexpr int half = D / 8;
@@ -503,7 +506,7 @@ template <int D> static __device__ __forceinline__ int left_at(int row, int chun
     return chunk / half * ATTN_KEYS * D + place<D>(row, chunk % half);
 }
 
-/* What the warp has of the part's rows, of which there are `used`, for the others to see. */
+/* Leaves what the warp has of the part's `used` rows where the other warps can read it. */
 template <int D>
 static __device__ __forceinline__ void leave_rows(const struct attend_state<D, 1> &state, int used,
                                                   bf16 *stage,
@@ -532,7 +535,7 @@ static __device__ __forceinline__ void leave_rows(const struct attend_state<D, 1
 }
 
 /* Joins what the four warps left, in the warps' order, and stores it: as the result if this is the
- * only part. */
+ * run's only part, else for join_parts. */
 template <int D>
 static __device__ __forceinline__ void
 join_warps(const struct attend_args &args, const struct part &part,
@@ -577,10 +580,10 @@ join_warps(const struct attend_args &args, const struct part &part,
 
 /* --- rows that are finished here --- */
 
-/* The queries of a run of one row into tile rows 0 …, and, if the part has the row's own key, that
- * and its value into own [2][D] and into the cache. The same bits as qkv_finish's. What they are
- * multiplied by, and where they go, does not change during the pass and is read before launch_wait.
- */
+/* Finishes the queries of a run of one row, into tile rows 0 …, and, if the part has the row's own
+ * position, its key and value, into own [2][D] and into the cache. The same bits as qkv_finish's.
+ * What they are multiplied by, and where they go, does not change during the pass and is read
+ * before launch_wait. */
 template <int D>
 static __device__ __forceinline__ void finish_row(const struct attend_args &args,
                                                   const struct part &part, bf16 *q, bf16 *own)
@@ -623,8 +626,8 @@ static __device__ __forceinline__ void finish_row(const struct attend_args &args
     }
 }
 
-/* The row's own key and value into row `row` of its tile, which has arrived without them, by the
- * warp whose row that is. */
+/* Puts the row's own key and value into row `row` of its tile, which has arrived without them; by
+ * the warp whose row that is. */
 template <int D>
 static __device__ __forceinline__ void place_own(bf16 (&stage)[2][ATTN_KEYS * D], int row,
                                                  const bf16 *own)
@@ -643,8 +646,8 @@ static __device__ __forceinline__ void place_own(bf16 (&stage)[2][ATTN_KEYS * D]
 /* --- the walk --- */
 
 /* Asks for the first tile and queries. What describes the pass (runs, block numbers) is there
- * before its first kernel begins, and so are a run's older keys if nobody else of the pass writes
- * them; FINISH: then its own are not read from the pool at all. */
+ * before its first kernel begins, and so are a run's older keys if no other row of the pass writes
+ * them. FINISH: that holds, and the run's own keys are not read from the pool at all. */
 template <int D, bool FINISH>
 static __device__ __forceinline__ void begin_walk(const struct attend_args &args, struct walk<D> &walk,
                                                   struct part_shared<D> &shared)
@@ -664,8 +667,8 @@ static __device__ __forceinline__ void begin_walk(const struct attend_args &args
     copies_commit();
 }
 
-/* Makes the queries of a part that begins everybody's, after its first two tiles have been asked
- * for. Those of all but a block's first part are so since the part before it ended. */
+/* Makes the queries of a part that begins visible to all warps, after its first two tiles have been
+ * asked for. For all but a block's first part that was done when the part before it ended. */
 template <int D, bool FINISH>
 static __device__ __forceinline__ void begin_part(const struct attend_args &args,
                                                   const struct part &part, bool first,
@@ -701,10 +704,10 @@ attend_tiles(const struct attend_args &args, const struct part &part, struct wal
         ask<D, FINISH>(args, walk, shared, shared.stages[stage ^ 1], shared.q[turn ^ 1]);
         if (key == part.from) {
             begin_part<D, FINISH>(args, part, walk.first, shared);
-            attend_begin(state); /* here, so that its registers are free before */
+            attend_begin(state); /* not earlier, so that its registers are free until here */
         }
         walk.first = false;
-        copies_wait_but<2>(); /* what was asked for last is of the next tile */
+        copies_wait_but<2>(); /* all but what was asked for last, which is of the next tile */
         __syncwarp();
         if (FINISH && part_ends(part) && part.last - key < ATTN_KEYS)
             place_own<D>(tile, part.last - key, shared.own);
@@ -715,7 +718,7 @@ attend_tiles(const struct attend_args &args, const struct part &part, struct wal
     return stage ^ 1;
 }
 
-/* The first barrier of a part: what the warps left is there; the second: it has been read, and its
+/* At the first barrier of a part, what the warps left is there; at the second it has been read, its
  * stage is free, and all warps' shares of the next part's queries are there. */
 template <int D, bool FINISH>
 static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const struct attend_args args)
@@ -752,7 +755,7 @@ template <int N> struct __align__(4 * N) columns {
     float at[N];
 };
 
-/* Asks for up to JOIN_AT_ONCE parts of a row, from `part` on. slot: of part 0. */
+/* Asks for up to JOIN_AT_ONCE parts of a row, from `part` on. slot: that of part 0. */
 #define JOIN_AT_ONCE 8
 template <int N>
 static __device__ __forceinline__ void
@@ -767,7 +770,7 @@ load_joined(const struct attend_args &args, struct columns<N> (&to)[JOIN_AT_ONCE
             to[i] = from[(size_t)(slot + (part + i) * args.part_rows) * 32];
 }
 
-/* A lane's columns of a row, times `factor`. */
+/* Stores a lane's columns of a row, times `factor`. */
 template <int N>
 static __device__ __forceinline__ void store_joined(const float (&value)[N], float factor, bf16 *to)
 {
@@ -848,7 +851,7 @@ extern "C" int cuda_attention_part_border(int position)
     return border;
 }
 
-/* Rows of a run in parts, at most; 0: no run is done in parts. */
+/* The most rows that a run in parts has; 0: no run is done in parts. */
 static int rows_in_parts(int heads, int kv_heads, int longest)
 {
     const int group = heads / kv_heads, queries = cuda_attention_part_queries(heads, kv_heads);
@@ -875,7 +878,7 @@ extern "C" size_t cuda_attention_scratch_bytes(int heads, int kv_heads, int head
     return slots * ((size_t)head_dim * sizeof(float) + sizeof(float2));
 }
 
-/* Parts to the next power of two: six sizes of grids. */
+/* Rounds the number of parts up to a power of two, so that there are six sizes of grids. */
 extern "C" int cuda_attention_reach(int furthest)
 {
     int parts = 1;
@@ -977,7 +980,7 @@ static int place_parts(struct attend_args *args)
                           a->scratch ? a->scratch_bytes : (size_t)0, need);
     if (need > 0 && !aligned16(a->scratch))
         return claas_fail(CLAAS_ERR_INTERNAL, "attention: scratch is not aligned to 16 bytes");
-    args->part_out = (float *)a->scratch; /* first: what is longest is aligned best */
+    args->part_out = (float *)a->scratch; /* first, since it needs the stricter alignment */
     args->part_stats = (float2 *)(args->part_out + (size_t)args->items * (size_t)args->part_rows *
                                                        (size_t)a->head_dim);
     return 0;
@@ -993,8 +996,9 @@ int attn_check(const struct cuda_attention *a)
     return 0;
 }
 
-/* Runs of one row, as many as there are rows, all of them in parts, whose older keys may be read
- * before launch_wait, as those of rows finished here are; whole pieces of 16 bytes. */
+/* Whether attend_part can finish the rows: runs of one row, as many as there are rows, all of them
+ * in parts; older keys that may be read before launch_wait, since here they are; whole pieces of 16
+ * bytes. */
 static bool can_finish(const struct cuda_context *context, const struct cuda_attention *a)
 {
     const struct cuda_qkv *finish = a->finish;

@@ -42,7 +42,7 @@ walk_begin(const struct grad_args &args, const struct cuda_attn_run &run, int ke
     return walk;
 }
 
-/* False at the end. */
+/* Moves on to the next tile; false at the end. */
 static __device__ __forceinline__ bool walk_next(const struct grad_args &args,
                                                  struct query_walk &walk, int key_row)
 {

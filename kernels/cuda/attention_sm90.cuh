@@ -1,5 +1,5 @@
-/* What attention's two files for sm_90a share: tiles in the layout of wgmma.cuh, filled and emptied by
- * the threads of a block. THREADS: of the block. */
+/* What attention's two files for sm_90a share: tiles in the layout of wgmma.cuh, filled and emptied
+ * by the threads of a block, of which there are THREADS. */
 #ifndef CLAAS_CUDA_ATTENTION_SM90_CUH
 #define CLAAS_CUDA_ATTENTION_SM90_CUH
 
@@ -24,7 +24,7 @@ static inline struct wide_order wide_order_of(const struct cuda_attention *a, in
     return order;
 }
 
-/* Of blocks (kv heads, places in the order). Some places have no window. */
+/* The grid: kv heads, times places in the order. Some places have no window. */
 static inline dim3 wide_grid(const struct wide_order &order, const struct cuda_attention *a)
 {
     return dim3((unsigned)a->kv_heads, (unsigned)(order.period * order.rounds));
@@ -38,8 +38,8 @@ static __device__ __forceinline__ int wide_window(const struct wide_order &order
     return round * order.period + order.period - 1 - at;
 }
 
-/* All copies but those of the last PENDING groups (0: and those of no group yet) are there for the
- * products of all threads. */
+/* Waits until all copies but those of the last PENDING groups have arrived (0: those that are in no
+ * group yet, too), and makes them visible to the products of all threads. */
 template <int PENDING> static __device__ __forceinline__ void wide_arrived(void)
 {
     if (PENDING == 0)

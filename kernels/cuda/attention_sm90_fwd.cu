@@ -77,8 +77,8 @@ static __device__ __forceinline__ void ask_scores(const struct walk<D, WG> &walk
     wgmma_close();
 }
 
-/* Tile t, whose scores are `s`: those of the next one are asked for in `next` before these become
- * probabilities, and are there at the end. */
+/* Does tile t, whose scores are `s`. The next tile's scores are asked for, into `next`, before
+ * these become probabilities, and are there at the end. */
 template <int D, int WG>
 static __device__ __forceinline__ void
 take_tile(const struct walk<D, WG> &walk, int t, float (&s)[KEYS / 8][4],
@@ -139,7 +139,7 @@ static __device__ __forceinline__ void take_last(const struct walk<D, WG> &walk,
     wgmma_settle(state.out);
 }
 
-/* All tiles. Ends with the products done. */
+/* Walks over all tiles. Ends with the products done. */
 template <int D, int WG>
 static __device__ __forceinline__ void walk_keys(const struct walk<D, WG> &walk,
                                                  struct wide_state<D> &state)
@@ -163,7 +163,7 @@ static __device__ __forceinline__ void walk_keys(const struct walk<D, WG> &walk,
     }
 }
 
-/* The warp's rows divided by their sums, by way of Q's rows, which no other warp reads. */
+/* Stores the warp's rows, divided by their sums, by way of Q's rows, which no other warp reads. */
 template <int D, int WG>
 static __device__ __forceinline__ void
 store_result(const struct wide_args &args, struct wide_state<D> &state, bf16 *q, int row, int first,

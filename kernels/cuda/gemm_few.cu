@@ -18,8 +18,8 @@
  *           stage: another order of k than the slots', the same for a and b
  *
  * Where n is too small to fill the card, k is split over the 2, 4 or 8 blocks of a cluster. Each
- * stores a share of the tile's columns: it is sent their parts by all of them (mbarrier.cuh), into a
- * place of the ring that its last stages leave free, and adds them up in the order of k. Without
+ * stores a share of the tile's columns: it is sent their parts by all of them (mbarrier.cuh), into
+ * a place of the ring that its last stages leave free, and adds them up in the order of k. Without
  * clusters (below sm_90) there is no split.
  *
  * With adapters (LORA) the grid's first blocks make S = x A^T meanwhile (lora_shrink.cuh), and S
@@ -28,8 +28,8 @@
  *
  * The order of an element's sum: terms within a product of 16 (the hardware's), products along k,
  * parts. It follows from n and k (cut_k), whether there are clusters, and which of the instructions
- * multiplies; a column of a product's result does not see its neighbours, so m and the row's place
- * never show. */
+ * multiplies; a column of a product's result does not depend on its neighbours, so m and the row's
+ * place never show. */
 #include "cuda/gemm_few.h"
 #include "cuda/lora_join.cuh"
 #include "cuda/lora_shrink.cuh"
@@ -47,11 +47,11 @@
 #define BLOCKS_GOAL       128          /* nearly one for each multiprocessor of an H100 */
 #define STAGES_LEAST      2            /* of a part of k */
 #define SIZE_LEAST        256
-#define LORA_BLOCKS_LEAST 32   /* that make S, where the product has no room to spare */
-#define LORA_LONG         8192 /* k, from when on blocks that make S are teams */
-#define LAST_STAGES       8  /* of a block, from when on the next kernel may begin */
-/* A thread's registers. sm_90a, with LoRA: beside two blocks there is room for those of the small
- * kernels that follow. */
+#define LORA_BLOCKS_LEAST 32   /* blocks that make S where the product has no room to spare */
+#define LORA_LONG         8192 /* from this k on, blocks that make S are teams */
+#define LAST_STAGES       8  /* of a block: when they begin, the next kernel may begin */
+/* A thread's registers. With LoRA on sm_90a, two blocks leave room for blocks of the small kernels
+ * that follow. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define REGISTERS_OF(lora) __maxnreg__((lora) ? 96 : 128)
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -59,10 +59,11 @@
 #else
 #define REGISTERS_OF(lora) __launch_bounds__(THREADS)
 #endif
-/* Floats between rows of a part: 2t rows and g columns further is another bank for every lane. */
+/* Floats from one row of a part to the next: so that 2t rows and g columns further lies in another
+ * bank for every lane. */
 #define PART_PITCH (B_ROWS + 4)
-/* Bytes of a share's parts, a block behind the other, whose rows are four floats further apart than
- * they are long: the most. */
+/* The most bytes that the parts of a share take, one block's behind the other's, with rows four
+ * floats further apart than they are long. */
 #define PARTS_BYTES(tiles) (8 * (tiles) * (B_ROWS + 4 * SPLITS_MAX) * 4)
 
 struct few_args {
@@ -89,18 +90,19 @@ template <int TILES> struct few_shape {
     static const int slot = stage_pieces * 16;
     static const int ring = stages * slot;
     static const int parts = slot;
-    static const int parts_left = 2; /* stages, when that place is free */
+    static const int parts_left = 2; /* stages that are left when that place is free */
     static const int barrier = ring;
     static const int bytes = barrier + MBARRIER_BYTES;
 
     static_assert(parts + PARTS_BYTES(TILES) <= (stages - 1) * slot, "two stages have their slots");
 };
 
-/* With LoRA, in bytes: its sums, S, and an item of B for each warp `depth` times. The first item and
- * S lie behind the ring where there is room, so that they may be asked for early: either takes 2 or
- * 3 us to come from the L2 beside a product. Then the parts have a place of their own too, which is
- * free when one stage is left, and otherwise S's and B's when those are used up (parts_left: 0).
- * SM90: of sm_90a, where two blocks have 227 KB; elsewhere one has 99 KB at least. */
+/* Places with LoRA, in bytes: its sums, S, and `depth` items of B for each warp. The first item and
+ * S lie behind the ring where there is room (`early`), so that they may be asked for early: either
+ * takes 2 or 3 us to come from the L2 beside a product. Then the parts have a place of their own,
+ * too, which is free when one stage is left; otherwise they come to lie where S and B were when
+ * those are used up (parts_left: 0). SM90: sm_90a, where two blocks have 227 KB together; elsewhere
+ * one has 99 KB at least. */
 template <int TILES, bool SM90> struct join_shape {
     using few = few_shape<TILES>;
     static const int stages = few::stages;
@@ -110,20 +112,21 @@ template <int TILES, bool SM90> struct join_shape {
     static const int s_bytes = LORA_S_BYTES(8 * TILES);
     static const int depth = TILES <= 2 ? 4 : 3;
     static const bool early = SM90 && TILES <= 4;
-    static const int free = sums > slot ? sums : slot; /* of the ring, when one stage is left */
+    static const int free = sums > slot ? sums : slot; /* from here on the ring is free when one
+                                                          stage is left */
     static const int s = early ? few::ring : free;
     static const int first = s + s_bytes; /* item of B; the others from `rest` on */
     static const int rest = early ? free : first + item;
     static const int end = rest + (depth - 1) * item;
-    static const int s_left = early ? stages - 1 : 2; /* stages, when S is asked for */
+    static const int s_left = early ? stages - 1 : 2; /* stages that are left when S is asked for */
     static const int parts = early ? end : sums;
     static const int parts_left = early ? 1 : 0;
-    static const int shrink_ring = SM90 ? 12288 : 8192; /* of a warp, when S is made */
+    static const int shrink_ring = SM90 ? 12288 : 8192; /* a warp's ring in blocks that make S */
     static const int shrink = LORA_SHRINK_BYTES(shrink_ring);
     static const int joined = early ? first + item : end > few::ring ? end : few::ring;
     static const int lines = joined > shrink ? joined : shrink;
     static const int barrier = lines + (int)sizeof(struct lora_lines);
-    static const int bytes = barrier + 2 * MBARRIER_BYTES; /* when S is made there are two */
+    static const int bytes = barrier + 2 * MBARRIER_BYTES; /* two, for blocks that make S */
 
     static_assert(early || first <= (stages - 1) * slot, "S has room when one stage is left");
     static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "S and an item are by themselves");
@@ -249,8 +252,8 @@ static __device__ __forceinline__ void end_stage(const uint4 *stage, float (&sum
 struct few_lora {
     struct lora_lines *lines;
     struct lora_share share;
-    struct lora_place next; /* of B, that this warp asks for */
-    int items;              /* of B that it has asked for */
+    struct lora_place next; /* the next item of B for this warp to ask for */
+    int items;              /* how many items of B it has asked for */
 };
 
 /* Where this warp's item of B number `item` comes to lie; item 1 and those behind it are together.
@@ -263,8 +266,8 @@ template <int TILES> static __device__ __forceinline__ uint4 *item_of_b(uint4 *r
     return ring + (at + (int)threadIdx.x / 32 * LORA_ITEM) / 16;
 }
 
-/* What LoRA needs, into the slots of the ring that are free when `left` stages are to come behind
- * the one that is there. with_s: S too, once. */
+/* Asks for what LoRA needs, into those slots of the ring that are free when `left` stages are still
+ * to come behind the present one. with_s: for S, too, once. */
 template <int TILES>
 static __device__ __forceinline__ void ask_for_lora(const struct few_args *args,
                                                     struct few_lora *lora, uint4 *ring, int left,
@@ -286,8 +289,9 @@ static __device__ __forceinline__ void ask_for_lora(const struct few_args *args,
     }
 }
 
-/* The stages `first` to `end` of k, two or more. Ends with the ring free for other uses, but for
- * LoRA's B and S, which are there, and the parts that others send from cluster_arrive on. */
+/* Sums the stages `first` to `end` of k, two or more. Ends with the ring free for other uses,
+ * except for LoRA's B and S, which have arrived, and for the parts that other blocks send from
+ * cluster_arrive on. */
 template <int TILES, bool LORA>
 static __device__ __forceinline__ void add_up(const struct few_args *args, int first_row, int first,
                                               int end, uint4 *ring, float (&sums)[TILES][4],
@@ -305,7 +309,7 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
         launch_wait();
     for (int i = 0; i < stages - 1 && first + i < end; i++)
         load_weights(args, first_row, first + i, ring + (slot + i) % stages * pieces);
-    if (LORA) /* reads what was there before the pass, so not behind the wait */
+    if (LORA) /* reads only what was there before the pass, so it need not come behind the wait */
         lora_list(lora->lines, args->lora.args, tile, lora->share.module);
     if (args->frozen)
         launch_wait();
@@ -321,9 +325,10 @@ static __device__ __forceinline__ void add_up(const struct few_args *args, int f
             launch_next();
         copies_wait_but<stages - 2>(); /* this thread's part of stage `index` is there */
         wgmma_publish();
-        __syncthreads(); /* everybody's is, and nobody reads the one before any more */
+        __syncthreads(); /* all threads' parts are there, and no thread reads the stage before any
+                            more */
         if (left > 0 && args->splits > 1 && index == end - left)
-            cluster_arrive(); /* others may send their parts */
+            cluster_arrive(); /* other blocks may send their parts */
         begin_stage<TILES>(ring + slot * pieces, sums);
         if (index + stages - 1 < end) {
             load_weights(args, first_row, index + stages - 1, ring + ahead * pieces);
@@ -393,7 +398,8 @@ static __device__ __forceinline__ float4 gather_quad(const float (&sum)[4])
     return upper ? make_float4(first, second, c, d) : make_float4(a, b, first, second);
 }
 
-/* Sends this block's sums of every share to whom it belongs: a warp's columns are of one. */
+/* Sends this block's sums of every share to the block whose share it is: a warp's columns are all
+ * of one share. */
 template <int TILES>
 static __device__ __forceinline__ void push_part(const struct few_args *args, int rank,
                                                  const float (&sums)[TILES][4], float4 *parts,
@@ -416,7 +422,7 @@ static __device__ __forceinline__ void push_part(const struct few_args *args, in
     }
 }
 
-/* This block's sums, to where they are added up. */
+/* Brings this block's sums to where they are added up. */
 template <int TILES>
 static __device__ __forceinline__ void give_part(const struct few_args *args, int rank,
                                                  const float (&sums)[TILES][4], float4 *parts,
@@ -512,7 +518,8 @@ static __device__ __forceinline__ float4 add_parts(const float4 *from, int step,
     return sum;
 }
 
-/* alpha sum + beta add, the product rounded before it is added to: whichever way it is stored. */
+/* alpha sum + beta add. The product is rounded before anything is added, whichever way the result
+ * is stored. */
 static __device__ __forceinline__ float4 blend(const struct few_args *args, float4 sum, float4 add)
 {
     sum.x = __fmul_rn(args->alpha, sum.x);
@@ -540,8 +547,8 @@ static __device__ __forceinline__ float4 add_lora(float4 product, const float *s
     return product;
 }
 
-/* This block's share of the tile, four columns a thread: the blocks of a cluster have neighbouring
- * columns. sums: LoRA's, of the share's columns and the rows that have it. */
+/* Stores this block's share of the tile, four columns a thread; the blocks of a cluster have
+ * neighbouring columns. sums: LoRA's, of the share's columns and the rows that have it. */
 template <bool LORA>
 static __device__ __forceinline__ void
 store_share(const struct few_args *args, int first_row, int rank, const float4 *parts,
@@ -558,7 +565,8 @@ store_share(const struct few_args *args, int first_row, int rank, const float4 *
         if (left > 0 && args->beta != 0.0f)
             add = read_quad(args, at, left); /* on its way while the parts are */
         if (args->splits > 1)
-            mbarrier_wait(barrier, 0); /* a block that stores nothing is sent parts, too */
+            mbarrier_wait(barrier, 0); /* also in a block that stores nothing: it is sent parts,
+                                          too */
         if (left <= 0)
             continue;
         out = blend(args, add_parts(parts + i + row, step, args->splits), add);
@@ -568,8 +576,8 @@ store_share(const struct few_args *args, int first_row, int rank, const float4 *
     }
 }
 
-/* Grid: LORA's blocks that make S, then tiles of n times splits of k; a cluster is the splits of a
- * tile. */
+/* The grid: with LORA the blocks that make S, then tiles of n times splits of k; a cluster is the
+ * splits of one tile. */
 template <int TILES, bool LORA>
 static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
 {
@@ -607,7 +615,7 @@ static __global__ void REGISTERS_OF(LORA) few_kernel(const struct few_args args)
         lora_expand<shape::depth, (TILES > 1)>(
             lora.lines, lora.share, lora.next, ring + shape::s / 16, item_of_b<TILES>(ring, 0),
             item_of_b<TILES>(ring, 1), shape::item / 16, (float *)ring, PART_PITCH);
-        __syncthreads(); /* its sums are everybody's; B and S are used up */
+        __syncthreads(); /* all threads see its sums; B and S are used up */
     }
     if (where::left == 0) {
         if (args.splits > 1)
@@ -678,7 +686,7 @@ bool cuda_gemm_few_adds(const struct cuda_context *context, const struct cuda_ge
            weight->k == gemm->k && lora->x == gemm->a && gemm->lda == gemm->k;
 }
 
-/* How many blocks share k: enough to fill the card, each with some stages. Not a matter of m. */
+/* How many blocks share k: enough to fill the card, each with some stages. Does not depend on m. */
 static int cut_k(const struct cuda_context *context, int n, int k)
 {
     int tiles = (n + B_ROWS - 1) / B_ROWS, stages = (k + DEPTH - 1) / DEPTH, splits = 1;
@@ -689,12 +697,13 @@ static int cut_k(const struct cuda_context *context, int n, int k)
     return splits;
 }
 
-/* Who makes S. The blocks are handed out first and should leave room for the product's, all of which
- * then run at once for most weights; but if each row has an adapter of rank 32, they should have the
- * part of the places that A is of all bytes, or the product waits for S in the end. Beyond the two
- * slabs of each row and part that this makes they have nothing to do. Where k is long and clusters
- * are large enough, teams share a slab; a shorter one is made sooner by one block. A function of m, n
- * and k, as a graph wants it: not of the adapters. */
+/* How many blocks make S, and in which teams. These blocks are handed out first and should leave
+ * room for the product's, all of which then run at once for most weights. But if each row has an
+ * adapter of rank 32, they should have the share of the places that A has of all bytes, or the
+ * product waits for S in the end. That makes two slabs for each row and part; more blocks than
+ * slabs would have nothing to do. Where k is long and clusters are large enough, teams share a
+ * slab; a shorter slab is made sooner by one block. A function of m, n and k, as a graph needs it:
+ * not of the adapters. */
 static void plan_lora(const struct cuda_context *context, const struct cuda_gemm *gemm, int splits,
                       struct lora_join *join)
 {

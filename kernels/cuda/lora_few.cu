@@ -27,8 +27,8 @@
 
 /* --- S = x A^T --- */
 
-/* Terms k … end-1 of this warp, of rows `a` … +15 of A, `rows` of them there; x: the tile's first
- * row, which is waited for behind the first terms of A. */
+/* Sums this warp's terms k … end-1, of rows `a` … +15 of A, of which `rows` are there. x: the
+ * tile's first row, which is waited for after the first terms of A have been asked for. */
 static __device__ __forceinline__ void sum_slab(float (&sum)[2][4], const bf16 *x, int count,
                                                 const bf16 *a, int rows, size_t ld, int k, int end)
 {
@@ -76,7 +76,8 @@ static __global__ void __launch_bounds__(THREADS)
 
     launch_next();
     if (tile.count == 0) {
-        launch_wait(); /* a grid that does not is done before the work queued before it */
+        launch_wait(); /* a grid that does not wait would be done before the work queued before
+                          it */
         return;
     }
     const struct cuda_lora_group *group = &args.groups[tile.group];
@@ -111,7 +112,8 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* --- y += S (sB)^T --- */
 
-/* The tile's S of one part, rounded; zeros beside the rows and the rank, up to 16 x `terms`. */
+/* Gathers the tile's S of one part, rounded; zeros beyond its rows and the rank, up to 16 x
+ * `terms`. */
 static __device__ void gather_s(bf16 (*s)[S_LD], const struct lora_args &args, const float *sums,
                                 const struct cuda_lora_tile &tile, int place, int rank, int terms)
 {
