@@ -138,7 +138,7 @@ void claas_device_client_gave(claas_device_client_t *client);
 /* Whether any adapter is in training: the memory that it holds may be free soon. */
 bool claas_device_trains(const claas_device_client_t *client);
 
-/* --- adapters --- */
+/* --- adapters --------------------------------------------------------------------------------- */
 /* Reading and writing directories takes tens of milliseconds, so two threads of the device do it,
  * one that loads and one that saves. A request ends in an ADAPTER, SAVED or FAILED event with its
  * id. */
@@ -194,7 +194,7 @@ struct claas_adapter_info {
 size_t claas_device_adapters(const claas_device_t *device, struct claas_adapter_info *ret,
                              size_t max);
 
-/* --- generation --- */
+/* --- generation ------------------------------------------------------------------------------- */
 
 #define CLAAS_TOP_LOGPROBS_MAX 20
 
@@ -223,7 +223,7 @@ int claas_device_generate(claas_device_client_t *client,
  * operation and changes nothing. */
 void claas_device_cancel(claas_device_client_t *client, uint64_t id);
 
-/* --- training and evaluation --- */
+/* --- training and evaluation ------------------------------------------------------------------ */
 
 /* One row: a response seen by the student behind its prompt, and by the teacher behind another
  * prompt. EVALUATE rows may have no teacher (teacher_count 0): the student stands in, so forward_kl
@@ -275,7 +275,7 @@ struct claas_train_result {
     struct claas_train_row_result *rows;
 };
 
-/* --- events --- */
+/* --- events ----------------------------------------------------------------------------------- */
 
 enum claas_device_event_kind {
     CLAAS_EVENT_TOKEN,
