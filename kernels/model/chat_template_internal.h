@@ -52,9 +52,5 @@ const char *claas_chat_template_known(const char *hex);
 int claas_chat_template_render_on(const claas_chat_template_t *chat_template, const char *date,
                                   const struct claas_chat_message *messages, size_t count,
                                   bool add_generation_prompt, char **ret_text, size_t *ret_length);
-int claas_chat_template_encode_on(const claas_chat_template_t *chat_template, const char *date,
-                                  const claas_tokenizer_t *tokenizer,
-                                  const struct claas_chat_message *messages, size_t count,
-                                  bool add_generation_prompt, int32_t **ret_ids, size_t *ret_count);
 
 #endif

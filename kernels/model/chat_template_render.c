@@ -409,10 +409,9 @@ static int encode_between(const struct rendering *r, const claas_tokenizer_t *to
     return 0;
 }
 
-int claas_chat_template_encode_on(const claas_chat_template_t *chat_template, const char *date,
-                                  const claas_tokenizer_t *tokenizer,
-                                  const struct claas_chat_message *messages, size_t count,
-                                  bool add_generation_prompt, int32_t **ret_ids, size_t *ret_count)
+static int encode_on(const claas_chat_template_t *chat_template, const char *date,
+                     const claas_tokenizer_t *tokenizer, const struct claas_chat_message *messages,
+                     size_t count, bool add_generation_prompt, int32_t **ret_ids, size_t *ret_count)
 {
     CLAAS_AUTO(rendering_done) struct rendering r;
     CLAAS_AUTO(claas_id_list_done) struct claas_id_list ids = {NULL};
@@ -473,6 +472,6 @@ int claas_chat_template_encode(const claas_chat_template_t *chat_template,
     char date[CLAAS_CHAT_DATE_SIZE];
 
     today(date);
-    return claas_chat_template_encode_on(chat_template, date, tokenizer, messages, count,
-                                         add_generation_prompt, ret_ids, ret_count);
+    return encode_on(chat_template, date, tokenizer, messages, count, add_generation_prompt,
+                     ret_ids, ret_count);
 }

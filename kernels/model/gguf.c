@@ -378,7 +378,7 @@ void claas_gguf_free(struct claas_gguf **gguf)
     *gguf = NULL;
 }
 
-const struct claas_gguf_value *claas_gguf_get(const struct claas_gguf *gguf, const char *key)
+static const struct claas_gguf_value *get_value(const struct claas_gguf *gguf, const char *key)
 {
     const struct claas_gguf_pair wanted = {.key = {key, strlen(key)}};
     const struct claas_gguf_pair *found =
@@ -404,7 +404,7 @@ static bool is_integer(enum claas_gguf_type type)
 int claas_gguf_get_int(const struct claas_gguf *gguf, const char *key, int64_t min, int64_t max,
                        int64_t *ret)
 {
-    const struct claas_gguf_value *value = claas_gguf_get(gguf, key);
+    const struct claas_gguf_value *value = get_value(gguf, key);
 
     if (!value)
         return 0;
@@ -420,7 +420,7 @@ int claas_gguf_get_int(const struct claas_gguf *gguf, const char *key, int64_t m
 int claas_gguf_get_number(const struct claas_gguf *gguf, const char *key, double min, double max,
                           double *ret)
 {
-    const struct claas_gguf_value *value = claas_gguf_get(gguf, key);
+    const struct claas_gguf_value *value = get_value(gguf, key);
 
     if (!value)
         return 0;
@@ -435,7 +435,7 @@ int claas_gguf_get_number(const struct claas_gguf *gguf, const char *key, double
 
 int claas_gguf_get_bool(const struct claas_gguf *gguf, const char *key, bool *ret)
 {
-    const struct claas_gguf_value *value = claas_gguf_get(gguf, key);
+    const struct claas_gguf_value *value = get_value(gguf, key);
 
     if (!value)
         return 0;
@@ -447,7 +447,7 @@ int claas_gguf_get_bool(const struct claas_gguf *gguf, const char *key, bool *re
 
 int claas_gguf_get_text(const struct claas_gguf *gguf, const char *key, struct claas_span *ret)
 {
-    const struct claas_gguf_value *value = claas_gguf_get(gguf, key);
+    const struct claas_gguf_value *value = get_value(gguf, key);
 
     if (!value)
         return 0;
@@ -462,7 +462,7 @@ int claas_gguf_get_text(const struct claas_gguf *gguf, const char *key, struct c
 int claas_gguf_get_array(const struct claas_gguf *gguf, const char *key, enum claas_gguf_type type,
                          const struct claas_gguf_value **ret)
 {
-    const struct claas_gguf_value *value = claas_gguf_get(gguf, key);
+    const struct claas_gguf_value *value = get_value(gguf, key);
 
     *ret = NULL;
     if (!value)

@@ -25,7 +25,8 @@ static bool is_name_char(char c)
     return isalnum((unsigned char)c) || c == '.' || c == '_' || c == '-';
 }
 
-char *claas_model_clean_name(const char *text, size_t length)
+/* "meta/Llama 3" -> "Llama-3": characters that an API name may have; NULL when out of memory. */
+static char *clean_name(const char *text, size_t length)
 {
     char name[NAME_BYTES_MAX + 1];
     size_t used = 0;
@@ -173,9 +174,9 @@ int claas_model_identify(struct claas_model *model, const char *hint)
     const char *part = path_name(model->path, &length);
 
     if (length == 0 && hint)
-        model->name = claas_model_clean_name(hint, strlen(hint));
+        model->name = clean_name(hint, strlen(hint));
     else
-        model->name = claas_model_clean_name(part, length);
+        model->name = clean_name(part, length);
     if (!model->name)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     return make_fingerprint(model);

@@ -55,9 +55,6 @@ struct claas_tensor_spec {
     bool rotated; /* q or k projection: GGUF of arch "llama" permutes its rows */
     bool is_bias; /* a bias vector */
 };
-size_t claas_model_spec_count(const struct claas_model_config *config);
-void claas_model_spec_at(const struct claas_model_config *config, size_t index,
-                         struct claas_tensor_spec *ret);
 /* Whether the config calls for a tensor of that name: ggml's name if `gguf`, else Hugging
  * Face's. */
 bool claas_model_spec_find(const struct claas_model_config *config, const char *name, bool gguf);
@@ -80,8 +77,6 @@ int claas_model_check_tokenizer(const struct claas_model *model);
 
 /* Sets model->name from `hint` (may be NULL) and the path, and model->fingerprint. */
 int claas_model_identify(struct claas_model *model, const char *hint);
-/* "meta/Llama 3" -> "Llama-3": characters that an API name may have; NULL when out of memory. */
-char *claas_model_clean_name(const char *text, size_t length);
 
 /* ---- GGUF ---- */
 enum claas_gguf_type {
@@ -140,7 +135,6 @@ struct claas_gguf {
 /* Everything in the result borrows from `data`. */
 int claas_gguf_parse(const uint8_t *data, size_t length, struct claas_gguf **ret);
 void claas_gguf_free(struct claas_gguf **gguf);
-const struct claas_gguf_value *claas_gguf_get(const struct claas_gguf *gguf, const char *key);
 const struct claas_gguf_tensor *claas_gguf_find(const struct claas_gguf *gguf, const char *name);
 /* Typed getters like those of claas/json.h: 0 absent, 1 present, FORMAT when the value has another
  * type or range. */

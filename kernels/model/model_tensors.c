@@ -96,7 +96,7 @@ static size_t count_present(const struct claas_model_config *config, const struc
     return present;
 }
 
-size_t claas_model_spec_count(const struct claas_model_config *config)
+static size_t count_specs(const struct claas_model_config *config)
 {
     return count_present(config, global_parts, CLAAS_COUNT(global_parts)) +
            (size_t)config->layers * count_present(config, layer_parts, CLAAS_COUNT(layer_parts));
@@ -112,8 +112,8 @@ static const struct part *pick_part(const struct claas_model_config *config,
     return NULL;
 }
 
-void claas_model_spec_at(const struct claas_model_config *config, size_t index,
-                         struct claas_tensor_spec *ret)
+static void spec_at(const struct claas_model_config *config, size_t index,
+                    struct claas_tensor_spec *ret)
 {
     size_t globals = count_present(config, global_parts, CLAAS_COUNT(global_parts));
     size_t per_layer = count_present(config, layer_parts, CLAAS_COUNT(layer_parts));
@@ -222,7 +222,7 @@ static int check_tensor(const struct claas_tensor_spec *spec, const struct claas
 
 int claas_model_bind(struct claas_model *model, claas_tensor_source_fn *find, void *source)
 {
-    size_t count = claas_model_spec_count(&model->config);
+    size_t count = count_specs(&model->config);
 
     model->tensors = CLAAS_NEW_ARRAY(struct claas_tensor, count);
     if (!model->tensors)
@@ -231,7 +231,7 @@ int claas_model_bind(struct claas_model *model, claas_tensor_source_fn *find, vo
         struct claas_tensor *tensor = &model->tensors[i];
         struct claas_tensor_spec spec;
 
-        claas_model_spec_at(&model->config, i, &spec);
+        spec_at(&model->config, i, &spec);
         memcpy(tensor->name, spec.name, sizeof(tensor->name));
         int rc = find(source, &spec, tensor);
         if (rc == CLAAS_ERR_NOT_FOUND)

@@ -27,7 +27,9 @@ static int byte_of_character(ucs4_t c)
     return c < 67 ? (int)(0x7f + c - 33) : 0xad;
 }
 
-size_t claas_byte_alphabet_decode(const char *text, size_t length, char *out)
+/* Undoes GPT-2's alphabet: bytes of `text` into `out` (room for `length`); SIZE_MAX when a
+ * character of the text is not in the alphabet. */
+static size_t decode_alphabet(const char *text, size_t length, char *out)
 {
     size_t count = 0;
 
@@ -90,7 +92,7 @@ static int read_pieces(struct claas_tokenizer *tokenizer,
         if (!entry->text || entry->length == 0)
             continue;
         if (!entry->special)
-            count = claas_byte_alphabet_decode(entry->text, entry->length, tokenizer->bytes + used);
+            count = decode_alphabet(entry->text, entry->length, tokenizer->bytes + used);
         is_word[i] = count != SIZE_MAX;
         if (!is_word[i]) {
             memcpy(tokenizer->bytes + used, entry->text, entry->length);
@@ -110,7 +112,7 @@ static int32_t find_text(const struct claas_tokenizer *tokenizer, const char *te
                          char *scratch)
 {
     const struct claas_added_token *token;
-    size_t count = claas_byte_alphabet_decode(text, length, scratch);
+    size_t count = decode_alphabet(text, length, scratch);
     int32_t id = -1;
 
     if (count != SIZE_MAX && count > 0)

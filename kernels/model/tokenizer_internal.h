@@ -16,12 +16,6 @@
 
 #include "claas/tokenizer.h"
 
-/* --- byte alphabet (tokenizer_build.c) --- */
-
-/* Undoes GPT-2's alphabet: bytes of `text` into `out` (room for `length`); SIZE_MAX when a
- * character of the text is not in the alphabet. */
-size_t claas_byte_alphabet_decode(const char *text, size_t length, char *out);
-
 /* --- a list of ids that grows --- */
 
 struct claas_id_list {
