@@ -12,8 +12,8 @@ static size_t characters(const char *text)
     return count;
 }
 
-/* Chat: the entries as they are, lent by the reply: of a long answer there are millions of values.
- */
+/* Chat: the entries as they are, lent by the reply: of a long answer there are millions of
+ * values. */
 static cJSON *chat_logprobs(const cJSON *entries)
 {
     cJSON *logprobs = cJSON_CreateObject();

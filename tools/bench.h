@@ -75,9 +75,7 @@ struct bench_work {
 void bench_add_rates(cJSON *line, const struct bench_work *work,
                      const struct claas_device_floor *floor);
 
-/* --- the benchmarks
- * ---------------------------------------------------------------------------------------------------
- */
+/* --- the benchmarks --------------------------------------------------------------------------- */
 
 int bench_step(const struct bench_args *args);
 int bench_decode(const struct bench_args *args);

@@ -48,8 +48,8 @@ struct bench_server {
 /* Milliseconds, and counts of tokens, of one cycle. */
 struct cycle_figures {
     double total, rollout, teacher, train, gate;
-    /* The rest: up to the first step, between the steps' parts, from the last one to the version.
-     */
+    /* The rest: up to the first step, between the steps' parts, from the last one to the
+     * version. */
     double begin, between, end;
     /* Of the adapter, most of it beside the rest: its directory, and its way to the device and
      * back.
@@ -60,9 +60,7 @@ struct cycle_figures {
     bool published;
 };
 
-/* --- the server
- * -------------------------------------------------------------------------------------------------------
- */
+/* --- the server ------------------------------------------------------------------------------- */
 
 struct settings {
     char *texts[SETTINGS_MAX];
@@ -173,9 +171,7 @@ static void close_server(struct bench_server *server)
                 claas_error_text());
 }
 
-/* --- one cycle
- * --------------------------------------------------------------------------------------------------------
- */
+/* --- one cycle -------------------------------------------------------------------------------- */
 
 static int ask(struct bench_server *server, const char *to, int type, cJSON *body, cJSON **ret)
 {
@@ -381,9 +377,7 @@ static int run_cycle(struct bench_server *server, int cycle, int steps, struct c
     return read_job(claas_json_get(reply, "job"), ret);
 }
 
-/* --- all of them
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- all of them ------------------------------------------------------------------------------ */
 
 static int compare(const void *a, const void *b)
 {

@@ -223,9 +223,7 @@ void bench_add_rates(cJSON *line, const struct bench_work *work,
     claas_json_set_number(line, "share_of_bandwidth", bytes_s / floor->memory_bytes_s);
 }
 
-/* --- printing
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- printing --------------------------------------------------------------------------------- */
 
 cJSON *bench_line(struct bench_rig *rig, const char *what)
 {

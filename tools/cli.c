@@ -11,8 +11,7 @@
 #include "claas/mem.h"
 #include "verbs.h"
 
-/* --- options
- * --------------------------------------------------------------------------------------- */
+/* --- options ---------------------------------------------------------------------------------- */
 
 enum { OPTION_URL = 0x1000, OPTION_JSON };
 
@@ -80,8 +79,7 @@ void cli_parse(const struct cli_spec *spec, int argc, char **argv, struct cli *r
     argp_parse(&argp, argc, argv, 0, NULL, &parse);
 }
 
-/* --- numbers
- * --------------------------------------------------------------------------------------- */
+/* --- numbers ---------------------------------------------------------------------------------- */
 
 int64_t cli_int(struct argp_state *state, const char *who, const char *name, const char *text,
                 int64_t min, int64_t max)
@@ -112,8 +110,7 @@ double cli_number(struct argp_state *state, const char *name, const char *text, 
     return value;
 }
 
-/* --- verbs
- * ----------------------------------------------------------------------------------------- */
+/* --- verbs ------------------------------------------------------------------------------------ */
 
 static int smallest(int a, int b, int c)
 {

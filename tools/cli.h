@@ -36,8 +36,8 @@ struct cli_spec {
 void cli_parse(const struct cli_spec *spec, int argc, char **argv, struct cli *ret, void *input);
 
 /* Numbers of options and arguments; anything else than a whole number within bounds is an error of
- * the command line. `state` may be NULL outside of parsing: `who` ("claas lora rollback") says it.
- */
+ * the command line. `state` may be NULL outside of parsing: `who` ("claas lora rollback") says
+ * it. */
 int64_t cli_int(struct argp_state *state, const char *who, const char *name, const char *text,
                 int64_t min, int64_t max);
 double cli_number(struct argp_state *state, const char *name, const char *text, double min,

@@ -48,8 +48,7 @@ void conversation_done(struct conversation *conversation)
     claas_json_free(&conversation->messages);
 }
 
-/* --- the stream
- * ----------------------------------------------------------------------------------- */
+/* --- the stream ------------------------------------------------------------------------------- */
 
 struct answer {
     struct claas_buf text;
@@ -153,8 +152,7 @@ int conversation_ask(struct conversation *conversation, const char *text)
     return rc;
 }
 
-/* --- going back
- * ----------------------------------------------------------------------------------- */
+/* --- going back ------------------------------------------------------------------------------- */
 
 char *conversation_take_back(struct conversation *conversation)
 {

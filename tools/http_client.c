@@ -42,8 +42,7 @@ bool http_take_interrupt(void)
     return was;
 }
 
-/* --- opening -------------------------------------------------------------------------------------
- */
+/* --- opening ---------------------------------------------------------------------------------- */
 
 /* A proxy of the environment is not for a server on this machine. */
 static bool is_local(const char *url)
@@ -119,8 +118,7 @@ char *http_path(struct http *http, const char *path, ...)
     return claas_buf_take(&buf, NULL);
 }
 
-/* --- one request
- * ---------------------------------------------------------------------------------- */
+/* --- one request ------------------------------------------------------------------------------ */
 
 struct transfer {
     struct http *http;

@@ -57,8 +57,7 @@ static error_t take_option(int key, char *value, struct argp_state *state, void 
     }
 }
 
-/* --- results
- * --------------------------------------------------------------------------------------- */
+/* --- results ---------------------------------------------------------------------------------- */
 
 static double rounded(double share)
 {
@@ -134,8 +133,7 @@ static int print_text(const struct calibration *measured, const char *yaml)
     return rc;
 }
 
-/* --- running
- * --------------------------------------------------------------------------------------- */
+/* --- running ---------------------------------------------------------------------------------- */
 
 static void show_progress(void *arg, int done, int total)
 {

@@ -30,8 +30,7 @@ static const char *const rope_names[] = {
     [CLAAS_ROPE_YARN] = "yarn",
 };
 
-/* --- tensors -------------------------------------------------------------------------------------
- */
+/* --- tensors ---------------------------------------------------------------------------------- */
 
 /* Parts of a layer, and of the model around them; models lack some of them. */
 static const char *const layer_parts[] = {
@@ -107,8 +106,7 @@ static cJSON *encodings(const struct totals *totals)
     return list;
 }
 
-/* --- the rest
- * -------------------------------------------------------------------------------------- */
+/* --- the rest --------------------------------------------------------------------------------- */
 
 static cJSON *shape(const struct claas_model_config *config)
 {
@@ -179,8 +177,7 @@ static cJSON *describe(const claas_model_t *model)
     return json;
 }
 
-/* --- printing
- * -------------------------------------------------------------------------------------- */
+/* --- printing --------------------------------------------------------------------------------- */
 
 static int64_t number(const cJSON *json, const char *key)
 {

@@ -38,8 +38,7 @@ int teach_send(struct http *http, const char *lora_id, const char *response_id, 
     return claas_copy_text(job_id, 65, id);
 }
 
-/* --- watching
- * ------------------------------------------------------------------------------------- */
+/* --- watching --------------------------------------------------------------------------------- */
 
 struct watch {
     struct progress progress;
@@ -170,8 +169,7 @@ int teach_watch(struct http *http, const char *job_id, cJSON **ret)
     return teach_watch_events(http, job_id, NULL, NULL, ret);
 }
 
-/* --- the outcome
- * ---------------------------------------------------------------------------------- */
+/* --- the outcome ------------------------------------------------------------------------------ */
 
 bool teach_outcome(const cJSON *job, char **ret)
 {

@@ -28,8 +28,7 @@ struct chat {
     bool failed, quit;
 };
 
-/* --- command line
- * ----------------------------------------------------------------------------------- */
+/* --- command line ----------------------------------------------------------------------------- */
 
 enum {
     OPTION_ADAPTER = 'a',
@@ -89,8 +88,7 @@ static error_t take_option(int key, char *value, struct argp_state *state, void 
     }
 }
 
-/* --- commands
- * ---------------------------------------------------------------------------------------- */
+/* --- commands --------------------------------------------------------------------------------- */
 
 static int complain(struct chat *chat)
 {
@@ -315,8 +313,7 @@ static void run_command(struct chat *chat, char *line)
     complain(chat);
 }
 
-/* --- the loop
- * ------------------------------------------------------------------------------------------ */
+/* --- the loop --------------------------------------------------------------------------------- */
 
 /* Without its line end and blanks around it. */
 static char *trim(char *line)

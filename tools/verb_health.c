@@ -1,5 +1,5 @@
-/* `claas health`: asks a server how its actors and its device are. Ends with 1 unless all is well.
- */
+/* `claas health`: asks a server how its actors and its device are. Ends with 1 unless all is
+ * well. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>

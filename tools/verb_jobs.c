@@ -1,5 +1,5 @@
-/* `claas jobs`: learning jobs, newest first; one of them; its events as they happen; an end to it.
- */
+/* `claas jobs`: learning jobs, newest first; one of them; its events as they happen; an end to
+ * it. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,8 +31,7 @@ static int print_json(const cJSON *json)
     return 0;
 }
 
-/* --- list ----------------------------------------------------------------------------------------
- */
+/* --- list ------------------------------------------------------------------------------------- */
 
 struct list {
     const char *adapter, *state, *limit;
@@ -106,8 +105,7 @@ static int jobs_list(int argc, char **argv)
     return list(&wanted, &cli) < 0 ? cli_fail(argv[0]) : EXIT_CODE_OK;
 }
 
-/* --- show ----------------------------------------------------------------------------------------
- */
+/* --- show ------------------------------------------------------------------------------------- */
 
 static void print_time(const char *name, const cJSON *object, const char *key)
 {
@@ -191,8 +189,7 @@ static int jobs_show(int argc, char **argv)
     return show(&cli) < 0 ? cli_fail(argv[0]) : EXIT_CODE_OK;
 }
 
-/* --- watch ---------------------------------------------------------------------------------------
- */
+/* --- watch ------------------------------------------------------------------------------------ */
 
 static void print_event(void *arg, const char *data)
 {
@@ -235,8 +232,7 @@ static int jobs_watch(int argc, char **argv)
     return watch(&cli) < 0 ? cli_fail(argv[0]) : EXIT_CODE_OK;
 }
 
-/* --- cancel --------------------------------------------------------------------------------------
- */
+/* --- cancel ----------------------------------------------------------------------------------- */
 
 static int cancel(const struct cli *cli, bool *ret_cancelled)
 {

@@ -40,8 +40,7 @@ static int print_json(const cJSON *json)
     return 0;
 }
 
-/* --- init ----------------------------------------------------------------------------------------
- */
+/* --- init ------------------------------------------------------------------------------------- */
 
 struct init {
     int64_t rank, alpha;
@@ -113,8 +112,7 @@ static int lora_init(int argc, char **argv)
     return run(&spec, argc, argv, &wanted, init);
 }
 
-/* --- list, show ----------------------------------------------------------------------------------
- */
+/* --- list, show ------------------------------------------------------------------------------- */
 
 static int list(struct http *http, const struct cli *cli, const void *input)
 {
@@ -193,8 +191,7 @@ static int lora_show(int argc, char **argv)
     return run(&spec, argc, argv, NULL, show);
 }
 
-/* --- delete, rollback ----------------------------------------------------------------------------
- */
+/* --- delete, rollback ------------------------------------------------------------------------- */
 
 static int delete_one(struct http *http, const struct cli *cli, const void *input)
 {
@@ -258,8 +255,7 @@ static int lora_rollback(int argc, char **argv)
     return run(&spec, argc, argv, NULL, rollback);
 }
 
-/* --- export, import ------------------------------------------------------------------------------
- */
+/* --- export, import --------------------------------------------------------------------------- */
 
 /* Written beside the target and renamed, so that a cut transfer leaves no half file. */
 static int export_to(struct http *http, const char *path, const char *target)

@@ -163,9 +163,7 @@ static const struct argp serve_argp = {
            "command line.",
 };
 
-/* --- signals
- * ----------------------------------------------------------------------------------------------------------
- */
+/* --- signals ---------------------------------------------------------------------------------- */
 
 static char crash_marker[4096]; /* "" = none */
 
@@ -222,9 +220,7 @@ static void prepare_signals(const struct process *process)
 #endif
 }
 
-/* --- putting it together
- * ------------------------------------------------------------------------------------------------
- */
+/* --- putting it together ---------------------------------------------------------------------- */
 
 static int load_config(struct serve_args *args, struct process *process)
 {

@@ -38,8 +38,8 @@ void claas_clock_iso(int64_t unix_ms, char text[32])
         seconds -= 1;
     }
     gmtime_r(&seconds, &utc);
-    /* 24 characters for the years 0 to 9999; a wild value is cut, never written beyond the array.
-     */
+    /* 24 characters for the years 0 to 9999; a wild value is cut, never written beyond the
+     * array. */
     if (snprintf(text, 32, "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ", utc.tm_year + 1900,
                  utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec, (int)ms) < 0)
         text[0] = '\0';

@@ -72,8 +72,8 @@ const char *claas_error_text(void)
     return last_text;
 }
 
-/* A cut in the middle of a UTF-8 sequence would make the sentence unusable in JSON: drop the stump.
- */
+/* A cut in the middle of a UTF-8 sequence would make the sentence unusable in JSON: drop the
+ * stump. */
 static void trim_broken_tail(char *text)
 {
     size_t length = strlen(text);

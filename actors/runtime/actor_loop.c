@@ -24,8 +24,7 @@
 #define EVENT_TIMER   UINT64_MAX
 #define EVENT_CONTROL (UINT64_MAX - 1)
 
-/* --- timers ------------------------------------------------------------------------------------
- */
+/* --- timers ----------------------------------------------------------------------------------- */
 
 /* Sets the timerfd to the first timer, if that has changed. */
 static void arm(claas_actor_t *actor)
@@ -84,8 +83,7 @@ void claas_actor_timer_cancel(claas_actor_t *actor, int timer)
         timers_remove(&actor->timers, timers_find(&actor->timers, timer));
 }
 
-/* --- descriptors -------------------------------------------------------------------------------
- */
+/* --- descriptors ------------------------------------------------------------------------------ */
 
 static int add_epoll(claas_actor_t *actor, int fd, uint64_t data)
 {
@@ -131,8 +129,7 @@ static void call_watch(claas_actor_t *actor, uint64_t data)
     }
 }
 
-/* --- drain and stop ----------------------------------------------------------------------------
- */
+/* --- drain and stop --------------------------------------------------------------------------- */
 
 static void check_drained(void *self, void *arg)
 {
@@ -164,8 +161,7 @@ static void look_at_control(claas_actor_t *actor)
         actor->stopping = true;
 }
 
-/* --- the loop ----------------------------------------------------------------------------------
- */
+/* --- the loop --------------------------------------------------------------------------------- */
 
 /* End of every callback: credit, timer; -1 ends zloop. */
 static int finish_pass(claas_actor_t *actor)
@@ -234,8 +230,7 @@ static int run_loop(claas_actor_t *actor)
     return actor->failure;
 }
 
-/* --- birth and death ---------------------------------------------------------------------------
- */
+/* --- birth and death -------------------------------------------------------------------------- */
 
 static int open_descriptors(claas_actor_t *actor)
 {

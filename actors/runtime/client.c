@@ -100,8 +100,7 @@ void claas_client_free(claas_client_t **client)
     *client = NULL;
 }
 
-/* --- sending -----------------------------------------------------------------------------------
- */
+/* --- sending ---------------------------------------------------------------------------------- */
 
 /* Waits until the socket can take (POLLOUT) or has (POLLIN) a message; false at the deadline. */
 static bool await(claas_client_t *client, short events, int64_t until_ms)
@@ -159,8 +158,7 @@ static int send_request(claas_client_t *client, const char *to, const cJSON *bod
     return send_parcel(client, &parcel);
 }
 
-/* --- waiting -----------------------------------------------------------------------------------
- */
+/* --- waiting ---------------------------------------------------------------------------------- */
 
 /* 1: the request has ended well, 0: goes on, < 0: it has failed. */
 static int take_answer(struct wait *wait, struct parcel *parcel)

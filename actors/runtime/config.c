@@ -22,8 +22,7 @@ const size_t setting_count = CLAAS_COUNT(setting_rows);
 static const char *const type_names[] = {"STRING", "INT",      "NUMBER", "BOOL",
                                          "SIZE",   "DURATION", "LIST",   "CHOICE"};
 
-/* --- loading -----------------------------------------------------------------------------------
- */
+/* --- loading ---------------------------------------------------------------------------------- */
 
 int config_find(const char *key)
 {
@@ -144,8 +143,7 @@ void claas_config_free(claas_config_t **pointer)
     *pointer = NULL;
 }
 
-/* --- reading -----------------------------------------------------------------------------------
- */
+/* --- reading ---------------------------------------------------------------------------------- */
 
 /* An unknown key is a slip in our own code that the first test shows. */
 static const struct config_value *find_value(const claas_config_t *config, const char *key)

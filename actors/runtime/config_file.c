@@ -49,8 +49,7 @@ static int end_with_report(struct reading *reading, int code)
     return claas_fail(code, "%.*s", (int)length, reading->report.data);
 }
 
-/* --- values ------------------------------------------------------------------------------------
- */
+/* --- values ----------------------------------------------------------------------------------- */
 
 static char *scalar_text(struct fy_node *node)
 {
@@ -122,8 +121,7 @@ static int set_value(struct reading *reading, int row, struct fy_node *key, stru
     return 0;
 }
 
-/* --- mappings ----------------------------------------------------------------------------------
- */
+/* --- mappings --------------------------------------------------------------------------------- */
 
 static bool is_section(const char *prefix)
 {
@@ -194,8 +192,7 @@ static int read_mapping(struct reading *reading, struct fy_node *mapping, const 
     return rc;
 }
 
-/* --- the file ----------------------------------------------------------------------------------
- */
+/* --- the file --------------------------------------------------------------------------------- */
 
 static int read_document(struct reading *reading, struct fy_document *document)
 {

@@ -37,8 +37,7 @@ static const struct unit duration_units[] = {
     {"ms", 1}, {"s", 1000}, {"m", 60000}, {"min", 60000}, {"h", 3600000}, {"d", 86400000},
 };
 
-/* --- numbers -----------------------------------------------------------------------------------
- */
+/* --- numbers ---------------------------------------------------------------------------------- */
 
 static int check_range(const struct setting_row *row, const char *text, double value)
 {
@@ -143,9 +142,7 @@ static int parse_bool(const char *text, struct config_value *value)
     return claas_fail(CLAAS_ERR_INVALID, "'%s' is neither true nor false", text);
 }
 
-/* --- words and lists
- * -------------------------------------------------------------------------------
- */
+/* --- words and lists -------------------------------------------------------------------------- */
 
 static int check_word(const struct setting_row *row, const char *text)
 {
@@ -207,8 +204,7 @@ static int parse_list(const struct setting_row *row, const char *text, struct co
     }
 }
 
-/* --- all types ---------------------------------------------------------------------------------
- */
+/* --- all types -------------------------------------------------------------------------------- */
 
 int config_parse_value(const struct setting_row *row, const char *text, struct config_value *value)
 {
@@ -246,8 +242,7 @@ void config_value_done(struct config_value *value)
     memset(value, 0, sizeof(*value));
 }
 
-/* --- did you mean ------------------------------------------------------------------------------
- */
+/* --- did you mean ----------------------------------------------------------------------------- */
 
 #define KEY_MAX 63
 

@@ -48,8 +48,7 @@ bool name_valid(const char *name)
                length;
 }
 
-/* --- receiving ---------------------------------------------------------------------------------
- */
+/* --- receiving -------------------------------------------------------------------------------- */
 
 static int read_address(struct parcel *parcel, zframe_t *frame)
 {
@@ -169,8 +168,7 @@ int parcel_receive(zsock_t *socket, bool router, struct parcel *ret)
     return rc < 0 ? rc : 1;
 }
 
-/* --- backlog -----------------------------------------------------------------------------------
- */
+/* --- backlog ---------------------------------------------------------------------------------- */
 
 struct backlog {
     _Atomic size_t bytes;
@@ -234,8 +232,7 @@ static bool count_header(const struct parcel *parcel, const uint8_t bytes[], zmq
     return true;
 }
 
-/* --- sending -----------------------------------------------------------------------------------
- */
+/* --- sending ---------------------------------------------------------------------------------- */
 
 static size_t write_address(const struct parcel *parcel, char bytes[])
 {
@@ -338,8 +335,7 @@ int parcel_send(zsock_t *socket, const struct peer_id *peer, struct parcel *parc
     return failure || late ? fail_send(EHOSTUNREACH) : 0;
 }
 
-/* --- packing -----------------------------------------------------------------------------------
- */
+/* --- packing ---------------------------------------------------------------------------------- */
 
 int parcel_pack(struct parcel *parcel, const cJSON *body,
                 const struct claas_attachment *attachments, size_t count)

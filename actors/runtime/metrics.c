@@ -30,8 +30,8 @@ static const struct metric_row rows[] = {
 #undef X
 };
 
-/* Upper bounds in seconds: a token gap (ms) to a job (minutes). Histograms of sizes use them too.
- */
+/* Upper bounds in seconds: a token gap (ms) to a job (minutes). Histograms of sizes use them
+ * too. */
 static const double bounds[] = {0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
                                 1,      2.5,   5,      10,    30,   60,    120,  300, 600};
 

@@ -90,8 +90,7 @@ static void poke(const struct slot *slot)
         claas_warning("eventfd: %s", strerror(errno));
 }
 
-/* --- in the actor's thread -----------------------------------------------------------------------
- */
+/* --- in the actor's thread -------------------------------------------------------------------- */
 
 static void on_alive(void *handle)
 {
@@ -158,8 +157,7 @@ static void *run_actor(void *arg)
     return NULL;
 }
 
-/* --- starting ------------------------------------------------------------------------------------
- */
+/* --- starting --------------------------------------------------------------------------------- */
 
 /* Higher with every start: seconds above, chance below. */
 static uint64_t new_incarnation(uint64_t last)
@@ -266,8 +264,7 @@ int supervisor_start(struct supervisor *supervisor, const struct claas_actor_cla
     return rc;
 }
 
-/* --- restarting ----------------------------------------------------------------------------------
- */
+/* --- restarting ------------------------------------------------------------------------------- */
 
 static int64_t jitter(int64_t ms)
 {
@@ -405,8 +402,7 @@ static void *supervise(void *arg)
     return NULL;
 }
 
-/* --- drain and stop ------------------------------------------------------------------------------
- */
+/* --- drain and stop --------------------------------------------------------------------------- */
 
 int supervisor_fd(const struct supervisor *supervisor)
 {
@@ -489,8 +485,7 @@ bool supervisor_stop(struct supervisor *supervisor, int64_t wait_ms)
     return is_clean;
 }
 
-/* --- birth and death -----------------------------------------------------------------------------
- */
+/* --- birth and death -------------------------------------------------------------------------- */
 
 int supervisor_new(const char *endpoint, int mailbox, struct supervisor **ret)
 {

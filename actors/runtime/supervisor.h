@@ -25,8 +25,8 @@ int supervisor_fd(const struct supervisor *supervisor);
 /* 0, or why the process should end: an actor was started again too often. The text is in
  * claas_error_text(). */
 int supervisor_failure(struct supervisor *supervisor);
-/* Asks the n-th actor, counted from the last one started, to finish its work; false past the end.
- */
+/* Asks the n-th actor, counted from the last one started, to finish its work; false past the
+ * end. */
 bool supervisor_drain(struct supervisor *supervisor, size_t index_from_last);
 bool supervisor_is_drained(struct supervisor *supervisor, size_t index_from_last);
 /* Stops all actors, the last one first. Returns false if a thread did not end within `wait_ms`: its

@@ -49,8 +49,7 @@ const char *claas_switch_endpoint(const struct claas_switch *sw)
     return sw->endpoint;
 }
 
-/* --- drain -------------------------------------------------------------------------------------
- */
+/* --- drain ------------------------------------------------------------------------------------ */
 
 int switch_drain(struct claas_switch *sw, zsock_t *socket, bool router, switch_take_fn *take)
 {
@@ -71,8 +70,7 @@ int switch_drain(struct claas_switch *sw, zsock_t *socket, bool router, switch_t
     return sw->stopping ? -1 : 0;
 }
 
-/* --- local actors ------------------------------------------------------------------------------
- */
+/* --- local actors ----------------------------------------------------------------------------- */
 
 void switch_welcome(struct claas_switch *sw, struct peer *peer, int code, const char *text)
 {
@@ -150,8 +148,7 @@ static int on_inner(zloop_t *loop, zsock_t *socket, void *arg)
     return switch_drain(arg, socket, true, take_inner);
 }
 
-/* --- loop --------------------------------------------------------------------------------------
- */
+/* --- loop ------------------------------------------------------------------------------------- */
 
 /* Subscriptions come in here; nothing is done with them, but they must be read. */
 static int on_events(zloop_t *loop, zsock_t *socket, void *arg)
@@ -230,8 +227,7 @@ static void *run(void *arg)
     return NULL;
 }
 
-/* --- sockets -----------------------------------------------------------------------------------
- */
+/* --- sockets ---------------------------------------------------------------------------------- */
 
 static zsock_t *new_socket(int type, int hwm)
 {
@@ -355,8 +351,7 @@ static int open_inner(struct claas_switch *sw)
     return 0;
 }
 
-/* --- birth and death ---------------------------------------------------------------------------
- */
+/* --- birth and death -------------------------------------------------------------------------- */
 
 int claas_switch_check_upstream(const char *endpoint)
 {

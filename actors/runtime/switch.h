@@ -12,16 +12,16 @@ int claas_switch_new(const claas_config_t *config, struct claas_switch **ret);
 /* 1 once the other node has taken us in (or there is none), 0 while it has not answered, and its
  * refusal. */
 int claas_switch_joined(struct claas_switch *sw);
-/* Whether `connect` can be another node's address: ipc:// and a path where a socket is or may be.
- */
+/* Whether `connect` can be another node's address: ipc:// and a path where a socket is or may
+ * be. */
 int claas_switch_check_upstream(const char *endpoint);
 /* What `connect` is set to. */
 const char *claas_switch_upstream(const struct claas_switch *sw);
 /* Stops the thread and closes the sockets; answers on their way out get a second. */
 void claas_switch_free(struct claas_switch **sw);
 const char *claas_switch_endpoint(const struct claas_switch *sw);
-/* Once per process, before the first socket: CZMQ without its signal handlers. Safe to call again.
- */
+/* Once per process, before the first socket: CZMQ without its signal handlers. Safe to call
+ * again. */
 void claas_zmq_setup(void);
 
 #endif

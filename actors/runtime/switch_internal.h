@@ -114,8 +114,7 @@ struct claas_switch {
     uint64_t hello_count;
 };
 
-/* --- switch_peers.c: tables
- * ------------------------------------------------------------------------------------------ */
+/* --- switch_peers.c: tables ------------------------------------------------------------------- */
 int switch_tables_new(struct claas_switch *sw);
 void switch_tables_free(struct claas_switch *sw);
 struct peer *peer_new(struct claas_switch *sw, enum peer_kind kind, const struct peer_id *id);
@@ -134,9 +133,7 @@ int route_set(struct claas_switch *sw, const char *name, struct peer *peer, uint
 /* Removes a name and fails what was asked of it. */
 void route_drop(struct claas_switch *sw, struct route *route);
 
-/* --- switch_flights.c
- * ------------------------------------------------------------------------------------------------
- */
+/* --- switch_flights.c ------------------------------------------------------------------------- */
 struct flight *flight_find(struct claas_switch *sw, const char *requester, uint64_t correlation);
 struct flight *flight_new(struct claas_switch *sw, struct peer *requester,
                           const char *requester_name, struct peer *receiver,
@@ -153,8 +150,7 @@ void flights_fail_of(struct claas_switch *sw, struct peer *receiver, const char 
 void flights_cancel_by(struct claas_switch *sw, struct peer *requester, const char *requester_name);
 void flights_expire(struct claas_switch *sw, int64_t now_ms);
 
-/* --- switch_route.c: from a sender to a receiver
- * ----------------------------------------------------------------------- */
+/* --- switch_route.c: from a sender to a receiver ---------------------------------------------- */
 /* The sender's name and principal are known; `parcel->address[0]` is the receiver. Takes the
  * parcel. */
 void switch_take(struct claas_switch *sw, struct peer *sender, const char *from,
@@ -171,8 +167,7 @@ void switch_refuse(struct claas_switch *sw, struct peer *peer, const char *to,
 void switch_note(struct claas_switch *sw, struct peer *peer, const struct claas_header *header);
 void switch_send_credit(struct claas_switch *sw, struct peer *peer);
 
-/* --- switch_outer.c, switch_join.c, switch_node.c
- * --------------------------------------------------------------------------------------- */
+/* --- switch_outer.c, switch_join.c, switch_node.c --------------------------------------------- */
 int on_outer(zloop_t *loop, zsock_t *socket, void *arg);
 /* A node's HELLO: checks token and names, makes the peer a node. */
 int join_take_hello(struct claas_switch *sw, struct peer *peer, const struct claas_header *header,

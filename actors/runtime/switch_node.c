@@ -18,8 +18,7 @@
 
 #define TOKEN_BYTES 32
 
-/* --- the token ---------------------------------------------------------------------------------
- */
+/* --- the token -------------------------------------------------------------------------------- */
 
 static bool token_valid(const char *token)
 {
@@ -61,8 +60,7 @@ int node_token(const char *data, bool make, char ret[65])
     return 0;
 }
 
-/* --- joining -----------------------------------------------------------------------------------
- */
+/* --- joining ---------------------------------------------------------------------------------- */
 
 static void note_refusal(struct claas_switch *sw, int code, const char *text)
 {

@@ -50,8 +50,7 @@ static struct peer *find_or_welcome(struct claas_switch *sw, const struct peer_i
     return peer;
 }
 
-/* --- HELLO, PING -------------------------------------------------------------------------------
- */
+/* --- HELLO, PING ------------------------------------------------------------------------------ */
 
 static void send_welcome(struct claas_switch *sw, struct peer *peer,
                          const struct claas_header *about)
@@ -110,8 +109,7 @@ static void take_ping(struct claas_switch *sw, struct peer *peer, const struct c
     switch_send(sw, peer, peer->name, SWITCH_NAME, "local", &parcel);
 }
 
-/* --- messages ----------------------------------------------------------------------------------
- */
+/* --- messages --------------------------------------------------------------------------------- */
 
 static void refuse(struct claas_switch *sw, struct peer *peer, const struct claas_header *about,
                    int code)

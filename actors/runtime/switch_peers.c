@@ -13,8 +13,7 @@
 
 #include <string.h>
 
-/* --- tables ------------------------------------------------------------------------------------
- */
+/* --- tables ----------------------------------------------------------------------------------- */
 
 static size_t hash_bytes(const void *bytes, size_t length)
 {
@@ -115,8 +114,7 @@ void switch_tables_free(struct claas_switch *sw)
     sw->upstream = NULL;
 }
 
-/* --- mailboxes ---------------------------------------------------------------------------------
- */
+/* --- mailboxes -------------------------------------------------------------------------------- */
 
 bool mailbox_has_room(const struct claas_switch *sw, const struct mailbox *box, size_t bytes)
 {
@@ -159,8 +157,7 @@ void mailbox_take(struct mailbox *box, size_t count)
     }
 }
 
-/* --- peers -------------------------------------------------------------------------------------
- */
+/* --- peers ------------------------------------------------------------------------------------ */
 
 struct peer *peer_new(struct claas_switch *sw, enum peer_kind kind, const struct peer_id *id)
 {
@@ -260,8 +257,7 @@ void switch_bury_dead(struct claas_switch *sw)
     }
 }
 
-/* --- names -------------------------------------------------------------------------------------
- */
+/* --- names ------------------------------------------------------------------------------------ */
 
 struct route *route_find(struct claas_switch *sw, const char *name)
 {

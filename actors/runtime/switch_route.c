@@ -38,8 +38,7 @@ static bool is_request(const struct claas_header *header)
     return header->kind == CLAAS_KIND_REQ || header->kind == CLAAS_KIND_EVT;
 }
 
-/* --- sending -----------------------------------------------------------------------------------
- */
+/* --- sending ---------------------------------------------------------------------------------- */
 
 static void write_address(struct parcel *parcel, const struct peer *peer, const char *to,
                           const char *from, const char *principal)
@@ -130,8 +129,7 @@ void switch_note(struct claas_switch *sw, struct peer *peer, const struct claas_
         mailbox_take(&peer->waiting, header->credit);
 }
 
-/* --- requests ----------------------------------------------------------------------------------
- */
+/* --- requests --------------------------------------------------------------------------------- */
 
 /* Rules that need no receiver: 0, or why it is refused. */
 static int check_request(const struct peer *sender, const struct parcel *parcel)
@@ -266,8 +264,7 @@ static void take_request(struct claas_switch *sw, struct peer *sender, const cha
     claas_warning("a tell 0x%04X of %s to %s: %s", header.type, from, to, claas_error_text());
 }
 
-/* --- events ------------------------------------------------------------------------------------
- */
+/* --- events ----------------------------------------------------------------------------------- */
 
 /* [name of the message][header][body] to whoever subscribed; a slow subscriber misses some, the
  * publisher never waits. On a joined node events go to the main node. */
@@ -292,8 +289,7 @@ static void take_event(struct claas_switch *sw, struct peer *sender, const char 
     }
 }
 
-/* --- answers -----------------------------------------------------------------------------------
- */
+/* --- answers ---------------------------------------------------------------------------------- */
 
 /* A client that does not read may not fill the memory: what goes beyond its bound is lost, and it
  * is told so. As a mailbox does, an empty backlog takes anything. */

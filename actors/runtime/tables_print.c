@@ -8,8 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* --- messages ----------------------------------------------------------------------------------
- */
+/* --- messages --------------------------------------------------------------------------------- */
 
 /* A cell of a Markdown table: the bar would end it. */
 static void print_cell(FILE *file, const char *text)
@@ -77,8 +76,7 @@ void claas_catalogue_print_markdown(FILE *file)
     }
 }
 
-/* --- settings ----------------------------------------------------------------------------------
- */
+/* --- settings --------------------------------------------------------------------------------- */
 
 static bool has_range(const struct claas_setting *setting)
 {

@@ -1,5 +1,5 @@
-/* What goes out of a chat: streamed pieces, log-prob entries, the stored rollout, the final reply.
- */
+/* What goes out of a chat: streamed pieces, log-prob entries, the stored rollout, the final
+ * reply. */
 #include <string.h>
 
 #include "chat.h"

@@ -69,9 +69,7 @@ static void chat_fail(struct chat *chat, int code, const char *text)
     chat_refuse(chat, code, text);
 }
 
-/* --- prompt
- * -----------------------------------------------------------------------------------------------------------
- */
+/* --- prompt ----------------------------------------------------------------------------------- */
 
 static int encode_messages(struct chat *chat)
 {
@@ -118,9 +116,7 @@ static int encode_prompt(struct chat *chat)
     return 0;
 }
 
-/* --- generation
- * ----------------------------------------------------------------------------------------------------
- */
+/* --- generation ------------------------------------------------------------------------------- */
 
 static int start_choice(struct chat *chat, int index)
 {
@@ -278,9 +274,7 @@ void chat_event(struct chat *chat, struct choice *choice, const struct claas_dev
         chat_finish(chat);
 }
 
-/* --- which weights
- * --------------------------------------------------------------------------------------------------
- */
+/* --- which weights ---------------------------------------------------------------------------- */
 
 static void adapter_ready(void *arg, claas_adapter_t *adapter, int error, const char *text)
 {

@@ -74,8 +74,8 @@ struct sampler {
 int chat_start(struct sampler *sampler, claas_message_t *message);
 /* Also when the requester went away: stops the generation and forgets the chat. */
 void chat_free(struct chat *chat);
-/* A TOKEN, FINISHED or FAILED event of one of the chat's choices; the chat may be gone afterwards.
- */
+/* A TOKEN, FINISHED or FAILED event of one of the chat's choices; the chat may be gone
+ * afterwards. */
 void chat_event(struct chat *chat, struct choice *choice, const struct claas_device_event *event);
 
 /* answer.c: replies and the stored rollout of a finished chat. */

@@ -95,8 +95,8 @@ static size_t partial_character(const char *text, size_t length)
     return 0;
 }
 
-/* Where the showable text ends: everything before a possible stop text, open tag or half character.
- */
+/* Where the showable text ends: everything before a possible stop text, open tag or half
+ * character. */
 static size_t safe_end(const struct text_stream *stream)
 {
     size_t hold = partial_character(stream->raw.data, stream->raw.length);

@@ -60,9 +60,7 @@ bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_t
     return true;
 }
 
-/* --- at the start
- * -----------------------------------------------------------------------------------------------------
- */
+/* --- at the start ----------------------------------------------------------------------------- */
 
 static bool has_run(const cJSON *json, int64_t until_ms)
 {

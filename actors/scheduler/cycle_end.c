@@ -135,9 +135,7 @@ static void record_end(struct cycle_run *run, const struct record *record)
     }
 }
 
-/* --- failure
- * ----------------------------------------------------------------------------------------------------------
- */
+/* --- failure ---------------------------------------------------------------------------------- */
 
 struct failed_run {
     struct cycle_run *run;
@@ -314,16 +312,14 @@ void cycle_run_fail_trainer(struct cycle_run *run, int code, const char *text)
         cycle_run_fail(run, code, text);
 }
 
-/* --- cancelling
- * -------------------------------------------------------------------------------------------------------
- */
+/* --- cancelling ------------------------------------------------------------------------------- */
 
 bool cycle_run_drop_cancelled(struct cycle_run *run)
 {
     for (int i = 0; i < run->job_count; i++) {
         if (run->jobs[i]->cancel) {
-            /* What was learnt so far came from the cancelled feedback too: the others begin anew.
-             */
+            /* What was learnt so far came from the cancelled feedback too: the others begin
+             * anew. */
             requeue(run, 0);
             return true;
         }
@@ -331,9 +327,7 @@ bool cycle_run_drop_cancelled(struct cycle_run *run)
     return false;
 }
 
-/* --- publishing
- * -------------------------------------------------------------------------------------------------------
- */
+/* --- publishing ------------------------------------------------------------------------------- */
 
 static cJSON *result_object(struct cycle_run *run)
 {

@@ -50,9 +50,7 @@ static cJSON *cycle_body(const struct cycle_run *run)
     return body;
 }
 
-/* --- records
- * ----------------------------------------------------------------------------------------------------------
- */
+/* --- records ---------------------------------------------------------------------------------- */
 
 static void record_state(struct cycle_run *run, const char *state)
 {
@@ -98,9 +96,7 @@ static void record_step(struct cycle_run *run, const cJSON *reply, bool passed)
     record_jobs(run->scheduler, run->jobs, run->job_count, &(struct record){.event = event});
 }
 
-/* --- steps
- * ------------------------------------------------------------------------------------------------------------
- */
+/* --- steps ------------------------------------------------------------------------------------ */
 
 static void kept(void *self, void *arg, claas_message_t *reply)
 {
@@ -244,9 +240,7 @@ static void next_step(struct cycle_run *run)
         cycle_run_fail(run, rc, claas_error_text());
 }
 
-/* --- the beginning
- * ----------------------------------------------------------------------------------------------------
- */
+/* --- the beginning ---------------------------------------------------------------------------- */
 
 static void begun(void *self, void *arg, claas_message_t *reply)
 {
@@ -369,8 +363,8 @@ static void ask_input(struct cycle_run *run)
         cycle_run_fail(run, rc, claas_error_text());
 }
 
-/* Without the sampler nobody could say whether the trainer has its model: the jobs wait for it too.
- */
+/* Without the sampler nobody could say whether the trainer has its model: the jobs wait for it
+ * too. */
 static void model_read(void *self, void *arg, claas_message_t *reply)
 {
     struct cycle_run *run = arg;

@@ -64,9 +64,7 @@ void job_remove(struct scheduler *scheduler, struct job *job)
     claas_metric_set(CLAAS_METRIC_JOBS_QUEUED, (double)scheduler->job_count);
 }
 
-/* --- the next cycle
- * ---------------------------------------------------------------------------------------------------
- */
+/* --- the next cycle --------------------------------------------------------------------------- */
 
 static void woken(void *self, void *arg)
 {
@@ -134,9 +132,7 @@ void jobs_dispatch(struct scheduler *scheduler)
         jobs_wake(scheduler, wait);
 }
 
-/* --- the list
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- the list --------------------------------------------------------------------------------- */
 
 static void load_again(void *self, void *arg)
 {

@@ -149,8 +149,7 @@ cJSON *plan_training(const struct plan *plan, const claas_config_t *config, int 
     return json;
 }
 
-/* --- bounds of the contract
- * ------------------------------------------------------------------------------------------- */
+/* --- bounds of the contract ------------------------------------------------------------------- */
 
 struct bound {
     const char *key, *text;

@@ -27,8 +27,8 @@ double plan_rate(const struct plan *plan, int step);
 /* The training object of CYCLE_STEP. */
 cJSON *plan_training(const struct plan *plan, const claas_config_t *config, int step);
 
-/* Checks a request's training values against the contract's bounds: one error that names them all.
- */
+/* Checks a request's training values against the contract's bounds: one error that names them
+ * all. */
 int training_check(const cJSON *training);
 
 #endif

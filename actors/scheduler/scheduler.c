@@ -9,9 +9,7 @@
 #include "claas/metrics.h"
 #include "scheduler_internal.h"
 
-/* --- JOB_CANCEL
- * -------------------------------------------------------------------------------------------------------
- */
+/* --- JOB_CANCEL ------------------------------------------------------------------------------- */
 
 struct cancellation {
     struct claas_reply_to reply_to;
@@ -137,9 +135,7 @@ static int handle_jobs_ended(void *self, claas_message_t *message)
     return claas_actor_reply(scheduler->actor, &message->reply_to, NULL);
 }
 
-/* --- life
- * -------------------------------------------------------------------------------------------------------------
- */
+/* --- life ------------------------------------------------------------------------------------- */
 
 static void given_up(void *self, const struct claas_reply_to *to)
 {

@@ -15,8 +15,8 @@
 
 struct scheduler;
 
-/* An unfinished job. What it is about stays on disk; here is what is needed to pick the next cycle.
- */
+/* An unfinished job. What it is about stays on disk; here is what is needed to pick the next
+ * cycle. */
 struct job {
     struct job *next; /* in order of arrival */
     char id[65];
@@ -163,8 +163,8 @@ int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
 void record_waits(struct scheduler *scheduler, struct job *job, const char *reason);
 
 /* crash.c */
-/* Whether a trainer in a process of its own crashed at that time or later: a sentence that says so.
- */
+/* Whether a trainer in a process of its own crashed at that time or later: a sentence that says
+ * so. */
 bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_text, size_t size);
 /* Keeps of a page of storage's list what crash_count needs. */
 void crash_note(struct scheduler *scheduler, const cJSON *page);

@@ -1,5 +1,5 @@
-/* Feedback comes in: checked, written by storage together with its job, and only then acknowledged.
- */
+/* Feedback comes in: checked, written by storage together with its job, and only then
+ * acknowledged. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -25,8 +25,8 @@ struct adapter_facts {
 int adapter_check(const char *directory, bool look_for_training, struct adapter_facts *ret);
 /* fsync of every file and of the directory. */
 int adapter_sync(const char *directory);
-/* rename, durable on both sides; parents of `target` are made. The target must not exist (EXISTS).
- */
+/* rename, durable on both sides; parents of `target` are made. The target must not exist
+ * (EXISTS). */
 int adapter_move(const char *source, const char *target);
 /* FORMAT unless `directory` is a plain directory directly below `staging` (both resolved). */
 int adapter_check_staged(const char *directory, const char *staging);

@@ -13,8 +13,8 @@ struct claas_lora_name {
 };
 
 /* INVALID with a sentence for anything that is no name: another character than A-Z a-z 0-9 . _ -, a
- * `..` or `.` or empty segment, more than two segments, too long. Slashes at both ends are ignored.
- */
+ * `..` or `.` or empty segment, more than two segments, too long. Slashes at both ends are
+ * ignored. */
 int claas_lora_name_parse(const char *text, struct claas_lora_name *ret);
 /* INVALID for names that mean the base model in chat. */
 int claas_lora_name_check_new(const struct claas_lora_name *name);

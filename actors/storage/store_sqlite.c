@@ -291,8 +291,8 @@ static int open_database(struct store *store)
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = db_open(&store->writer, path, true);
-    /* Other people's conversations are in it. The log and its index take their modes from the file.
-     */
+    /* Other people's conversations are in it. The log and its index take their modes from the
+     * file. */
     if (rc == 0 && chmod(path, 0600) < 0)
         rc = claas_fail_errno("%s", path);
     if (rc == 0)

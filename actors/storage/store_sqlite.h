@@ -124,8 +124,8 @@ int store_find_choice(struct db *db, const char *principal, const char *lora_id,
                       const cJSON *request, struct store_choice *ret);
 
 /* --- helpers (store_util.c) ------------------------------------------------------------ */
-/* Parses JSON that this store wrote; CORRUPT with a sentence when it is none. NULL text gives NULL.
- */
+/* Parses JSON that this store wrote; CORRUPT with a sentence when it is none. NULL text gives
+ * NULL. */
 int store_parse(const char *text, cJSON **ret);
 /* claas_json_print, NO_MEMORY for NULL. */
 int store_print(const cJSON *json, char **ret);

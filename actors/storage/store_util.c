@@ -1,5 +1,5 @@
-/* Small things that the store's files share: JSON in and out of columns, hashes, required members.
- */
+/* Small things that the store's files share: JSON in and out of columns, hashes, required
+ * members. */
 #include <sodium.h>
 #include <stdlib.h>
 #include <string.h>

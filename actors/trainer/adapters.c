@@ -224,8 +224,8 @@ static int read_lora(const struct trainer *trainer, const cJSON *body,
     return 0;
 }
 
-/* With cycle.seed set, the initial weights too follow from it: a whole experiment can be repeated.
- */
+/* With cycle.seed set, the initial weights too follow from it: a whole experiment can be
+ * repeated. */
 static uint64_t initial_seed(const struct trainer *trainer, const char *lora_id)
 {
     uint64_t seed = (uint64_t)claas_config_int(trainer->config, "cycle.seed");

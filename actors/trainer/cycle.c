@@ -80,8 +80,7 @@ void cycle_fail(struct cycle *cycle, int code, const char *text)
     claas_actor_reply_error(cycle->trainer->actor, &cycle->reply_to, code, text);
 }
 
-/* --- reading CYCLE_BEGIN
- * --------------------------------------------------------------------------------------------- */
+/* --- reading CYCLE_BEGIN ---------------------------------------------------------------------- */
 
 static int copy_attachment(const claas_message_t *message, int64_t index, void **ret,
                            size_t *ret_count)
@@ -225,8 +224,7 @@ static int read_begin(struct cycle *cycle, const claas_message_t *message)
     return rc;
 }
 
-/* --- CYCLE_BEGIN: adapter, then the base's figures, then the reply
- * -------------------------------------------------- */
+/* --- CYCLE_BEGIN: adapter, then the base's figures, then the reply ---------------------------- */
 
 static void base_measured(struct trainer *trainer, void *arg, int error, const char *text)
 {
@@ -313,9 +311,7 @@ int handle_cycle_begin(void *self, claas_message_t *message)
     return 0;
 }
 
-/* --- keep, stage, end
- * --------------------------------------------------------------------------------------------------
- */
+/* --- keep, stage, end ------------------------------------------------------------------------- */
 
 int cycle_take(struct trainer *trainer, const claas_message_t *message, struct cycle **ret)
 {

@@ -77,9 +77,7 @@ double cycle_step_phase(struct cycle *cycle, const char *phase)
 
 static void start_ahead(struct cycle *cycle);
 
-/* --- training
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- training --------------------------------------------------------------------------------- */
 
 /* Decoded teacher prompts and responses, for people who look at what the teacher saw. */
 static cJSON *scored_texts(const struct cycle *cycle)
@@ -239,9 +237,7 @@ static int start_training(struct cycle *cycle)
     return rc;
 }
 
-/* --- rollouts
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- rollouts --------------------------------------------------------------------------------- */
 
 static int32_t *copy_tokens(const int32_t *tokens, size_t count)
 {
@@ -378,9 +374,7 @@ static int start_rollouts(struct cycle_step *step)
     return rc < 0 ? rc : generations_start(step->rollouts);
 }
 
-/* --- the request
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- the request ------------------------------------------------------------------------------ */
 
 static float number(const cJSON *object, const char *key, double fallback)
 {

@@ -25,9 +25,7 @@ static int evaluate(struct trainer *trainer, const struct claas_train_row *rows,
     return rc < 0 ? rc : device_call_add(trainer, id, fn, arg);
 }
 
-/* --- the base
- * ---------------------------------------------------------------------------------------------------------
- */
+/* --- the base --------------------------------------------------------------------------------- */
 
 struct probe_waiter {
     struct probe_waiter *next;
@@ -127,9 +125,7 @@ void base_figures_forget(struct trainer *trainer, void *arg)
     }
 }
 
-/* --- a candidate
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- a candidate ------------------------------------------------------------------------------ */
 
 static void part_done(struct cycle *cycle)
 {

@@ -37,8 +37,8 @@ struct probes {
 int probes_new(struct trainer *trainer, struct probes **ret);
 void probes_free(struct probes **probes);
 
-/* Number of built-in questions that serve as other prompts, and one of them as messages (borrowed).
- */
+/* Number of built-in questions that serve as other prompts, and one of them as messages
+ * (borrowed). */
 size_t probes_other_count(void);
 const char *probes_other_question(size_t index);
 

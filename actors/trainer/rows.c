@@ -83,8 +83,8 @@ static int find_item(struct cycle *cycle, struct step_row *row, int64_t index)
     return 0;
 }
 
-/* Tokens of the longest sequence of a row. What is sampled has to fit into the key/value cache too.
- */
+/* Tokens of the longest sequence of a row. What is sampled has to fit into the key/value cache
+ * too. */
 static size_t find_context(const struct cycle *cycle, const struct step_row *row)
 {
     const struct trainer *trainer = cycle->trainer;

@@ -48,9 +48,7 @@ const char *claas_actor_name(const claas_actor_t *actor);
  * device, a damaged file). */
 void claas_actor_fail(claas_actor_t *actor, int code, const char *text);
 
-/* --- answering
- * ------------------------------------------------------------------------------------------------------
- */
+/* --- answering -------------------------------------------------------------------------------- */
 /* `body` is taken (also on failure) and may be NULL for an empty object. */
 int claas_actor_reply(claas_actor_t *actor, const struct claas_reply_to *to, cJSON *body);
 int claas_actor_reply_attached(claas_actor_t *actor, const struct claas_reply_to *to, cJSON *body,
@@ -60,9 +58,7 @@ int claas_actor_progress(claas_actor_t *actor, const struct claas_reply_to *to, 
 int claas_actor_reply_error(claas_actor_t *actor, const struct claas_reply_to *to, int code,
                             const char *text);
 
-/* --- asking
- * ----------------------------------------------------------------------------------------------------------
- */
+/* --- asking ----------------------------------------------------------------------------------- */
 /* Called for every PROGRESS and exactly once with the end: REP, or ERR with message->error set (the
  * peer's error, or DEADLINE / UNAVAILABLE made here). */
 typedef void claas_reply_fn(void *self, void *arg, claas_message_t *reply);
@@ -92,8 +88,7 @@ void claas_actor_publish(claas_actor_t *actor, int type, cJSON *body);
 typedef void claas_cancel_fn(void *self, const struct claas_reply_to *to);
 void claas_actor_on_cancel(claas_actor_t *actor, claas_cancel_fn *fn);
 
-/* --- time and descriptors
- * -------------------------------------------------------------------------------------------- */
+/* --- time and descriptors --------------------------------------------------------------------- */
 typedef void claas_timer_fn(void *self, void *arg);
 /* Once after delay_ms; returns an id > 0. Re-arm in the callback for a period. */
 int claas_actor_timer(claas_actor_t *actor, int64_t delay_ms, claas_timer_fn *fn, void *arg);
@@ -103,9 +98,7 @@ typedef void claas_watch_fn(void *self, int fd);
 int claas_actor_watch(claas_actor_t *actor, int fd, claas_watch_fn *fn);
 void claas_actor_unwatch(claas_actor_t *actor, int fd);
 
-/* --- counters
- * --------------------------------------------------------------------------------------------------------
- */
+/* --- counters --------------------------------------------------------------------------------- */
 /* Adds to a metric of include/claas/metrics.def; labels are fixed there. */
 void claas_metric_add(int metric, double value);
 void claas_metric_set(int metric, double value);

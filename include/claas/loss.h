@@ -78,8 +78,8 @@ int claas_loss_row(const struct claas_loss_config *config, int vocab,
 size_t claas_loss_scratch_floats(int vocab);
 
 /* log sum exp of a row of logits: the one routine behind every log-prob in the system, so that the
- * sampler's and the trainer's agree bit for bit. Same bits for the same row whatever its alignment.
- */
+ * sampler's and the trainer's agree bit for bit. Same bits for the same row whatever its
+ * alignment. */
 float claas_logsumexp(const float *logits, int vocab);
 
 #ifdef __cplusplus

@@ -81,8 +81,7 @@ typedef struct claas_message {
     const char *error_text; /* ERR: the sentence */
 } claas_message_t;
 
-/* --- the catalogue (messages.def)
- * ---------------------------------------------------------------------------------- */
+/* --- the catalogue (messages.def) ------------------------------------------------------------- */
 enum claas_message_type {
     CLAAS_MSG_NONE = 0,
 #define CLAAS_MESSAGE(name, id, receiver, role, max_body, doc) CLAAS_MSG_##name = id,

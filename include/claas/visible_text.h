@@ -12,8 +12,8 @@ char *claas_visible_text(const char *raw);
 /* Without thinking, every run of white space one blank, stripped: the text whose SHA-256 is the
  * look-up key. */
 char *claas_normalized_text(const char *text);
-/* Bytes of the white space character (Python's str.isspace) that starts at `text`, 0 if it is none.
- */
+/* Bytes of the white space character (Python's str.isspace) that starts at `text`, 0 if it is
+ * none. */
 size_t claas_space_length(const char *text);
 
 #endif
