@@ -1,10 +1,10 @@
 /* A LoRA adapter: its configuration and its directory on disk in PEFT's format.
  *
  *   adapter_config.json          PEFT's keys
- *   adapter_model.safetensors    float32,
- * base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [r, in] and …lora_B.weight [out,
- * r] optimizer.safetensors        exp_avg.<name>, exp_avg_sq.<name>, float32; "step" in the
- * metadata (optional)
+ *   adapter_model.safetensors    float32: NAME.lora_A.weight [r, in], NAME.lora_B.weight [out, r];
+ *                                NAME = base_model.model.model.layers.N.self_attn.q_proj, …
+ *   optimizer.safetensors        optional, float32: exp_avg.TENSOR, exp_avg_sq.TENSOR; "step" in
+ *                                the metadata
  */
 #ifndef CLAAS_ADAPTER_H
 #define CLAAS_ADAPTER_H

@@ -14,8 +14,11 @@ struct claas_buf {
     int error;    /* first failure; sticky, so a chain of adds is checked once */
 };
 
+/* Allocates nothing yet. */
 void claas_buf_init(struct claas_buf *buf, size_t limit);
+/* Frees the bytes; the buffer can be used again. */
 void claas_buf_done(struct claas_buf *buf);
+/* These three append a copy: 0, or the buffer's error (TOO_LARGE, NO_MEMORY). */
 int claas_buf_add(struct claas_buf *buf, const void *bytes, size_t length);
 int claas_buf_add_text(struct claas_buf *buf, const char *text);
 int claas_buf_printf(struct claas_buf *buf, const char *format, ...)
@@ -35,6 +38,7 @@ struct claas_reader {
     int error; /* 0 or CLAAS_ERR_FORMAT */
 };
 
+/* `data` is borrowed. */
 void claas_reader_init(struct claas_reader *reader, const void *data, size_t length);
 size_t claas_reader_left(const struct claas_reader *reader);
 uint8_t claas_reader_u8(struct claas_reader *reader);

@@ -1,3 +1,4 @@
+/* Two clocks: one that never jumps, for the program, and the wall's, for people. Any thread. */
 #ifndef CLAAS_CLOCK_H
 #define CLAAS_CLOCK_H
 

@@ -22,10 +22,10 @@ enum claas_err {
 #undef X
 };
 
-/* Of a sentence with its end: whoever keeps one has room for all of it. */
+/* The longest sentence and its NUL: a copy needs no more room. */
 #define CLAAS_ERROR_TEXT_BYTES 1024
 
-/* Records the sentence for this thread and returns `code`. A NULL format keeps the catalogue's
+/* Records the sentence for this thread and returns `code`. A NULL format stands for the catalogue's
  * text. */
 int claas_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -37,8 +37,8 @@ int claas_fail_context(int code, const char *format, ...) __attribute__((format(
 int claas_fail_errno(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Takes `path` out of the recorded sentence: "path/file" becomes "file" and a bare "path" becomes
- * `word`. For what is told to clients: they know the files they sent, not where these lie. Returns
- * `code`. */
+ * `word`. For answers to clients, who know the files that they sent, but not where the server keeps
+ * them. Returns `code`. */
 int claas_fail_hide_path(int code, const char *path, const char *word);
 
 /* Text from outside as it may stand in a sentence: printable ASCII stays, all else is written as

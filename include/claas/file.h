@@ -5,22 +5,24 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Reads a whole file of at most `limit` bytes (NUL-terminated beyond its length; free with free()).
- * A pipe that nobody writes to is an empty one. */
+/* Reads a whole file of at most `limit` bytes (else TOO_LARGE) into *ret_data, with a NUL after its
+ * last byte; free with free(). ret_length may be NULL. A pipe that nobody writes to reads as
+ * empty. */
 int claas_file_read(const char *path, size_t limit, char **ret_data, size_t *ret_length);
 /* Writes a new file and fsyncs it; an existing one is replaced only by a complete one (temporary +
  * rename). */
 int claas_file_write(const char *path, const void *data, size_t length);
 /* The same without waiting for the disk, for what can be made again and has a checksum: processes
- * see the old file or the new one, and what is there after a power failure may be neither. */
+ * see the old file or the new one, but after a power failure it may be neither. */
 int claas_file_write_cache(const char *path, const void *data, size_t length);
 /* write(2) until all is written. */
 int claas_fd_write_all(int fd, const void *data, size_t length);
+/* fsync of a file or directory. */
 int claas_fsync_path(const char *path);
 /* fsync of the directory that holds `path`, so that a rename in it is durable. */
 int claas_fsync_parent(const char *path);
-/* mkdir -p with mode 0700 for what is missing; what was made outlives a loss of power
- * where the directory that holds it may be read. */
+/* mkdir -p, with mode 0700 for what is missing. What was made survives a power failure, unless the
+ * directory above it may not be read (then it cannot be fsynced). */
 int claas_mkdir_all(const char *path);
 /* rm -r that never follows a symbolic link; a missing path is fine. */
 int claas_remove_all(const char *path);

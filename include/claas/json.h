@@ -11,13 +11,13 @@
 #include <stdint.h>
 
 #define CLAAS_JSON_DEPTH_MAX 64
-#define CLAAS_JSON_VALUES_MAX                                                                      \
-    (1 << 20) /* a value takes 64 bytes and more in memory, 2 in the text */
+/* A value takes 64 bytes or more in memory, but perhaps only 2 in the text. */
+#define CLAAS_JSON_VALUES_MAX (1 << 20)
 
 /* Parses exactly `length` bytes (at most `limit`). Errors: TOO_LARGE, FORMAT (with line and
  * column), NO_MEMORY. */
 int claas_json_parse(const char *text, size_t length, size_t limit, cJSON **ret);
-/* The same for what our own actors wrote: as many values as the text holds. */
+/* The same for what our own actors wrote, without the bound on the number of values. */
 int claas_json_parse_own(const char *text, size_t length, size_t limit, cJSON **ret);
 /* Cleanup handler. */
 void claas_json_free(cJSON **json);
@@ -27,8 +27,8 @@ char *claas_json_print(const cJSON *json);
 /* Case-sensitive look-up; NULL if absent. A JSON null counts as absent. */
 const cJSON *claas_json_get(const cJSON *object, const char *key);
 
-/* Typed getters: absent leaves *ret as it is and returns 0, present and right returns 1, present
- * and wrong returns CLAAS_ERR_INVALID with a sentence that names the key. */
+/* Typed getters: 0 and *ret as it was when the key is absent, 1 when its value is right, INVALID
+ * with a sentence that names the key when it is not. Strings, arrays and objects are borrowed. */
 int claas_json_get_string(const cJSON *object, const char *key, const char **ret);
 int claas_json_get_bool(const cJSON *object, const char *key, bool *ret);
 int claas_json_get_int(const cJSON *object, const char *key, int64_t min, int64_t max,

@@ -2,7 +2,7 @@
  *
  * Symbols: student logits z in R^V, S = softmax(z); teacher T = softmax(teacher logits), a
  * constant; y the sampled token; o its rollout log-prob; b its log-prob under the frozen base.
- * Golden values and derivations: DESIGN.md points to them; the tests hold them.
+ * tests/kernels/test_loss.c compares it with golden values.
  *
  *   divergence D   alpha = 0: KL(T||S) (forward, mass covering); alpha = 1: KL(S||T) (reverse);
  *                  else the generalised Jensen-Shannon divergence
@@ -43,8 +43,8 @@ struct claas_loss_config {
 struct claas_loss_row {
     const float *student_logits; /* [V] */
     const float *teacher_logits; /* [V], or NULL when teacher_ids is given */
-    const int32_t *
-        teacher_ids; /* [teacher_count]: a remote teacher's top K, best first (TEACHER_TOPK only) */
+    /* [teacher_count]: a remote teacher's top K, best first (TEACHER_TOPK only) */
+    const int32_t *teacher_ids;
     const float *teacher_logprobs;
     int teacher_count;
     int32_t token;         /* y */
@@ -60,8 +60,7 @@ struct claas_loss_result {
     float kl_base;    /* k3 */
     float logprob;    /* log S_y at temperature 1 over the whole vocabulary */
     float entropy;    /* of S */
-    float
-        forward_kl; /* KL(T||S) over the whole vocabulary; NAN if the teacher gave only its top K */
+    float forward_kl; /* KL(T||S), whole vocabulary; NAN if the teacher gave only its top K */
 };
 
 /* INVALID, with a sentence, for a configuration that no row can be computed with. Any thread. */

@@ -1,6 +1,6 @@
-/* Ownership. A constructor is `int claas_thing_new(…, claas_thing_t **ret)`, a destructor is
- * `void claas_thing_free(claas_thing_t **thing)`: safe on NULL, safe on half-built objects, sets
- * *thing to NULL. That signature is also what the cleanup attribute wants:
+/* Memory and ownership. A constructor is `int claas_thing_new(…, claas_thing_t **ret)`, a
+ * destructor is `void claas_thing_free(claas_thing_t **thing)`: safe on NULL, safe on half-built
+ * objects, sets *thing to NULL. That signature is also what the cleanup attribute wants:
  *
  *     CLAAS_AUTO(claas_thing_free) claas_thing_t *thing = NULL;
  *     …
@@ -35,6 +35,7 @@ void *claas_alloc(size_t count, size_t size);
 void *claas_realloc(void *block, size_t count, size_t size);
 /* Zeroed, 64-byte aligned (the width of a cache line and of a zmm register); free with free(). */
 void *claas_alloc_aligned(size_t bytes);
+/* A new copy; NULL for NULL, and when out of memory. */
 char *claas_strdup(const char *text);
 /* A new NUL-terminated copy of `length` bytes. */
 char *claas_strndup(const char *text, size_t length);

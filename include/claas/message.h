@@ -2,11 +2,11 @@
  *
  * On a link between an actor (or client) and a switch a message is
  *     [address][header 64 B][body][attachment]…
- * `address` is text: outbound the receiver's name; inbound the sender's name, NUL, the principal.
- * Header in network order: u16 signature | u8 version | u8 kind | u16 type | u8 codec | u8 flags |
- * u64 correlation | u32 budget_ms | u32 link_seq | 16 B trace id | 8 B span id | u64 epoch | u16
- * attempt | u16 credit | u32 body_len
- */
+ * `address` is text: to the switch the receiver's name; from it the sender's name, NUL, the
+ * principal. The header, in network order:
+ *     u16 signature | u8 version | u8 kind | u16 type | u8 codec | u8 flags | u64 correlation
+ *     u32 budget_ms | u32 link_seq | 16 B trace id | 8 B span id | u64 epoch
+ *     u16 attempt | u16 credit | u32 body_len */
 #ifndef CLAAS_MESSAGE_H
 #define CLAAS_MESSAGE_H
 
@@ -22,7 +22,7 @@
 #define CLAAS_MESSAGE_BYTES    (64 << 20) /* all frames of one message */
 
 enum claas_message_kind {
-    CLAAS_KIND_HELLO = 1, /* node or client -> switch: who it is */
+    CLAAS_KIND_HELLO = 1, /* docs/protocol.md, section 5, says what each is for */
     CLAAS_KIND_WELCOME,
     CLAAS_KIND_REQ,
     CLAAS_KIND_REP,
@@ -50,7 +50,7 @@ void claas_header_encode(const struct claas_header *header, uint8_t bytes[CLAAS_
 /* FORMAT for a wrong signature or length, VERSION for an unknown version. */
 int claas_header_decode(const uint8_t *bytes, size_t length, struct claas_header *ret);
 
-/* Raw little-endian data beside the body; dtype and shape are told by the body. */
+/* Raw little-endian data beside the body, which says what type and shape it has. */
 struct claas_attachment {
     const void *data; /* received ones are 8-byte aligned */
     size_t length;
@@ -74,7 +74,7 @@ typedef struct claas_message {
     char from[CLAAS_NAME_MAX];
     char principal[CLAAS_NAME_MAX];
     struct claas_reply_to reply_to;
-    cJSON *body; /* checked against the catalogue; never NULL */
+    cJSON *body; /* checked against the catalogue; never NULL, freed with the message */
     const struct claas_attachment *attachments;
     size_t attachment_count;
     int error;              /* ERR: the code; else 0 */

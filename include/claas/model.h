@@ -77,8 +77,7 @@ struct claas_tensor {
     char name[128]; /* Hugging Face's name: model.layers.3.self_attn.q_proj.weight */
     enum claas_tensor_type type;
     int rows, columns;
-    const uint8_t
-        *data; /* borrowed from the model; NULL for a random model (see claas_tensor_row) */
+    const uint8_t *data; /* borrowed from the model; NULL for a random one: use claas_tensor_row */
     size_t bytes;
     /* GGUF of arch "llama" interleaves the rows of q and k per head (adjacent-pair RoPE). When > 0,
      * row r of head h in Hugging Face's order is row h*head_rows + (r < head_rows/2 ? 2r : 2(r -
@@ -94,10 +93,10 @@ typedef struct claas_tokenizer claas_tokenizer_t;
 typedef struct claas_chat_template claas_chat_template_t;
 
 struct claas_model_options {
-    const char
-        *path; /* GGUF file, directory, or "random:smollm2-135m[:SEED]", "random:tiny-llama", … */
-    const char *
-        chat_template; /* NULL: by the model's own template; else a family name that overrides it */
+    /* GGUF file, directory, or "random:smollm2-135m[:SEED]", "random:tiny-llama", … */
+    const char *path;
+    /* NULL: by the model's own template; else a family name that overrides it */
+    const char *chat_template;
 };
 
 /* Opens and checks a whole model. Errors: NOT_FOUND, FORMAT (what and where), UNSUPPORTED
@@ -111,7 +110,7 @@ const struct claas_model_config *claas_model_config(const claas_model_t *model);
 const struct claas_tensor *claas_model_tensor(const claas_model_t *model, const char *name);
 /* One row, in Hugging Face's order, decoded to float32: out[columns]. */
 void claas_tensor_row(const struct claas_tensor *tensor, int row, float *out);
-/* These rows, of which some may not exist, will be read soon: the disk may begin. */
+/* A hint that these rows (some of which may not exist) will be read soon: the disk may begin. */
 void claas_tensor_prepare(const struct claas_tensor *tensor, int first, int count);
 /* Bytes of all tensors in the file; 0 of a random model. */
 uint64_t claas_model_weight_bytes(const claas_model_t *model);

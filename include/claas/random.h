@@ -18,6 +18,7 @@ float claas_random_uniform(uint64_t seed, uint64_t stream, uint64_t index);
 float claas_random_normal(uint64_t seed, uint64_t stream, uint64_t index);
 /* `bytes` random bytes from the system, and 2*bytes lower-case hex digits plus NUL in text. */
 void claas_random_hex(char *text, int bytes);
+/* 64 random bits from the system. */
 uint64_t claas_random_seed(void);
 
 #ifdef __cplusplus

@@ -24,11 +24,13 @@ struct claas_safetensor {
 
 typedef struct claas_safetensors claas_safetensors_t;
 
+/* Maps the file until claas_safetensors_free. FORMAT says what is wrong and where. */
 int claas_safetensors_open(const char *path, claas_safetensors_t **ret);
 /* The same over memory that outlives the object (fuzzing, tests). */
 int claas_safetensors_parse(const uint8_t *data, size_t length, claas_safetensors_t **ret);
 void claas_safetensors_free(claas_safetensors_t **file);
 size_t claas_safetensors_count(const claas_safetensors_t *file);
+/* In the header's order; NULL past the end, and for a name that is not there. */
 const struct claas_safetensor *claas_safetensors_at(const claas_safetensors_t *file, size_t index);
 const struct claas_safetensor *claas_safetensors_find(const claas_safetensors_t *file,
                                                       const char *name);

@@ -9,8 +9,8 @@
  * all before it), stripped of white space at both ends. New string, free with free(); NULL when out
  * of memory. */
 char *claas_visible_text(const char *raw);
-/* Without thinking, every run of white space one blank, stripped: the text whose SHA-256 is the
- * look-up key. */
+/* A text without thinking, stripped, with one blank for every run of white space: its SHA-256 is
+ * the look-up key. New string, free with free(). */
 char *claas_normalized_text(const char *text);
 /* Bytes of the white space character (Python's str.isspace) that starts at `text`, 0 if it is
  * none. */
