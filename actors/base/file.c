@@ -66,7 +66,7 @@ static int read_to_end(int fd, const char *path, size_t limit, char **data, size
     if (info.st_size > 0 && (uintmax_t)info.st_size > limit)
         return claas_fail(CLAAS_ERR_TOO_LARGE, "%s: %jd bytes, the limit is %zu", path,
                           (intmax_t)info.st_size, limit);
-    /* One byte more than the file: the read that meets the end needs room too. Later the NUL's. */
+    /* One byte more than the file: the read that meets the end needs room, and then the NUL. */
     capacity = (size_t)info.st_size + 1;
     for (;;) {
         size_t room;
@@ -139,7 +139,7 @@ static int fsync_fd(int fd, const char *path)
     while (fsync(fd) < 0) {
         if (errno == EINTR)
             continue;
-        /* Some file systems know no fsync of a directory; then there is nothing to wait for. */
+        /* Some file systems have no fsync of a directory; then there is nothing to wait for. */
         if (errno == EINVAL)
             return 0;
         return claas_fail_errno("fsync %s", path);

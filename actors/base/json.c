@@ -18,7 +18,7 @@
 #include <unistr.h>
 
 #define EXACT_MAX    (INT64_C(1) << 53)        /* integers up to here are exact in a double */
-#define PRINT_MAX    INT64_C(1000000000000000) /* cJSON prints no more than 15 digits of some */
+#define PRINT_MAX    INT64_C(1000000000000000) /* beyond it cJSON may print 15 digits only */
 #define NUMBER_BYTES 63                        /* cJSON reads no more of one number */
 #define FEW_KEYS     8 /* below it comparing all pairs is cheaper than sorting */
 

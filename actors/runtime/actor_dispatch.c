@@ -93,7 +93,7 @@ static void take_answer(claas_actor_t *actor, struct parcel *parcel)
     envelope_close(&envelope);
 }
 
-/* The switch knows us now, or will not have us. */
+/* The switch routes requests to us from now on (a refusal comes as an ERR). */
 static void take_welcome(claas_actor_t *actor)
 {
     if (!actor->announced)

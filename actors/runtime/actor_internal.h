@@ -1,4 +1,5 @@
-/* What the files of one actor share; and the few things a supervisor sees of it. */
+/* What actor.c, actor_ask.c, actor_dispatch.c and actor_loop.c share, and what the supervisor sees
+ * of an actor. */
 #ifndef CLAAS_RUNTIME_ACTOR_INTERNAL_H
 #define CLAAS_RUNTIME_ACTOR_INTERNAL_H
 
@@ -50,7 +51,7 @@ struct claas_actor {
     zloop_t *loop;
     int epoll_fd; /* watches, timer and control behind one descriptor: zloop scans linearly */
     int timer_fd;
-    int control_fd; /* eventfd, owned by the supervisor: look at the two requests below */
+    int control_fd; /* the supervisor's eventfd: readable = look at the two requests below */
     const _Atomic bool *drain_request, *stop_request;
 
     struct timers timers;
@@ -73,7 +74,6 @@ struct claas_actor {
     char failure_text[256];
 };
 
-/* Runs an actor's whole life in the calling thread: 0 after a stop request, else why it ended. */
 struct actor_options {
     const struct claas_actor_class *class;
     const char *name, *endpoint; /* inproc of the switch */
@@ -84,14 +84,16 @@ struct actor_options {
     const _Atomic bool *drain_request, *stop_request;
     struct actor_owner owner;
 };
+/* An actor's whole life, in the calling thread: 0 after a stop request, else why it ended. */
 int actor_run(const struct actor_options *options);
 
 /* actor_dispatch.c: handles what the switch delivered. */
 void actor_dispatch(claas_actor_t *actor, struct parcel *parcel);
-/* actor_ask.c: ends every pending ask with this error. */
+/* actor_ask.c: ends every pending ask with this error; gives an answer to the ask it belongs to. */
 void actor_end_asks(claas_actor_t *actor, int code, const char *text);
 void actor_take_reply(claas_actor_t *actor, struct envelope *envelope);
-/* actor.c */
+/* actor.c: sends to the switch (takes the parcel), credit alone, the common STATUS reply; fills in
+ * the ids of a trace. */
 int actor_send(claas_actor_t *actor, struct parcel *parcel);
 void actor_send_credit(claas_actor_t *actor);
 void actor_answer_status(claas_actor_t *actor, claas_message_t *message);

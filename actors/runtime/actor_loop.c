@@ -2,10 +2,10 @@
  *
  * The zloop watches exactly two things, for good: the DEALER and one epoll descriptor, behind which
  * are the timers (one timerfd for the heap), the supervisor's eventfd and the actor's own
- * descriptors. So the loop's linear scan stays short, nothing is added or removed while it runs
- * (which would end its pass and starve who comes later), and both are tolerant (a reader that fails
- * twice would else be dropped without a word). zloop_start also returns on any signal, hence the
- * loop around it. */
+ * descriptors. So the loop's linear scan stays short, and nothing is added or removed while it runs
+ * (which would end its pass and starve later readers). Both are tolerant: a reader that fails twice
+ * would otherwise be dropped without a word. zloop_start also returns on any signal, hence the loop
+ * around it. */
 #include "actor_internal.h"
 
 #include "claas/clock.h"

@@ -206,7 +206,7 @@ static int read_document(struct reading *reading, struct fy_document *document)
     return read_mapping(reading, root, "", 0);
 }
 
-/* What stands behind the first document would be read by nobody. */
+/* What follows the first document would be ignored without a word. */
 static int refuse_second(struct reading *reading, struct fy_parser *parser)
 {
     struct fy_document *document = fy_parse_load_document(parser);

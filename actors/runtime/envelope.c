@@ -43,8 +43,9 @@ static int list_attachments(struct envelope *envelope)
     return 0;
 }
 
-/* Answers come from the actor that was asked, and one of many log-probs has millions of values; so
- * has a cycle's input of many short messages. The switch lets no client send what is for actors. */
+/* Whether one of our actors wrote the body, which may then have millions of values (the log-probs
+ * of a long answer, a cycle's input): answers come from the actor that was asked, and the switch
+ * lets no client send a message of role ACTOR. */
 static bool is_own(const struct claas_header *header)
 {
     const struct claas_message_info *info = claas_message_info(header->type);

@@ -1,10 +1,13 @@
 /* Frames of one message on a link: [address][header][body][attachment]….
  *
- * A parcel is what switch and actors hand about: address and header taken apart, body and
+ * A parcel is what switch and actors pass around: address and header taken apart, body and
  * attachments as untouched frames, so that the switch never looks into a body. The address frame
- * holds up to three texts separated by NUL; which ones depends on the link: client -> switch   to
- * switch -> client   from, principal actor  -> switch   to, principal            switch -> actor
- * from, principal, arrival (monotonic ms) node  <-> switch   to, from, principal */
+ * holds up to three texts separated by NUL; which ones depends on the link:
+ *     client -> switch    to
+ *     switch -> client    from, principal
+ *     actor  -> switch    to, principal
+ *     switch -> actor     from, principal, arrival (monotonic ms)
+ *     node  <-> switch    to, from, principal */
 #ifndef CLAAS_RUNTIME_FRAMES_H
 #define CLAAS_RUNTIME_FRAMES_H
 
@@ -22,10 +25,10 @@ struct peer_id {
     uint8_t bytes[255];
 };
 
-/* Bytes that a socket holds for one peer, who reads slowly or not at all. The high-water mark
- * counts messages only, but libzmq frees a frame once it is written, or its connection is gone:
- * each message is counted until its header is. libzmq's thread does that, even after whoever sent
- * them has dropped the backlog. */
+/* Bytes that a socket holds for one peer, which may read slowly or not at all. libzmq's high-water
+ * mark counts messages only. But libzmq frees a frame once it is written or its connection is gone,
+ * so a message is counted until its header frame is freed: in libzmq's thread, perhaps after the
+ * sender has dropped the backlog. */
 struct backlog;
 struct backlog *backlog_new(void);
 void backlog_drop(struct backlog **backlog);
@@ -39,7 +42,7 @@ struct parcel {
     zmsg_t *load;            /* body, then attachments; NULL = an empty body */
     size_t bytes;            /* of the load */
     bool readable;           /* correlation and type of the header can be used in an answer */
-    struct backlog *backlog; /* counts it when it is sent; NULL = nobody does */
+    struct backlog *backlog; /* where it is counted when it is sent; NULL = nowhere */
 };
 
 void parcel_done(struct parcel *parcel);
@@ -69,8 +72,9 @@ struct envelope {
     struct claas_attachment *attachments;
     void **copies; /* attachments that came unaligned, moved to aligned memory; NULL-terminated */
 };
-/* Parses and checks the body (its part by the kind) and lists the attachments. Takes the parcel's
- * load. `limit` is the largest body. On failure the envelope has an empty body and all else. */
+/* Parses the body, checks it (as request, progress or reply, by the kind) and lists the
+ * attachments. Takes the parcel's load. `limit` is the largest body. After a failure the body is an
+ * empty object, all else is filled in. */
 int envelope_open(struct envelope *envelope, struct parcel *parcel, size_t limit);
 /* An ERR that was made here. */
 void envelope_error(struct envelope *envelope, int type, uint64_t correlation, const char *from,

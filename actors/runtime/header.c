@@ -1,9 +1,8 @@
 /* The 64-byte header: fixed offsets, network byte order, no pointers and no allocation.
  *
- * The layout is written once, as a list of (field, width) in wire order, and read by both
- * directions, so that encoder and decoder cannot drift apart. Bytes 0-3 (signature, version, kind)
- * and 8-15 (correlation) stay where they are in every later version: that is what lets an old peer
- * answer a new one with VERSION and the right request. */
+ * Encoder and decoder are the same list of fields and widths in wire order: change both together.
+ * Bytes 0-3 (signature, version, kind) and 8-15 (correlation) stay where they are in every later
+ * version: that is what lets an old peer answer a new one with VERSION and the right request. */
 #include "claas/message.h"
 
 #include "claas/err.h"

@@ -22,8 +22,8 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-#define JOIN_FIRST_MS 5000  /* until it is said that a node to join does not answer, and then */
-#define JOIN_AGAIN_MS 60000 /* how often */
+#define JOIN_FIRST_MS 5000  /* silence of the node to join after which the log says so, */
+#define JOIN_AGAIN_MS 60000 /* and how often it says so again */
 #define STOP_MS       5000
 #define LOST_MS       3000 /* without a device there is little to finish */
 
@@ -42,7 +42,8 @@ static int take_signal(const claas_runtime_t *runtime)
     return read(runtime->signal_fd, &info, sizeof(info)) == sizeof(info) ? (int)info.ssi_signo : 0;
 }
 
-/* The node to join may come long after this process: nobody else would start this one again. */
+/* The node to join may come long after this process, which nobody would start again: so it
+ * waits. */
 static int join(const claas_runtime_t *runtime)
 {
     struct pollfd item = {.fd = runtime->signal_fd, .events = POLLIN};

@@ -9,8 +9,9 @@
  * One thread starts actors again: after 0.2 s, doubling up to 30 s, with up to a quarter of jitter;
  * a minute of health resets it. Each life has a new incarnation number. Too many restarts mean that
  * restarting does not help: claas_runtime_wait returns the failure, and whoever started the process
- * decides. So it does for an actor whose loop has not turned for ten minutes, and at once for one
- * whose device was lost: a device is the process's, only a new process gets a new one. */
+ * decides. The same happens for an actor whose loop has not turned for ten minutes, and at once for
+ * one whose device was lost: the device belongs to the process, only a new process gets a new
+ * one. */
 #include "supervisor.h"
 
 #include "actor_internal.h"
@@ -32,9 +33,23 @@
 #define ACTORS_MAX 256
 #define HEALTHY_MS 60000
 
-struct supervisor_limits supervisor_limits = {200, 30000, 10, 300000, 1000, 10000, 600000};
+struct supervisor_limits supervisor_limits = {
+    .backoff_min_ms = 200,
+    .backoff_max_ms = 30000,
+    .restarts_max = 10,
+    .window_ms = 300000,
+    .poke_ms = 1000,
+    .slow_ms = 10000,
+    .stuck_ms = 600000,
+};
 
-enum slot_state { SLOT_STARTING, SLOT_RUNNING, SLOT_ENDED, SLOT_WAITING, SLOT_STOPPED };
+enum slot_state {
+    SLOT_STARTING,
+    SLOT_RUNNING,
+    SLOT_ENDED,   /* the thread is over, and not joined yet */
+    SLOT_WAITING, /* for restart_ms */
+    SLOT_STOPPED, /* never started again */
+};
 
 struct slot {
     struct supervisor *supervisor;

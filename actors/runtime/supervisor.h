@@ -6,7 +6,7 @@
 
 struct supervisor;
 
-/* How patient it is; the defaults are in supervisor.c. */
+/* How patient it is; the defaults are in supervisor.c, tests set smaller ones. */
 struct supervisor_limits {
     int64_t backoff_min_ms, backoff_max_ms;
     int restarts_max; /* of one actor within `window_ms`; one more ends the process */
@@ -22,8 +22,8 @@ int supervisor_start(struct supervisor *supervisor, const struct claas_actor_cla
                      const char *name, const void *args);
 /* An eventfd that becomes readable whenever an actor changes its state. */
 int supervisor_fd(const struct supervisor *supervisor);
-/* 0, or why the process should end: an actor was started again too often. The text is in
- * claas_error_text(). */
+/* 0, or why the process should end (an actor was started again too often, is stuck, or lost its
+ * device), with the sentence in claas_error_text(). */
 int supervisor_failure(struct supervisor *supervisor);
 /* Asks the n-th actor, counted from the last one started, to finish its work; false past the
  * end. */

@@ -391,7 +391,7 @@ static int read_config(struct claas_switch *sw, const claas_config_t *config)
         return claas_fail(CLAAS_ERR_INVALID, "node_name: '%s' is not a name ([A-Za-z0-9._-])",
                           node_name);
     claas_copy_text(sw->node_name, sizeof(sw->node_name), node_name);
-    if (connect[0] && !node_name[0]) /* by its roles: "trainer", "scheduler+trainer" as one name */
+    if (connect[0] && !node_name[0]) /* by its roles: "trainer", "scheduler-trainer" */
         for (size_t i = 0; claas_config_list_at(config, "roles", i); i++) {
             size_t used = strlen(sw->node_name);
 

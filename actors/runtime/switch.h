@@ -9,8 +9,8 @@ struct claas_switch;
 /* Opens the sockets in the calling thread (so that errors come back from here) and starts the
  * thread, which with `connect` set asks the other node to take us in. */
 int claas_switch_new(const claas_config_t *config, struct claas_switch **ret);
-/* 1 once the other node has taken us in (or there is none), 0 while it has not answered, and its
- * refusal. */
+/* 1 once the other node has taken us in (or there is none), 0 while it has not answered, < 0 when
+ * it refuses. */
 int claas_switch_joined(struct claas_switch *sw);
 /* Whether `connect` can be another node's address: ipc:// and a path where a socket is or may
  * be. */

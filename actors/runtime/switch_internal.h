@@ -1,9 +1,10 @@
 /* What the files of the switch share: its sockets, who is connected, which name is where, which
  * requests are under way.
  *
- *   peer    one connection: a local actor, a client, a node that joined, or the node that we joined
- * (upstream) route   one name: the peer to send to, the incarnation of the actor behind it flight
- * one request under way: who asked, who answers */
+ *   peer      one connection: a local actor, a client, a node that joined, or the node that we
+ *             joined (upstream, "main")
+ *   route     one name: the peer to send to, the incarnation of the actor that has the name
+ *   flight    one request under way: who asked, who answers */
 #ifndef CLAAS_RUNTIME_SWITCH_INTERNAL_H
 #define CLAAS_RUNTIME_SWITCH_INTERNAL_H
 
@@ -56,7 +57,7 @@ struct peer {
     uint16_t owed; /* requests taken from a node and not yet credited to it */
     int64_t heard_ms;
     struct backlog *backlog; /* of a client */
-    uint64_t hello_id; /* a ready local actor that waits until main knows it: which HELLO; else 0 */
+    uint64_t hello_id; /* of the HELLO by which main learns of this ready local actor; 0 = none */
     bool dead;         /* found out while sending; buried at the end of the pass */
 };
 
@@ -107,7 +108,7 @@ struct claas_switch {
 
     struct peer *upstream;
     _Atomic bool joined;
-    pthread_mutex_t join_lock; /* of the next two, read while claas_switch_new waits */
+    pthread_mutex_t join_lock; /* of the next two, which claas_switch_joined reads */
     int join_refusal;          /* why the last HELLO failed; 0 = it did not */
     char join_text[256];
     int64_t hello_ms, ping_ms;
@@ -118,7 +119,7 @@ struct claas_switch {
 int switch_tables_new(struct claas_switch *sw);
 void switch_tables_free(struct claas_switch *sw);
 struct peer *peer_new(struct claas_switch *sw, enum peer_kind kind, const struct peer_id *id);
-/* Answers its requests' owners, cancels its own, drops its names. */
+/* Forgets it: fails the requests to it, cancels those by it, drops its names. */
 void peer_bury(struct claas_switch *sw, struct peer *peer);
 void peer_mark_dead(struct claas_switch *sw, struct peer *peer);
 void switch_bury_dead(struct claas_switch *sw);
@@ -141,7 +142,7 @@ struct flight *flight_new(struct claas_switch *sw, struct peer *requester,
 void flight_free(struct claas_switch *sw, struct flight *flight);
 /* ERR to the requester, then frees it. */
 void flight_fail(struct claas_switch *sw, struct flight *flight, int code, const char *text);
-/* Both: for what the receiver goes on with. */
+/* ERR to the requester and CANCEL to the receiver, which may be working on it; then frees it. */
 void flight_abort(struct claas_switch *sw, struct flight *flight, int code, const char *text);
 /* CANCEL to the receiver, then frees it. */
 void flight_cancel(struct claas_switch *sw, struct flight *flight);
@@ -163,7 +164,7 @@ void switch_send_error(struct claas_switch *sw, struct peer *peer, const char *t
 /* Counts a message that never got as far as a sender and receiver, and answers it if it can be. */
 void switch_refuse(struct claas_switch *sw, struct peer *peer, const char *to,
                    const struct claas_header *about, int code);
-/* Sequence numbers, credit, sign of life. */
+/* Notes what every header carries: sequence number, credit, sign of life. */
 void switch_note(struct claas_switch *sw, struct peer *peer, const struct claas_header *header);
 void switch_send_credit(struct claas_switch *sw, struct peer *peer);
 

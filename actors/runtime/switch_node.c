@@ -122,7 +122,7 @@ static void lose_link(struct claas_switch *sw, const char *why)
     sw->upstream->seq_in = 0;
 }
 
-/* Main has answered this HELLO: so it has for the actors that were new in it or before. */
+/* Main has answered this HELLO, and so knows the actors that were new in it or earlier. */
 static void settle_actors(struct claas_switch *sw, uint64_t hello_id, int code, const char *text)
 {
     for (struct peer *peer = zhashx_first(sw->inner_peers); peer;

@@ -31,7 +31,8 @@ void timers_remove(struct timers *timers, struct timer *timer);
 struct timer *timers_find(const struct timers *timers, int id);
 /* Due time of the first, INT64_MAX when there is none. */
 int64_t timers_next(const struct timers *timers);
-/* Takes the first one off the heap if it was due and set before `set`; the caller frees it. */
+/* Takes the first one off the heap if it is due and was there when timers->set was `set`; the
+ * caller frees it. */
 struct timer *timers_take_due(struct timers *timers, int64_t now_ms, uint64_t set);
 void timers_done(struct timers *timers);
 
