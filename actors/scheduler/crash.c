@@ -1,7 +1,7 @@
-/* A trainer that crashes in another process than storage's cannot answer, but leaves a marker
- * (claas serve), which counts against the jobs that were in it. The scheduler lived on: it looks
- * when the trainer does not answer. It crashed with the trainer: it looks at its start, before any
- * cycle does. kill -9 leaves no marker and counts for nothing. */
+/* A trainer that crashes in another process than storage's leaves a marker (claas serve writes it),
+ * which counts against the jobs that ran there. If the scheduler lived on, it looks for the marker
+ * when the trainer does not answer; if it crashed with the trainer, at its next start, before any
+ * cycle begins. kill -9 leaves no marker and counts for nothing. */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -16,8 +16,8 @@
 #include "scheduler_internal.h"
 
 #define AT_ONCE 64 /* jobs of one JOB_RECORD */
-/* A marker from later than now says nothing: the clock was set back. And what was on its way to
- * storage at the crash was recorded a moment after it. */
+/* A marker from the future says nothing (the clock was set back), and storage may record what was
+ * on its way at the crash a moment after it: within this slack both count. */
 #define SLACK_MS 1000
 #define TICK_MS  10 /* a file's time is that of the kernel's last tick */
 
@@ -109,7 +109,7 @@ static int find_jobs(struct scheduler *scheduler, int64_t until_ms, struct job *
     return count;
 }
 
-/* Whatever came of it: the list says so. */
+/* The list is read again, whatever came of it: it says what was recorded. */
 static void counted(struct scheduler *scheduler, void *arg, int error, const char *text,
                     const cJSON *reply)
 {
@@ -146,8 +146,9 @@ static int record_crash(struct scheduler *scheduler, struct job *const *jobs, in
                                         .done = counted});
 }
 
-/* What a kill left, or a crash that is counted: it waits now, and shall not pay for the next one.
- * Where it cannot be recorded, it goes on all the same. */
+/* Jobs that a kill, or a crash already counted, left recorded as being in a cycle: they wait, and
+ * must not get a strike for the next crash. Where that cannot be recorded, they wait all the
+ * same. */
 static void requeue(struct scheduler *scheduler)
 {
     const cJSON *json;

@@ -1,6 +1,6 @@
 /* How cycles end: the best candidate is staged and published, or all were refused, or something
- * failed, or everybody cancelled, or the server stops. Every way out leaves each job either ended
- * on disk or waiting again. */
+ * failed, or the jobs were cancelled, or the server stops. Every way out leaves each job either
+ * ended on disk or waiting again. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,10 +13,10 @@
 #include "scheduler_internal.h"
 
 #define RETRY_FIRST_MS 500
-#define RETRY_FULL_MS  5000 /* the disk is full: look again now and then */
+#define RETRY_FULL_MS  5000 /* after a full disk or a full device */
 #define AWAY_MAX       3    /* doublings of the first delay while a peer is away: 4 s */
 #define STRIKES_MAX    100  /* of a job, in messages */
-#define CROWDED_MAX    3    /* full devices in company, then by itself */
+#define CROWDED_MAX    3    /* tries that met a full device beside other cycles; then alone */
 
 void cycle_run_free(struct cycle_run *run)
 {
@@ -47,8 +47,8 @@ static void end_trainer(struct cycle_run *run)
     claas_actor_tell(run->scheduler->actor, run->trainer, CLAAS_MSG_CYCLE_END, body);
 }
 
-/* Else jobs that only wait would look as if they ran, and pay for whatever crashes next. One by
- * one: a job that has ended otherwise meanwhile shall not keep the others from it. */
+/* Otherwise jobs that only wait would look as if they ran, and get a strike for the next crash. One
+ * record for each: one of all would fail if one of the jobs has ended meanwhile. */
 static void record_waiting(struct cycle_run *run)
 {
     for (int i = 0; i < run->job_count && !run->waits; i++)
@@ -103,7 +103,8 @@ static void requeue(struct cycle_run *run, int64_t delay_ms)
     jobs_wake(scheduler, 0);
 }
 
-/* The jobs wait again, each by itself: one of them may be what spoils the cycle of all. */
+/* The jobs wait again, each for a cycle of its own: one of them may be what makes the cycle
+ * fail. */
 static void part(struct cycle_run *run, int64_t delay_ms)
 {
     for (int i = 0; i < run->job_count; i++)
@@ -111,8 +112,8 @@ static void part(struct cycle_run *run, int64_t delay_ms)
     requeue(run, delay_ms);
 }
 
-/* A record is for all jobs of the run or none: one that ended otherwise meanwhile (CONFLICT) leaves
- * the others without their end. */
+/* A record is for all jobs of the run or none. So if one of them has ended meanwhile in another way
+ * (CONFLICT), the others have no end yet and wait again. */
 static void end_recorded(struct cycle_run *run, int error, int metric)
 {
     run->ending = false;
@@ -168,8 +169,8 @@ static void park(struct cycle_run *run, int code, const char *text)
                  .state = "failed", .event = event, .result = result, .done = parked, .arg = run});
 }
 
-/* Memory comes back when chats end and adapters are dropped: it is given more time, 5 s after a
- * full device in company, which is no strike, then 10 s, 20 s. */
+/* 0.5 s, doubled with each strike. A full device gets more time, since memory comes back when chats
+ * end and adapters are dropped: 5 s without a strike (other cycles ran), then 10 s, 20 s. */
 static int64_t retry_delay(int code, int64_t strikes)
 {
     int64_t first = code == CLAAS_ERR_NO_MEMORY ? RETRY_FULL_MS : RETRY_FIRST_MS;
@@ -201,9 +202,8 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     free(failed);
 }
 
-/* Failures that say nothing against the job: the peer is away or stops, the disk is full. A lost
- * device is none of them: the job may be what its kernels faulted on, and would lose the next one
- * too. */
+/* Failures that say nothing against the job: the peer is away or stops, the disk is full. Not so a
+ * lost device: the job may be what its kernels faulted on, and would lose the next device too. */
 static bool is_blameless(int code)
 {
     return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_NO_SPACE ||
@@ -218,8 +218,8 @@ static bool is_hopeless(int code)
            code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_UNSUPPORTED || code == CLAAS_ERR_TOO_LARGE;
 }
 
-/* A strike for each of the jobs; what follows depends on how many they have now. Nobody is parked
- * for what happened in company: the next try is with no other, and decides. */
+/* A strike for each of the jobs; what follows depends on how many they have now. No job is parked
+ * for a failure while others ran: it has its next try alone, and that decides. */
 static void strike(struct cycle_run *run, int code, const char *text)
 {
     struct failed_run *failed = CLAAS_NEW(struct failed_run);
@@ -248,7 +248,8 @@ static void strike(struct cycle_run *run, int code, const char *text)
     }
 }
 
-/* A full device while others ran says nothing against the jobs, as long as it does not go on. */
+/* A full device while other cycles ran says nothing against the jobs, but after CROWDED_MAX times
+ * they have to show that they fit alone. */
 static bool is_crowded(struct cycle_run *run, int code)
 {
     bool crowded = code == CLAAS_ERR_NO_MEMORY && run->company;
@@ -261,7 +262,7 @@ static bool is_crowded(struct cycle_run *run, int code)
     return crowded;
 }
 
-/* A peer that stays away is looked for less often. */
+/* The longer a peer stays away, the less often it is tried. */
 static int64_t away_delay(struct cycle_run *run)
 {
     int away = 0;
@@ -283,7 +284,7 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
     if (cycle_run_drop_cancelled(run))
         return;
     if (code == CLAAS_ERR_NOT_FOUND && run->step > 0)
-        code = CLAAS_ERR_UNAVAILABLE; /* the trainer that had the cycle started anew */
+        code = CLAAS_ERR_UNAVAILABLE; /* the trainer was restarted and does not know the cycle */
     if (code == CLAAS_ERR_CONFLICT) {
         jobs_load(run->scheduler); /* the parent changed, or a job has ended: which one? */
         requeue(run, RETRY_FIRST_MS);

@@ -36,7 +36,7 @@ int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, 
                            &run->ask);
 }
 
-/* The steps of the other cycles may come first. */
+/* Each of the other cycles may have a step that the device takes first. */
 int64_t cycle_run_patience(const struct cycle_run *run, int64_t ms)
 {
     return ms + (turns_limit(run->scheduler) - 1) * (int64_t)STEP_ASK_MS;
@@ -61,9 +61,9 @@ static void record_state(struct cycle_run *run, const char *state)
                 &(struct record){.state = state, .event = event});
 }
 
-/* On disk, a job in a cycle is one that a crash strikes: it is there before the trainer works on
- * it. Not so one that waits for a peer already, else each try would leave its two events until the
- * peer is back: it is when its cycle has begun. */
+/* A crash strikes the jobs that are recorded as being in a cycle, so `batched` is recorded before
+ * the trainer works on them. But jobs that already wait for a peer are recorded only when the
+ * trainer has answered: else every try would leave two events more, until the peer is back. */
 static bool is_awaiting(const struct cycle_run *run)
 {
     for (int i = 0; i < run->job_count; i++)
@@ -117,8 +117,8 @@ static void keep_gate(struct cycle_run *run, const cJSON *reply)
     run->gate = cJSON_Duplicate(claas_json_get(reply, "gate"), true);
 }
 
-/* A candidate that passed: is it the best so far? Lower score is better; without scores the later
- * one is. */
+/* Whether a candidate that passed is the best so far: the lower score is; without scores the later
+ * one. */
 static bool is_best(struct cycle_run *run, const cJSON *reply)
 {
     double score = NAN;
@@ -171,7 +171,7 @@ static void stepped(void *self, void *arg, claas_message_t *reply)
     cJSON_DeleteItemFromObjectCaseSensitive(step, "teacher_scored_texts");
     cJSON_AddItemToArray(run->steps, step);
     record_step(run, reply->body, passed);
-    if (!finite) { /* the next try would be no better */
+    if (!finite) { /* another step from these weights would be no better */
         if (!cycle_run_drop_cancelled(run))
             cycle_run_finish(run);
         return;
@@ -200,9 +200,9 @@ static void send_step(struct cycle_run *run)
         cycle_run_fail(run, rc, claas_error_text());
 }
 
-/* What was withdrawn shall be shown to the teacher no more; and since what was learnt so far came
- * from it too, the cycle begins anew without it. So it does for a rollback, whose version it would
- * be refused for at its end. */
+/* Feedback that was withdrawn must not be shown to the teacher any more, and what was learnt so far
+ * came from it too: so the cycle begins anew without it. After a rollback it begins anew as well:
+ * its version would be refused in the end, because its parent is not current any more. */
 static void checked(void *self, void *arg, claas_message_t *reply)
 {
     struct cycle_run *run = arg;
@@ -274,7 +274,7 @@ static void begun(void *self, void *arg, claas_message_t *reply)
         record_state(run, "batched");
     record_state(run, "training");
     next_step(run);
-    jobs_dispatch(scheduler); /* beside this one, now that the trainer has said how many it wants */
+    jobs_dispatch(scheduler); /* more cycles, now that the trainer has said how many it wants */
 }
 
 /* CYCLE_INPUT's standing entries have ids; the trainer needs the texts. */
@@ -363,8 +363,8 @@ static void ask_input(struct cycle_run *run)
         cycle_run_fail(run, rc, claas_error_text());
 }
 
-/* Without the sampler nobody could say whether the trainer has its model: the jobs wait for it
- * too. */
+/* The trainer must have the sampler's model, and only the sampler can say which that is: the jobs
+ * wait for it too. */
 static void model_read(void *self, void *arg, claas_message_t *reply)
 {
     struct cycle_run *run = arg;

@@ -21,7 +21,7 @@ struct job *job_add(struct scheduler *scheduler, const char *id, const char *lor
     struct job **link = scheduler->last_job ? &scheduler->last_job->next : &scheduler->jobs;
 
     if (!job)
-        return NULL; /* it stays on disk and is found at the next start */
+        return NULL; /* it stays on disk, and the next reading of the list finds it */
     snprintf(job->id, sizeof(job->id), "%s", id);
     snprintf(job->lora_id, sizeof(job->lora_id), "%s", lora_id);
     snprintf(job->principal, sizeof(job->principal), "%s", principal);
@@ -88,8 +88,8 @@ void jobs_wake(struct scheduler *scheduler, int64_t delay_ms)
         claas_warning("jobs wait for the next feedback: %s", claas_error_text());
 }
 
-/* Whether two jobs may be learnt in one cycle. One that is to run with no cycle beside its own
- * would have that hold for the other too, or not hold at all. */
+/* Whether two jobs may be learnt in one cycle: same adapter, same training values, and `sole` (no
+ * other cycle at the same time) for both or for neither. */
 static bool fits(const struct job *a, const struct job *b)
 {
     if (a->alone || b->alone || b->cancel || a->sole != b->sole)
@@ -120,7 +120,7 @@ static void start_cycle(struct scheduler *scheduler, struct job *first)
 
 void jobs_dispatch(struct scheduler *scheduler)
 {
-    int tries = turns_limit(scheduler); /* one that fails at once leaves its turn to the timer */
+    int tries = turns_limit(scheduler); /* a bound: a cycle may fail within its start */
     int64_t wait = -1;
     struct job *first;
 
@@ -145,12 +145,12 @@ static void load_again(void *self, void *arg)
 
 void jobs_load_later(struct scheduler *scheduler)
 {
-    scheduler->loading = true; /* whoever wants it sooner waits too */
+    scheduler->loading = true; /* so jobs_load does not ask before the timer does */
     claas_actor_timer(scheduler->actor, RETRY_MS, load_again, NULL);
 }
 
-/* Storage lists in order of arrival, as the list here is: most often the job is the next one. At
- * the start nothing is to be looked for. */
+/* Both lists are in order of arrival: most often the job is the one after `last`. At the start
+ * there is nothing to search. */
 static struct job *find_next(struct scheduler *scheduler, struct job *last, const char *id)
 {
     if (last && last->next && strcmp(last->next->id, id) == 0)
@@ -271,7 +271,7 @@ void jobs_load(struct scheduler *scheduler)
     if (scheduler->loading)
         return;
     for (struct job *job = scheduler->jobs; job; job = job->next)
-        job->listing = true; /* later ones may be too new for the list */
+        job->listing = true; /* not those that come later: the list may be older than they are */
     scheduler->loading = true;
     scheduler->unlisted = scheduler->job_count;
     claas_json_free(&scheduler->crash_jobs);

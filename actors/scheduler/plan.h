@@ -12,7 +12,7 @@ struct plan {
     int steps;
     double rate; /* of the first step */
     double replay_share, teacher_share;
-    int items, replay, prompts; /* new feedback, earlier feedback, other prompts at hand */
+    int items, replay, prompts; /* available: new feedback, earlier feedback, other prompts */
     cJSON *training; /* owned: the explicit values of the request; NULL = the default cycle */
 };
 

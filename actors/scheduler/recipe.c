@@ -1,5 +1,7 @@
-/* The table of recipes. Rows come from measurement: 8 steps; forms by in-context success on that
- * model; other rows only where the form leaks little in context. */
+/* The table of recipes. Its rows were measured (`claas model calibrate`): the forms by their
+ * success in context on that model; rows about other things (other_share) only where the form leaks
+ * little.
+ */
 #include "recipe.h"
 
 #include <ctype.h>
@@ -7,6 +9,7 @@
 
 #include "claas/mem.h"
 
+/* match, steps, rows, rate, other_share, forms, form_count */
 static const struct recipe recipes[] = {
     {"smollm2-135m", 8, 12, 7e-4, 0, {"brief", "brief", "hindsight"}, 3},
     {"qwen2.5-0.5b", 8, 16, 5e-4, 0.375, {"list"}, 1},

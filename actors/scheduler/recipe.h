@@ -1,5 +1,5 @@
-/* How a cycle is run on a base model: what was measured to learn (docs/learning.md), by fingerprint
- * of the model, with every value open to configuration. */
+/* How a cycle is run on a base model: the settings that learn best by measurement
+ * (docs/learning.md), by the model's fingerprint or name. The configuration can override each. */
 #ifndef CLAAS_SCHEDULER_RECIPE_H
 #define CLAAS_SCHEDULER_RECIPE_H
 

@@ -29,7 +29,7 @@ static void recorded(void *self, void *arg, claas_message_t *reply)
     if (reply->error)
         claas_warning("a job's transition was not recorded: %s", reply->error_text);
     for (struct job *job = scheduler->jobs; reply->error && job; job = job->next)
-        forget_waits(job); /* it may have been any of them */
+        forget_waits(job); /* the reply does not say which jobs it was about */
     if (reply->error == CLAAS_ERR_CONFLICT && !pending->done)
         jobs_load(scheduler); /* one of the jobs has ended on disk: its adapter was deleted, say */
     cJSON_ArrayForEach(event, claas_json_get(reply->body, "events")) watch_event(scheduler, event);

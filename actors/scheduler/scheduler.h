@@ -11,8 +11,8 @@ struct claas_scheduler_args {
     const claas_config_t *config;
 };
 
-/* Handles FEEDBACK, JOB_WATCH and JOB_CANCEL; asks "storage" and "trainer". Start argument: struct
- * claas_scheduler_args. */
+/* Handles FEEDBACK, JOB_WATCH, JOB_CANCEL and JOBS_ENDED; asks "storage", "trainer" and "sampler".
+ * Start argument: struct claas_scheduler_args. */
 extern const struct claas_actor_class claas_scheduler_class;
 
 #endif

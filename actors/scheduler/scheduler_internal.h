@@ -7,7 +7,7 @@
 #include "scheduler.h"
 
 #define CYCLE_JOBS_MAX 16
-#define CYCLES_MAX     64 /* at the same time: trainer.jobs is no more */
+#define CYCLES_MAX     64 /* at the same time: the largest value of trainer.jobs */
 #define ASK_MS         30000
 /* A step on a large model and a slow device takes minutes; a dead trainer is noticed by the runtime
  * long before. */
@@ -26,12 +26,12 @@ struct job {
     cJSON *training;                    /* NULL = the default cycle */
     int64_t accepted_ms, not_before_ms; /* monotonic */
     struct cycle_run *run;              /* the cycle it is in, NULL while it waits */
-    bool cancel;  /* it ends, or has ended, outside of a cycle: no cycle takes it */
-    bool alone;   /* a cycle with it failed: no other job in its cycles from now on */
-    bool sole;    /* it has a strike: no other cycle beside its own from now on */
+    bool cancel;  /* being cancelled, or ended on disk: no cycle takes it, its own lets it go */
+    bool alone;   /* a cycle with it failed: no other job shares its cycles from now on */
+    bool sole;    /* it has a strike: no other cycle runs during its own from now on */
     int crowded;  /* times its cycle met a full device while others ran */
     int away;     /* times in a row that its cycle found a peer away before its first step */
-    char *waits;  /* the reason it waits for on disk, "" = its turn, NULL = that is not certain */
+    char *waits;  /* why it waits, as the disk says it; "" = for its turn, NULL = not known */
     bool listing; /* the list under way will say whether it has ended (jobs_load) */
 };
 
@@ -71,10 +71,10 @@ struct cycle_run {
     uint64_t seed;
     uint64_t ask;    /* the request under way, 0 = none */
     bool publishing; /* too late to cancel */
-    bool ending;     /* its end is being recorded: milliseconds, and the answer names this run */
-    bool waits;      /* over, and on disk its jobs wait again already */
-    char away[CLAAS_ERROR_TEXT_BYTES]; /* over, and what its jobs wait for, "" = their turn */
-    bool company; /* another cycle ran at some time of its life: who spoilt what is not certain */
+    bool ending; /* its end is being recorded, and the answer will refer to it: do not free it */
+    bool waits;  /* it is over, and its jobs are recorded as waiting already */
+    char away[CLAAS_ERROR_TEXT_BYTES]; /* it is over: what its jobs wait for, "" = their turn */
+    bool company; /* another cycle ran at the same time, so a failure may not be its own fault */
     int64_t started_ms, started_unix_ms;
 };
 
@@ -83,12 +83,12 @@ struct scheduler {
     const claas_config_t *config;
     struct job *jobs, *last_job;
     size_t job_count;
-    size_t unlisted; /* jobs here that the list under way has not named yet: at most so many */
+    size_t unlisted; /* at most so many jobs here were not named yet by the list under way */
     struct watcher *watchers;
     struct cycle_run *runs;
     int run_count;
     int trainer_jobs; /* cycles at the same time that the trainer wants; 0 = it did not say yet */
-    int narrowed;     /* the device had no memory for more; 0 = it had */
+    int narrowed;     /* the device had memory for so many cycles only; 0 = for all */
     int64_t narrowed_ms;
     char turns[CYCLES_MAX][257]; /* a ring: adapters of the last cycles, others go first */
     uint64_t turn_count;         /* cycles so far */
@@ -97,8 +97,8 @@ struct scheduler {
     bool load_again;             /* … and has to be asked once more */
     int records;                 /* JOB_RECORDs that storage has not answered */
     bool crash_known;            /* what an earlier life's crash left is counted (crash.c) … */
-    bool crash_many;             /* … and struck someone: who comes later did not run by itself */
-    cJSON *crash_jobs;           /* of the list under way, those that were in a cycle on disk */
+    bool crash_many;   /* … and struck a job already: those that follow did not run alone */
+    cJSON *crash_jobs; /* of the list under way, those that were in a cycle on disk */
     bool draining;
     int timer; /* of the next dispatch, 0 = none; due at wake_ms */
     int64_t wake_ms;
@@ -114,15 +114,16 @@ void job_remove(struct scheduler *scheduler, struct job *job);
 void jobs_dispatch(struct scheduler *scheduler);
 /* The same, in delay_ms at the latest. */
 void jobs_wake(struct scheduler *scheduler, int64_t delay_ms);
-/* Makes the list what storage says: at the start, and whenever something may have happened to a job
- * without an answer to tell of it. No cycle starts meanwhile. */
+/* Makes the list agree with storage's: at the start, and whenever something may have happened to a
+ * job of which no answer told. No cycle starts meanwhile. */
 void jobs_load(struct scheduler *scheduler);
 /* The same in a while: storage is away, or its disk is full. */
 void jobs_load_later(struct scheduler *scheduler);
 
 /* turns.c */
-/* The first job of the adapter whose turn it is; NULL if no cycle may start now. *ret_wait: until
- * one may, for want of nothing but time; -1 otherwise. */
+/* The first job of the adapter whose turn it is; NULL if no cycle may start now. *ret_wait: ms
+ * until the first job that only waits for its time (not_before_ms) may start; -1 if there is
+ * none. */
 struct job *turn_next(struct scheduler *scheduler, int64_t *ret_wait);
 /* The adapter has had its turn. */
 void turn_take(struct scheduler *scheduler, const char *lora_id);
@@ -158,8 +159,8 @@ struct record {
 };
 int record_jobs(struct scheduler *scheduler, struct job *const *jobs, int count,
                 const struct record *record);
-/* The job waits again, for its turn (reason "") or for what the reason says, if the disk does not
- * say so already; where that cannot be recorded, it does all the same. */
+/* Records that the job waits again, for its turn (reason "") or for what the reason says, unless
+ * the disk says so already. Where that cannot be recorded, it waits all the same. */
 void record_waits(struct scheduler *scheduler, struct job *job, const char *reason);
 
 /* crash.c */
@@ -169,8 +170,8 @@ bool crash_since(const struct scheduler *scheduler, int64_t unix_ms, char *ret_t
 /* Keeps of a page of storage's list what crash_count needs. */
 void crash_note(struct scheduler *scheduler, const cJSON *page);
 /* At the start, with storage's list: strikes for the jobs that ran when the trainer crashed and
- * this process with it. True while they are being recorded: the list is read anew then. In the end
- * none of the jobs is in a cycle on disk. */
+ * this process with it. True while they are being recorded: the list is read again afterwards. When
+ * it returns false, no job is recorded as being in a cycle any more. */
 bool crash_count(struct scheduler *scheduler);
 
 /* cycle_run.c, cycle_end.c */
@@ -180,13 +181,15 @@ void cycle_run_abandon(struct cycle_run *run);
 void cycle_run_free(struct cycle_run *run);
 /* After the last step: publish the best, or reject. */
 void cycle_run_finish(struct cycle_run *run);
-/* The cycle cannot go on: its jobs wait again, or a job alone is parked, by what the code says. */
+/* The cycle cannot go on: by the code its jobs wait again, or get a strike, or a single one is
+ * parked. */
 void cycle_run_fail(struct cycle_run *run, int code, const char *text);
-/* The same by an answer of the trainer's, or for want of one: it may have crashed. */
+/* The same after an error from the trainer, or without an answer: it may have crashed. */
 void cycle_run_fail_trainer(struct cycle_run *run, int code, const char *text);
-/* How long the trainer may take for what takes `ms` when nothing else is to be done. */
+/* How long to wait for the trainer, for what takes it `ms` at most when no other cycle runs. */
 int64_t cycle_run_patience(const struct cycle_run *run, int64_t ms);
-/* Lets cancelled jobs go; true if there were any: the run is over then, the others wait again. */
+/* Lets cancelled jobs go. True if there were any: then the run is freed and its other jobs wait
+ * again. */
 bool cycle_run_drop_cancelled(struct cycle_run *run);
 int cycle_run_ask(struct cycle_run *run, const char *to, int type, cJSON *body, int64_t timeout_ms,
                   claas_reply_fn *reply);

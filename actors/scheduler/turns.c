@@ -1,14 +1,14 @@
 /* Whose turn it is, and how many cycles run at the same time.
  *
- * Several adapters learn beside each other (trainer.jobs), one adapter never twice: its versions
- * come one after the other, in the order of its feedback. The next cycle is of the adapter that has
- * waited longest, but while another waits, of none that had one of the last turns: as many as
- * cycles run at the same time. So whoever has just learnt waits for as many others as that, not for
- * all who wait.
+ * Several adapters learn at the same time (trainer.jobs), but one adapter is never in two cycles:
+ * its versions come one after the other, in the order of its feedback. The next cycle is of the
+ * adapter that has waited longest, except that one which had one of the last N turns is passed over
+ * while another waits; N is the number of cycles that may run at the same time. So an adapter that
+ * has just learnt waits for N others, not for all that wait.
  *
- * A job with a strike learns with no cycle beside it: what takes the process or the device with it
- * strikes all who ran, and the next failure shall be the fault of one. It does not wait for a pause
- * that never comes: when it is its turn, nothing starts until it has run. */
+ * A job with a strike learns while no other cycle runs: a crash or a lost device strikes all jobs
+ * that ran, and the next failure has to show whose fault it was. It does not wait for a pause that
+ * never comes: when it is its turn, nothing starts until it has run. */
 #include <stdio.h>
 #include <string.h>
 
@@ -16,9 +16,9 @@
 #include "claas/log.h"
 #include "scheduler_internal.h"
 
-#define WIDEN_MS 300000 /* after a full device, one cycle more at the same time each */
+#define WIDEN_MS 300000 /* after a full device: this long for each cycle more at the same time */
 
-/* As configured, or as the trainer said; one until it did. */
+/* As configured, or as the trainer says (CYCLE_BEGIN's reply); 1 before its first reply. */
 static int find_wanted(const struct scheduler *scheduler)
 {
     int wanted = (int)claas_config_int(scheduler->config, "trainer.jobs");
@@ -75,7 +75,7 @@ static bool is_learning(const struct scheduler *scheduler, const char *lora_id)
     return false;
 }
 
-/* Whether a cycle runs that no other shall run beside. */
+/* Whether a cycle runs that must be the only one. */
 static bool has_sole(const struct scheduler *scheduler)
 {
     for (const struct cycle_run *run = scheduler->runs; run; run = run->next)

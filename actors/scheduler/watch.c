@@ -77,7 +77,7 @@ static void read_again(void *self, void *arg)
     }
 }
 
-/* Storage is away for a moment: the job goes on, so its watchers have patience. */
+/* Storage is away for a moment. The job goes on all the same, so the watcher is kept. */
 static void read_later(struct watcher *watcher)
 {
     struct scheduler *scheduler = watcher->scheduler;

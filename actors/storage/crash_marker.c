@@ -1,9 +1,10 @@
 /* Crashes count against the jobs that ran. A process that crashes by itself (SIGSEGV, SIGABRT)
  * leaves a marker in the data directory; at the next start the jobs whose cycle was running get a
- * strike, and one that ran by itself and has too many is parked: else a job that crashes its worker
- * would do so at every start. Who of several it was is not known: each of them gets its next try by
- * itself. kill -9 and power cuts leave no marker and count for nothing. Either way nothing runs
- * when storage starts, unless the scheduler is in another process: whatever ran waits again. */
+ * strike, and one that ran alone and has too many is parked: else a job that crashes its worker
+ * would do so at every start. Which of several jobs it was is not known, so each of them has its
+ * next try alone. kill -9 and power cuts leave no marker and count for nothing. Either way nothing
+ * runs when storage starts, unless the scheduler is in another process: whatever ran waits
+ * again. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -13,7 +14,7 @@
 #include "claas/mem.h"
 #include "store_sqlite.h"
 
-/* The jobs that ran, [[job_id, strikes]]. */
+/* Adds to `jobs` those that ran, as [job_id, strikes]. */
 static int find_jobs(struct store *store, cJSON *jobs)
 {
     DB_STATEMENT *statement = NULL;

@@ -168,7 +168,7 @@ static int query(struct db *db, sqlite3_stmt **ret, const char *sql, const char 
     for (int i = 0; types[i] && rc == SQLITE_OK; i++)
         rc = bind_one(statement, i + 1, types[i], &values);
     va_end(values);
-    /* What is not bound would be NULL without a word. */
+    /* SQLite takes a value that was not bound as NULL: refuse that here. */
     if (rc == SQLITE_OK && (size_t)sqlite3_bind_parameter_count(statement) != strlen(types)) {
         db_statement_done(&statement);
         return claas_fail(CLAAS_ERR_INTERNAL, "'%.80s': %zu values", sql, strlen(types));

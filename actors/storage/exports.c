@@ -1,9 +1,9 @@
 /* Zips being written beside the storage actor's loop: a thread each, at most a few. A thread owns
  * its work until it has put the work's number into the pipe; then the loop joins it and answers. So
- * nothing is locked, and nothing is shared but the word that nobody waits any more.
+ * nothing is locked, and nothing is shared but the flag `stop`.
  *
- * Who gets the answer opens the zip and unlinks it at once. Where the asker went while the answer
- * was on its way, nobody does: such zips are swept. */
+ * The asker opens the zip and unlinks it at once. If it goes away while the answer is on its way,
+ * the zip stays: exports_sweep removes it later. */
 #include "exports.h"
 
 #include <dirent.h>
@@ -170,7 +170,7 @@ void exports_abandon(struct exports *exports, const struct claas_reply_to *to)
     }
 }
 
-/* The answer is of no use to an asker that is gone, but it is only lost: the zip would stay. */
+/* When the asker is known to be gone, the zip is removed here: nobody will open it. */
 static void answer(struct exports *exports, struct work *work)
 {
     cJSON *body;

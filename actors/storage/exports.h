@@ -26,7 +26,7 @@ int exports_start(struct exports *exports, const struct export_order *order, con
                   const char *staging);
 /* The asker has gone: what is written for it is broken off and removed. */
 void exports_abandon(struct exports *exports, const struct claas_reply_to *to);
-/* Removes zips whose asker went when they were written already. */
+/* Removes zips that were written, but whose asker went away before it opened them. */
 void exports_sweep(const struct exports *exports, const char *staging);
 bool exports_idle(const struct exports *exports);
 /* For the actor's watch on exports_fd. */

@@ -1,9 +1,10 @@
-/* Start: one server per directory, and the world put in order after whatever ended the last one.
+/* The start: makes sure that this is the only server of the directory, and puts in order what the
+ * last one left, however it ended.
  *
  * Nothing is deleted that the catalogue does not name. A publication writes the directory's final
  * path to `trash` before it renames, and takes the row back in the transaction that makes the
- * version; so what a crash leaves behind is known. Directories that nobody knows (a database
- * restored from a backup) are left alone, only told of. */
+ * version; so what a crash leaves behind is known. Directories that the catalogue does not know (as
+ * after restoring an older database) are left alone, with a warning. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -97,7 +98,7 @@ static int sweep_entry(struct store *store, const char *directory, const char *n
     return path ? claas_remove_all(path) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
-/* The first one behind those that could not be removed; > 0 if there is one. */
+/* The first path after those that could not be removed; > 0 if there is one. */
 static int find_trash(struct store *store, char **ret)
 {
     DB_STATEMENT *statement = NULL;
@@ -146,7 +147,7 @@ int store_empty_trash(struct store *store)
     rc = remove_trash(store, entry);
     if (rc == 0)
         return 1;
-    /* It is passed by: what comes behind it can go all the same. */
+    /* It is passed by, so that the paths after it can go all the same. */
     if (!store->trash_told)
         store_warn(store, "a leftover cannot be removed: %s", claas_error_text());
     store->trash_told = true;
@@ -168,8 +169,8 @@ struct known_version {
     int64_t bytes;
 };
 
-/* The current version and one that was lost are read in full (their headers); of the others the
- * size of the weights must be what it was. */
+/* Of every version the weights file must have the size that it was published with; of the current
+ * one, and of one that was lost, the files' headers are read too. */
 static int check_version(const struct store *store, const struct known_version *version)
 {
     CLAAS_AUTO_FREE char *path = store_version_path(store, version->dir, version->number, false);
@@ -199,7 +200,7 @@ static int mark(struct store *store, const struct known_version *version, const 
     return rc < 0 ? rc : 0;
 }
 
-/* One adapter's loss is not the others': they are served, and it too once there is a way back. */
+/* Only a warning: the loss of one adapter's version must not keep the others from being served. */
 static void tell_lost(struct store *store, const struct known_version *version, int *warnings)
 {
     if (version->current)
@@ -259,7 +260,7 @@ static int check_versions(struct store *store)
     return rc;
 }
 
-/* --- directories that nobody knows ----------------------------------------------------- */
+/* --- directories that the catalogue does not know -------------------------------------- */
 
 static int judge_version(struct store *store, const char *directory, const char *name)
 {
@@ -316,7 +317,7 @@ int store_recover(struct store *store)
         rc = tell_unknown(store);
     if (rc == 0)
         rc = store_count_crash(store);
-    /* Nor is a full disk. */
+    /* Nor is a full disk, on which the jobs' states cannot be written, a reason not to serve. */
     if (rc == 0 && !store->options.scheduler_elsewhere && store_requeue(store) < 0)
         store_warn(store, "jobs look as if they ran: %s", claas_error_text());
     return rc;

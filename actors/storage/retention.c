@@ -86,7 +86,7 @@ static int drop_moments_of(struct store *store, int64_t adapter, int64_t number,
 
     if (!file)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    /* The row says so afterwards: a crash between repeats this. */
+    /* The row is changed after the file is gone: a crash in between repeats this. */
     if (unlink(file) < 0 && errno != ENOENT)
         return claas_fail_errno("%s", file);
     rc = db_run(&store->writer, "UPDATE versions SET moments = 0 WHERE adapter = ? AND number = ?",
@@ -133,8 +133,8 @@ static int retain(struct store *store)
     return rc;
 }
 
-/* The first part that has something to do does it. One that fails is no reason to leave out those
- * behind it: a file that cannot be removed must not let answers pile up. */
+/* The first part that has something to do does it. When one fails, the later ones still have their
+ * turn: a file that cannot be removed must not let answers pile up. */
 int store_tend(struct store *store)
 {
     static int (*const parts[])(struct store *) = {store_empty_trash, retain, drop_rollouts};

@@ -16,10 +16,9 @@
 #include "claas/json.h"
 #include "claas/mem.h"
 
-#define HEADER_BYTES_MAX                                                                           \
-    ((uint64_t)16                                                                                  \
-     << 20) /* an adapter of 80 layers needs 0.2 MB; a hostile one must not need gigabytes */
-#define EXACT_MAX (INT64_C(1) << 53)
+/* An adapter of 80 layers needs 0.2 MB; a hostile one must not need gigabytes. */
+#define HEADER_BYTES_MAX ((uint64_t)16 << 20)
+#define EXACT_MAX        (INT64_C(1) << 53)
 
 struct span {
     int64_t begin, end;

@@ -2,10 +2,11 @@
  *
  * A change is carried out at once, inside the transaction that is open, and its answer is kept;
  * when the group is full or has waited long enough, one COMMIT makes all of them durable with one
- * fsync, and the answers go out. One fsync per change would be 9 times slower with 64 writers. Who
- * waits for an answer does not send the next change: so when as many changes are there as the last
- * group had, the rest of the wait would be for nothing, and the commit comes after whatever is in
- * the mailbox just now. If the commit fails, all of them get its error and none has happened.
+ * fsync, and the answers go out. One fsync per change would be 9 times slower with 64 writers. A
+ * writer that waits for its answer sends no next change: so once there are as many changes as the
+ * last group had, longer waiting would be for nothing, and the commit comes after the messages that
+ * are in the mailbox just now. If the commit fails, all of them get its error and none has
+ * happened.
  *
  * Questions are answered at once, from what is committed. */
 #include "storage.h"
@@ -39,20 +40,21 @@ struct storage {
     const claas_config_t *config;
     claas_store_t *store;
     struct exports *exports;
-    char *staging; /* absolute: who opens an export may be in another directory */
+    char *staging; /* absolute: the process that opens an export may run in another directory */
     struct waiting waiting[GROUP_MAX];
     size_t count;
     size_t expected; /* size of the last group */
-    int soon;        /* eventfd: readable = commit when the mailbox was seen */
+    int soon;        /* eventfd: readable = commit, after the messages that are there already */
     bool soon_set;
     int commit_timer; /* 0 = none */
     int tend_timer;
-    bool tend_failed; /* told once, until it works again */
+    bool tend_failed; /* already logged; cleared when it works again */
 };
 
 /* --- the group ------------------------------------------------------------------------- */
 
-/* They wait in its list, and people for them. Were it lost, the end of a cycle would tell. */
+/* The scheduler still lists these jobs, and people watch them. Should the message be lost, it
+ * learns of them at the end of a cycle. */
 static void tell_jobs_ended(struct storage *storage)
 {
     if (claas_actor_tell(storage->actor, "scheduler", CLAAS_MSG_JOBS_ENDED, NULL) < 0)
@@ -145,7 +147,7 @@ static int join_group(struct storage *storage, const struct claas_reply_to *repl
         storage->commit_timer = claas_actor_timer(
             storage->actor, claas_config_int(storage->config, "storage.commit_wait"), commit_due,
             NULL);
-    if (storage->commit_timer < 0) { /* no timer: no company */
+    if (storage->commit_timer < 0) { /* no timer could be set: commit without waiting */
         storage->commit_timer = 0;
         set_soon(storage);
     }
@@ -186,7 +188,8 @@ static int find_operation(int type, enum claas_store_op *ret)
     return claas_fail(CLAAS_ERR_UNSUPPORTED, "storage has no operation for message 0x%04x", type);
 }
 
-/* The store's interface knows no messages: the same two words per attachment under another name. */
+/* The store's interface knows no messages: an attachment becomes a blob (the same pointer and
+ * length). */
 static int call_store(struct storage *storage, enum claas_store_op op,
                       const claas_message_t *message, struct claas_store_answer *answer)
 {
@@ -248,7 +251,7 @@ static int handle(void *self, claas_message_t *message)
     return reply_answer(storage, &message->reply_to, &answer);
 }
 
-/* Any name form, so a version too: its directory comes from what a chat would be answered with. */
+/* Takes every form of a name, `@N` too: the same look-up as a chat's gives the directory. */
 static int handle_export(void *self, claas_message_t *message)
 {
     CLAAS_AUTO(claas_store_answer_done) struct claas_store_answer answer = {0};
@@ -347,7 +350,7 @@ static int find_staging(struct storage *storage)
     return storage->staging ? 0 : claas_fail_errno("data directory");
 }
 
-/* Whatever is open is committed: its askers were told nothing yet, but it was done. */
+/* Commits what is open: it was carried out, and its requesters still wait for the answer. */
 static void stop(void **self)
 {
     struct storage *storage = *self;

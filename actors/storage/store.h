@@ -7,9 +7,10 @@
  * that fails leaves no trace and does not harm the others.
  *
  *     store->ops->call(store, CLAAS_STORE_FEEDBACK_PUT, &request, &answer);    … more of them …
- *     if (store->ops->commit(store) == 0) send the answers; else all of them failed with
- * claas_error_text()
- */
+ *     if (store->ops->commit(store) == 0)
+ *         … send the answers …
+ *     else
+ *         … all of them failed, with claas_error_text() … */
 #ifndef CLAAS_STORAGE_STORE_H
 #define CLAAS_STORAGE_STORE_H
 
@@ -56,7 +57,7 @@ struct claas_store_answer {
     cJSON *body;                    /* never NULL after success */
     struct claas_store_blob *blobs; /* owned, each one too */
     size_t blob_count;
-    bool jobs_ended; /* with their adapter, which is gone: the scheduler has to be told */
+    bool jobs_ended; /* jobs ended with their adapter, which is gone: tell the scheduler */
 };
 void claas_store_answer_done(struct claas_store_answer *answer);
 
@@ -75,8 +76,8 @@ struct claas_store_ops {
     int (*commit)(claas_store_t *store);
     /* Drops the pending changes. */
     void (*abort)(claas_store_t *store);
-    /* One small piece of upkeep (retention, files to remove, log); > 0 when there may be more to
-     * do. Only while nothing is pending. */
+    /* One small piece of upkeep (retention, files to remove, the database's log); > 0 when there
+     * may be more to do. Only while nothing is pending. */
     int (*tend)(claas_store_t *store);
 };
 
@@ -89,7 +90,7 @@ struct claas_store_options {
     int64_t queue_max;
     int64_t replay_items, replay_age;
     int64_t retries;          /* strikes after which a job is parked; 0 = never */
-    bool scheduler_elsewhere; /* in another process, where its cycles may go on */
+    bool scheduler_elsewhere; /* it is in another process, where its cycles may still run */
     int64_t keep_versions, keep_moments;
     int64_t keep_rollouts, keep_rollouts_ms;
     /* What a person should look at after the start (a version's files are gone, …). May be NULL. */

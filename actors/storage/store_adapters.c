@@ -10,8 +10,8 @@
 #include "store_sqlite.h"
 
 #define VERSION_MAX INT64_C(1000000000)
-#define ADAPTER_COLUMNS                                                                            \
-    "id, current, next, uid, name, dir, created" /* as read_adapter wants them */
+/* In read_adapter's order. */
+#define ADAPTER_COLUMNS "id, current, next, uid, name, dir, created"
 
 static int fail_unknown(const char *asked)
 {
@@ -103,7 +103,7 @@ int store_check_available(struct db *db, const struct store_adapter *adapter, in
         return claas_fail(CLAAS_ERR_NOT_FOUND,
                           "the weights of version %" PRId64 " of '%s' are no longer kept", version,
                           adapter->name);
-    if (strcmp(state, "available") != 0) /* ours to answer for */
+    if (strcmp(state, "available") != 0) /* lost: our fault, not the caller's */
         return claas_fail(CLAAS_ERR_CORRUPT,
                           "the weights of version %" PRId64
                           " of '%s' are lost on the server's disk",
@@ -158,7 +158,7 @@ static cJSON *adapter_row(sqlite3_stmt *row)
     return item;
 }
 
-/* "user1" is user1/… and not user10/…: '0' is the character behind '/'. */
+/* "user1" means user1/… and not user10/…: the range ends at '0', the character after '/'. */
 int store_adapter_list(struct store *store, const struct claas_store_request *request,
                        struct claas_store_answer *answer)
 {

@@ -14,10 +14,10 @@
 #include "claas/mem.h"
 #include "store_sqlite.h"
 
-/* A message holds 64 MiB, CYCLE_BEGIN's body and attachments together, and all of the input goes
- * into one: so all of it is counted, as long as it is in JSON. The new items have to fit, and what
- * is still there for the teacher to see stays as long as it does; conversations that only keep them
- * company stop earlier. What is left out is the oldest. The rest is for keys and brackets. */
+/* All of the input goes into one message, CYCLE_BEGIN, which holds 64 MiB with its attachments: so
+ * all of it is counted, at its length in JSON. The new items have to fit; standing feedback is
+ * added up to the same limit; conversations that only keep them company (replay, recent) stop
+ * earlier. What is left out is the oldest. The rest of the 64 MiB is for keys and brackets. */
 #define INPUT_BYTES_MAX   ((size_t)56 << 20)
 #define COMPANY_BYTES_MAX ((size_t)32 << 20)
 #define RECENT_BYTES_MAX  ((int64_t)256 << 10) /* longer ones make no rows of a cycle */
@@ -46,7 +46,7 @@ struct input {
 
 /* --- items ----------------------------------------------------------------------------- */
 
-/* A text in JSON, without its quotes. */
+/* The most that a text takes in JSON, without its quotes. */
 static size_t string_bytes(const char *text)
 {
     size_t bytes = 0;
@@ -59,7 +59,7 @@ static size_t string_bytes(const char *text)
     return bytes;
 }
 
-/* Takes its part of the message; false when there is none. */
+/* Reserves `bytes` of the message; false when that would go beyond `limit`. */
 static bool take_room(struct input *input, size_t bytes, size_t limit)
 {
     if (input->bytes + bytes > limit)
@@ -68,7 +68,7 @@ static bool take_room(struct input *input, size_t bytes, size_t limit)
     return true;
 }
 
-/* Of an item. */
+/* What an item takes of the message. */
 static size_t row_bytes(sqlite3_stmt *row)
 {
     static const int texts[] = {2, 3, 5, 6}, plain[] = {4, 9, 10, 11};
@@ -309,7 +309,8 @@ static int count_withdrawn(struct store *store, const struct store_adapter *adap
     return rc < 0 ? rc : 0;
 }
 
-/* What is lost may be restored or rolled back, and feedback was acknowledged: its jobs wait. */
+/* A lost version may be restored or rolled back, and its feedback was acknowledged: so that is
+ * UNAVAILABLE, and the jobs wait. */
 static int check_parent(const struct input *input)
 {
     bool trained;
@@ -429,7 +430,8 @@ static int withdraw_all(struct store *store, const struct store_adapter *adapter
                   "iii", adapter->id, adapter->current, claas_clock_unix_ms());
 }
 
-/* Any version's, so that a later rollback does not bring it back. */
+/* Of any version, not only of the current one's ancestors: a later rollback shall not bring it
+ * back. */
 static int withdraw_one(struct store *store, const struct store_adapter *adapter, const char *id)
 {
     DB_STATEMENT *statement = NULL;

@@ -72,7 +72,7 @@ static int put_answer(struct claas_store_answer *answer, const char *job_id, con
     return 0;
 }
 
-/* 1 and the answer when the key is known. */
+/* 1 and the earlier job's answer when the idempotency key is known, 0 when it is new or absent. */
 static int answer_known_key(struct store *store, const char *principal, const struct put *put,
                             struct claas_store_answer *answer)
 {

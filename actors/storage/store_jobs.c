@@ -146,7 +146,7 @@ static int list_events(struct db *db, int64_t job, const char *job_id, int64_t s
 
 /* --- transitions ----------------------------------------------------------------------- */
 
-/* The text of `key` in the event or the result, whichever says it. */
+/* The text of `key` in the event, else in the result; NULL if neither has it. */
 static const char *told(const cJSON *extra, const cJSON *result, const char *key)
 {
     const char *text = NULL;
@@ -290,8 +290,8 @@ static int add_transitions(struct db *db, int64_t job, cJSON *object)
     return rc;
 }
 
-/* `transitions`: a query more per job; a restarted scheduler has no use for them. The result, a
- * hundred KiB and more, is only for who asks for one job. */
+/* Without `transitions` a query per job is saved: a restarted scheduler has no use for them. The
+ * result, which may have a hundred KiB and more, is left to store_job_get. */
 static int job_row(struct db *db, sqlite3_stmt *row, bool transitions, cJSON **ret)
 {
     CLAAS_AUTO(claas_json_free) cJSON *job = cJSON_CreateObject();

@@ -215,8 +215,8 @@ static int insert_adapter(struct publication *publication)
     return rc < 0 ? rc : 0;
 }
 
-/* Compare-and-set: also against a rollback between the check and now (there is none: one thread;
- * kept as the rule). */
+/* Compare-and-set, so that a rollback since the check would win. (There is none: storage is one
+ * thread. But the rule is here, where it counts.) */
 static int move_pointer(const struct publication *publication)
 {
     int rc = db_run(&publication->store->writer,
@@ -306,7 +306,7 @@ static int note_intent(struct publication *publication)
     return rc < 0 ? rc : 0;
 }
 
-/* The first error is the one to tell. */
+/* Undoes the rename; the sentence of the failure that led here stays. */
 static void take_back(const struct publication *publication)
 {
     char text[1024];

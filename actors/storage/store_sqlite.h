@@ -29,8 +29,8 @@ struct store {
     /* Jobs not at their end, kept here because counting 10,000 rows for every feedback is too slow:
      * the value of the writer's transaction, and the committed one to fall back to. */
     int64_t unfinished, unfinished_committed;
-    /* The last path of `trash` that could not be removed (NULL: none): those behind it are next,
-     * until the time to begin from the front again. */
+    /* The last path of `trash` that could not be removed (NULL: none): those after it are next,
+     * until it is time to begin from the front again. */
     char *trash_stuck;
     int64_t trash_retry_ms;
     bool trash_told;
@@ -56,15 +56,15 @@ int store_begin(struct store *store);
 
 /* --- recovery.c ------------------------------------------------------------------------ */
 int store_lock_directory(struct store *store);
-/* After the migration: staging emptied, half-done publications removed, versions checked: what is
- * lost is marked, what is there again too. */
+/* After the migration: empties staging, removes half-done publications, checks the versions and
+ * marks those whose files are lost, or are there again. */
 int store_recover(struct store *store);
 /* Strikes for the jobs that ran when the last process crashed (crash_marker.c). */
 int store_count_crash(struct store *store);
-/* Those that ran wait again. */
+/* The jobs that ran wait again. */
 int store_requeue(struct store *store);
-/* Removes what the table `trash` names; at most one path. > 0 if there was one; one that cannot be
- * removed is passed by. */
+/* Removes one path that the table `trash` names, or passes it by if it cannot be removed; > 0 if
+ * there was one. */
 int store_empty_trash(struct store *store);
 void store_warn(const struct store *store, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
@@ -87,7 +87,7 @@ int store_find_adapter(struct db *db, const char *principal, const char *asked,
  * no memory. */
 char *store_version_path(const struct store *store, const char *dir, int64_t version,
                          bool relative);
-/* 0 when the version's weights are there to be used. */
+/* 0 when the version's weights can be used; *ret_trained: they differ from the base model's. */
 int store_check_available(struct db *db, const struct store_adapter *adapter, int64_t version,
                           bool *ret_trained);
 /* Drops the adapter's rows; ends its unfinished jobs as cancelled, if there are any; its directory
@@ -104,7 +104,8 @@ struct store_job {
 };
 /* 0, or NOT_FOUND. */
 int store_find_job(struct db *db, const char *id, struct store_job *ret);
-/* Writes an event (an object; `state` may be NULL) and gives it as it is answered. */
+/* Writes an event: `extra` (an object or NULL) with the job's id, seq, time and state (may be
+ * NULL). *ret (may be NULL) is all of it, to be freed. */
 int store_add_event(struct store *store, const struct store_job *job, const char *state,
                     const cJSON *extra, cJSON **ret);
 /* Ends a job: state, result (may be NULL), version (-1 = none), and its event. */
