@@ -10,8 +10,8 @@
 #include "claas/log.h"
 #include "claas/mem.h"
 
-/* Of one adapter: the current version and one to compare it with. What learning has left behind is
- * rarely asked for again. */
+/* Of one adapter: the current version and one to compare it with. Versions from before that are
+ * rarely asked for. */
 #define VERSIONS_MAX 2
 
 struct waiter {
@@ -89,8 +89,8 @@ static void entry_remove(struct adapter_cache *cache, struct entry *entry)
     entry_free(entry);
 }
 
-/* Makes room for one more of an adapter (NULL: of any) if `limit` are there; entries that are still
- * loading stay. Requests in flight hold their own references. */
+/* Drops the least recently used entry of an adapter (NULL: of any) if there are `limit` or more.
+ * One that is still loading stays. Requests in flight hold their own references. */
 static void make_room(struct adapter_cache *cache, const char *uid, size_t limit)
 {
     struct entry *oldest = NULL;
@@ -225,8 +225,9 @@ static void load_failed(struct adapter_cache *cache, struct entry *entry, int er
     entry_remove(cache, entry);
 }
 
-/* The device's bytes are the true limit: once more with one adapter less. When none can go, it is
- * a matter of waiting, unless there was no other at all and nothing learns. */
+/* The device's memory is the true limit: drops an idle adapter and loads again. When none is idle
+ * the client should wait (OVERLOADED), unless there is no other adapter and nothing learns: then
+ * waiting does not help. */
 static void out_of_memory(struct adapter_cache *cache, struct entry *entry, const char *text)
 {
     if (drop_idle(cache)) {

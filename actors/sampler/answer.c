@@ -64,7 +64,8 @@ int chat_send_piece(struct chat *chat, struct choice *choice, bool last)
         return rc;
     if (!chat->params.stream)
         return 0;
-    /* Long hidden thinking shows no text, but its log-probs have to go at some time. */
+    /* Long hidden thinking shows no text, but its log-probs have to go out before a message is
+     * full. */
     if (text[0] == '\0' && !last && cJSON_GetArraySize(choice->entries) < PIECE_ENTRIES)
         return 0;
     body = cJSON_CreateObject();

@@ -17,10 +17,12 @@
 
 #define RESOLVE_TIMEOUT_MS 10000
 #define STOP_TOKENS_MAX    16
-#define LOGPROB_BYTES      100 /* of one token in JSON, at 9 bytes of text: 55, text, numbers */
-/* Of the log-probs of an answer that is not streamed, as text. As trees of values they take some
- * ten times as much in sampler and bridge, and the bridge's loop does nothing else while it reads
- * and prints them. */
+/* One token's log-prob in JSON, with 9 bytes of text: 55 of keys and brackets, the text,
+ * numbers. */
+#define LOGPROB_BYTES 100
+/* All log-probs of an answer that is not streamed, in JSON. As trees of values they take some ten
+ * times as much in sampler and bridge, and the bridge's loop does nothing else while it reads and
+ * prints them. */
 #define LOGPROBS_BYTES_MAX (8 << 20)
 
 void chat_free(struct chat *chat)
@@ -57,8 +59,8 @@ static void chat_refuse(struct chat *chat, int code, const char *text)
     chat_free(chat);
 }
 
-/* Out of memory, the host's or the device's, is said as what it is for who chats: too much at the
- * same time. */
+/* Out of memory, the host's or the device's, is OVERLOADED for a chat: too much at the same
+ * time. */
 static void chat_fail(struct chat *chat, int code, const char *text)
 {
     if (code == CLAAS_ERR_NO_MEMORY) {
@@ -283,7 +285,7 @@ static void adapter_ready(void *arg, claas_adapter_t *adapter, int error, const 
 
     if (error) {
         claas_fail(error, "LoRA %s@%d: %s", chat->lora_id, chat->version, text);
-        chat_refuse(chat, error, claas_error_text()); /* no later try helps an adapter too large */
+        chat_refuse(chat, error, claas_error_text()); /* NO_MEMORY as it is: no later try helps */
         return;
     }
     chat->adapter = adapter;

@@ -32,7 +32,7 @@ struct choice {
     float *logprobs; /* [count], temperature 1 */
     size_t count, capacity;
     struct text_stream stream;
-    cJSON *entries; /* of log-probs: not sent yet, so without streaming the whole answer's */
+    cJSON *entries; /* log-probs not sent yet; without streaming, those of the whole answer */
     struct claas_buf visible;
     const char *finish_reason; /* NULL while it runs */
     int64_t last_token_ns;
@@ -70,7 +70,7 @@ struct sampler {
     bool draining;
 };
 
-/* Starts a chat for a request; an error is the caller's to answer. */
+/* Starts a chat for a request, whose body it takes; an error is the caller's to answer. */
 int chat_start(struct sampler *sampler, claas_message_t *message);
 /* Also when the requester went away: stops the generation and forgets the chat. */
 void chat_free(struct chat *chat);

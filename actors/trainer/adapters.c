@@ -1,6 +1,6 @@
-/* New adapters: untrained ones, and imported ones. Both begin with storage's word on the name, so
- * that nothing is made for one that is none, and end as a staged directory that storage publishes.
- * An import is unpacked beside the loop, read and written anew, so what gets published was checked
+/* New adapters: untrained ones, and imported ones. Both begin by asking storage about the name, so
+ * that nothing is made for an invalid one, and end as a staged directory that storage publishes. An
+ * import is unpacked beside the loop, read and written anew, so what gets published was checked
  * tensor by tensor. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,11 +24,12 @@ struct adapter_work {
     char directory[4096]; /* staged, to be published */
     int64_t parent;
     struct claas_lora_config lora; /* init */
-    char zip[4080];                /* import: empty for an init; removed at the end, as is */
-    char unpacked[4096];           /* what was in it */
+    /* Import ("" for an init): the upload, and the directory with what was in it. Both are removed
+     * at the end. */
+    char zip[4080], unpacked[4096];
 };
 
-/* Before the answer: whoever has it may rely on the upload being consumed. */
+/* To be called before the answer goes out: with it the upload is gone. */
 static void remove_upload(const struct adapter_work *work)
 {
     if (!work->zip[0])
@@ -266,8 +267,8 @@ static void unpacked(struct trainer *trainer, void *arg, int error, const char *
         work_fail(work, rc, claas_error_text());
 }
 
-/* The name is one. An existing adapter gets an import as its next version; whether it may be begun
- * anew is for the publication to say. */
+/* Storage's answer: the name is valid, and perhaps new. An import into an existing adapter becomes
+ * its next version; whether an init may replace an existing one is decided by the publication. */
 static void name_known(void *self, void *arg, claas_message_t *reply)
 {
     struct trainer *trainer = self;

@@ -181,8 +181,8 @@ static int read_standing(struct cycle *cycle, const cJSON *list)
     return 0;
 }
 
-/* Another model's tokens and log-probs would be trained as if they were this one's. The job waits
- * for a trainer of its model. */
+/* Another model's tokens and log-probs must not be trained as if they were this one's. UNAVAILABLE:
+ * the jobs wait for a trainer of the right model. */
 static int check_model(const struct trainer *trainer, const cJSON *body)
 {
     const char *own = claas_model_fingerprint(trainer->model);
@@ -266,7 +266,7 @@ static void adapter_loaded(struct trainer *trainer, void *arg, struct claas_devi
     }
 }
 
-/* Cycles that the asker opened in an earlier life are nobody's. */
+/* Closes the cycles that the asker opened before it was restarted: nobody will. */
 static void drop_orphans(struct trainer *trainer, const struct claas_reply_to *asker)
 {
     struct cycle *next;
@@ -330,8 +330,8 @@ int cycle_take(struct trainer *trainer, const claas_message_t *message, struct c
     return 0;
 }
 
-/* A disk that is still busy with an earlier candidate would only fall further behind. A failure
- * shows when the directory is asked for. */
+/* Begins to write, unless the disk is still busy with an earlier candidate: it would only fall
+ * further behind. A failure shows when the directory is asked for. */
 static void stage_early(struct trainer *trainer, claas_adapter_t *adapter, struct staging **ret)
 {
     if (trainer->stagings == 0)
@@ -358,7 +358,7 @@ static void last_copied(struct trainer *trainer, void *arg, struct claas_device_
     struct cycle *cycle = arg;
 
     if (event->kind != CLAAS_EVENT_ADAPTER)
-        return; /* there is still CYCLE_KEEP */
+        return; /* then CYCLE_KEEP makes the copy, if one is wanted */
     cycle->last.adapter = CLAAS_TAKE(event->adapter);
     claas_adapter_set_name(cycle->last.adapter, cycle->lora_id);
     stage_early(trainer, cycle->last.adapter, &cycle->last.staging);
@@ -377,7 +377,7 @@ void cycle_last_start(struct cycle *cycle)
         (void)device_call_add(trainer, id, last_copied, cycle);
 }
 
-/* Whether the last step's copy is the one to keep: then it is kept now. */
+/* True if the copy of the last step is the one to keep, which makes it the kept one. */
 static bool keep_last(struct cycle *cycle)
 {
     if (!cycle->last.adapter || cycle->last.step != cycle->kept_step)
@@ -441,7 +441,7 @@ int handle_cycle_stage(void *self, claas_message_t *message)
         return rc;
     if (!cycle->kept)
         rc = claas_fail(CLAAS_ERR_CONFLICT, "cycle %s kept no step", cycle->id);
-    drop_last(cycle); /* it was no better */
+    drop_last(cycle); /* it was not kept, so it was no better */
     if (cycle->staging && (staging_has_failed(cycle->staging) || staging_is_gone(cycle->staging)))
         staging_drop(&cycle->staging);
     if (rc == 0 && !cycle->staging)

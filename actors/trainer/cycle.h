@@ -8,9 +8,9 @@
 #include "staging.h"
 
 #define CYCLE_ITEMS_MAX 272 /* new and replayed feedback */
-#define CYCLE_HELD_OUT                                                                             \
-    4 /* teacher answers to new feedback kept out of training, and as many to                      \
-       * earlier feedback: they score the candidates */
+/* Teacher answers to new feedback kept out of training, and as many to earlier feedback: they score
+ * the candidates. */
+#define CYCLE_HELD_OUT     4
 #define CYCLE_STANDING_MAX 256
 
 /* A feedback with the conversation it is about and the answer as it was sampled. */
@@ -69,7 +69,7 @@ struct cycle {
     uint64_t seed;
     int max_tokens;
     struct item items[CYCLE_ITEMS_MAX];
-    size_t item_count, replay_count; /* replay stands behind the new ones */
+    size_t item_count, replay_count; /* new ones first, then the replayed ones */
     char *standing[CYCLE_STANDING_MAX];
     size_t standing_count;
     cJSON *recent; /* [[{role, content}]] */
@@ -86,8 +86,8 @@ struct cycle {
     bool busy;                /* a request is being answered */
     struct claas_reply_to reply_to;
     struct staging *staging; /* of `kept` */
-    /* What the last step made, before anybody knows whether it is the best: while its gate is
-     * measured it is written. */
+    /* A copy of what the last step made, written while its gate is measured: if that step proves to
+     * be the best, its save has begun already. */
     struct {
         claas_adapter_t *adapter; /* NULL: none */
         struct staging *staging;
@@ -95,39 +95,44 @@ struct cycle {
     } last;
 };
 
+/* cycle.c */
 struct cycle *cycle_find(struct trainer *trainer, const char *id);
 void cycle_free(struct cycle *cycle);
 /* The open cycle a request names, marked busy with it. */
 int cycle_take(struct trainer *trainer, const claas_message_t *message, struct cycle **ret);
 /* Answers the request under way with an error; the cycle stays open. */
 void cycle_fail(struct cycle *cycle, int code, const char *text);
+/* The step under way is the last one and has been trained: copies what it made, where the device
+ * can do that without the host, and begins to write it. */
+void cycle_last_start(struct cycle *cycle);
 
 /* rows.c: from the message's rows to prompts. */
 int step_rows_build(struct cycle *cycle, struct cycle_step *step, const cJSON *rows);
 /* Masks thinking spans out of a response. *ret stays NULL when there are none. */
 int step_row_mask(const claas_tokenizer_t *tokenizer, const int32_t *tokens, size_t count,
                   uint8_t **ret);
+/* Free cycle->step, whose device requests are cancelled, and cycle->ahead. */
 void cycle_step_free(struct cycle *cycle);
 void cycle_ahead_free(struct cycle *cycle);
-/* The step under way is the last one and has been trained: copies what it made, where that costs
- * nothing, and begins to write it. */
-void cycle_last_start(struct cycle *cycle);
 
 /* gate.c */
+/* Starts the gate of the step under way, which ends in cycle_step_reply or cycle_step_fail. */
 int cycle_gate_start(struct cycle *cycle);
 /* Measures the base's figures once; calls back through `done` (0, or an error). */
 typedef void base_measured_fn(struct trainer *trainer, void *arg, int error, const char *text);
 int base_figures_measure(struct trainer *trainer, base_measured_fn *done, void *arg);
 /* Forgets a waiter that goes away. */
 void base_figures_forget(struct trainer *trainer, void *arg);
+
+/* cycle_step.c */
 /* The end of a step: its reply goes out. */
 void cycle_step_reply(struct cycle *cycle);
 /* The end of a step by an error. Weights that give no finite values are a result, not an error: the
  * reply says so, and the gate refuses it. */
 void cycle_step_fail(struct cycle *cycle, int code, const char *text);
-/* Tells the asker which phase has begun. Returns how long the one before took, in ms. */
+/* Tells the asker which phase begins. Returns how long the one before took, in ms. */
 double cycle_step_phase(struct cycle *cycle, const char *phase);
-/* The same without a phase that begins: for the last one. */
+/* How long the phase under way took, for the last one. */
 double cycle_step_lap(struct cycle_step *step);
 
 #endif

@@ -2,9 +2,9 @@
  * then the gate's figures. Each phase starts from the last event of the one before.
  *
  * While the gate is measured the weights are already those that the next step samples with, and the
- * gate's few answers leave most of the device idle: where the asker has said what the next step's
- * rows will be, their rollouts are sampled beside them (`cycle->ahead`). They are what they would
- * have been: seeds follow from the cycle's, the step's and the row's number alone. */
+ * gate's few answers leave most of the device idle: so if the asker has said what the next step's
+ * rows will be, their rollouts are sampled at the same time (`cycle->ahead`). They are the same as
+ * if sampled later: a seed depends on the cycle's seed and the numbers of step and row alone. */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -21,7 +21,8 @@
 #define SCORED_TEXTS_MAX 16
 #define SCORED_BYTES_MAX (128 << 10) /* together: they travel in the result, a message of 1 MiB */
 
-/* The candidate, or at a later step the student that samples, is broken. */
+/* The candidate's weights, or at a later step those that the rollouts are sampled with, give values
+ * that are not finite. */
 static void reply_not_finite(struct cycle *cycle)
 {
     cJSON *reply = CLAAS_TAKE(cycle->step->reply);
@@ -79,7 +80,7 @@ static void start_ahead(struct cycle *cycle);
 
 /* --- training --------------------------------------------------------------------------------- */
 
-/* Decoded teacher prompts and responses, for people who look at what the teacher saw. */
+/* Decoded teacher prompts, for people who look at what the teacher saw. */
 static cJSON *scored_texts(const struct cycle *cycle)
 {
     const claas_tokenizer_t *tokenizer = claas_model_tokenizer(cycle->trainer->model);
@@ -248,7 +249,8 @@ static int32_t *copy_tokens(const int32_t *tokens, size_t count)
     return copy;
 }
 
-/* At step 1 the answers behind the rows' are the teacher's, kept out of training. */
+/* At step 1 the answers from `first` on, after those of the rows, are the teacher's, which are kept
+ * out of training. */
 static int keep_held_out(struct cycle *cycle, size_t first)
 {
     struct cycle_step *step = cycle->step;
@@ -428,7 +430,8 @@ static int new_step(struct cycle *cycle, int number, bool gate, const cJSON *row
     return rc < 0 ? rc : start_rollouts(step);
 }
 
-/* The step after this one. What keeps it from being begun will be said when it is asked for. */
+/* Begins the step after this one. A failure shows when that step is asked for, and is tried
+ * again. */
 static void start_ahead(struct cycle *cycle)
 {
     const struct cycle_step *step = cycle->step;
@@ -437,7 +440,8 @@ static void start_ahead(struct cycle *cycle)
         cycle_ahead_free(cycle);
 }
 
-/* Whether the step that was begun ahead is the one that is asked for: then it is under way. */
+/* True if the step begun ahead is the one that is asked for, which makes it the step under way.
+ * Else it is dropped. */
 static bool take_ahead(struct cycle *cycle, int number, bool gate, const cJSON *rows)
 {
     const struct cycle_step *ahead = cycle->ahead;

@@ -1,5 +1,6 @@
-/* Who waits for which device request: hundreds when several cycles sample at the same time, and
- * each token is an event. Ids are counted up, so the lists by their last byte are short. */
+/* Which callback waits for which device request: hundreds when several cycles sample at the same
+ * time, and each token is an event. Ids are counted up, so a list for each value of their last byte
+ * is short. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,8 +55,8 @@ static bool is_last(const struct claas_device_event *event)
     return event->kind != CLAAS_EVENT_TOKEN;
 }
 
-/* What holds the device's memory, behind the sentence that says which allocation failed, unless
- * that says it itself: a job that failed for it shows both. */
+/* Appends what holds the device's memory to the sentence that says which allocation failed, unless
+ * it is there already: a job that fails for want of memory shows both. */
 static void add_memory_map(const struct trainer *trainer, struct claas_device_event *event)
 {
     size_t used = strnlen(event->text, sizeof(event->text));

@@ -7,8 +7,8 @@
 #include "claas/json.h"
 
 enum form {
-    FORM_HINDSIGHT, /* the Python system's block behind the last user turn */
-    FORM_BRIEF,     /* "(feedback)" behind the last user turn */
+    FORM_HINDSIGHT, /* the Python system's block after the last user turn */
+    FORM_BRIEF,     /* "(feedback)" after the last user turn */
     FORM_SYSTEM,    /* in the system message */
     FORM_LIST,      /* in the system message, as a list "to follow only where it fits" */
     FORM_USERLIST,  /* the same list in front of the last user turn */
@@ -17,7 +17,7 @@ enum form {
 
 /* CLAAS_ERR_INVALID for an unknown name. */
 int form_from_name(const char *name, enum form *ret);
-/* Whether the form is made to hold many feedbacks at once. */
+/* Whether the form can show many feedbacks at once. */
 bool form_is_list(enum form form);
 /* The conversation with the feedback shown, rendered with a generation prompt and tokenised; free
  * *ret_ids with free(). `messages`: [{role, content}]; `feedback`: at least one text. With no

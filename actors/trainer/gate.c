@@ -93,7 +93,7 @@ int base_figures_measure(struct trainer *trainer, base_measured_fn *done, void *
     waiter = CLAAS_NEW(struct probe_waiter);
     if (!waiter)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (!probes->measuring) { /* it goes on when all who waited went away */
+    if (!probes->measuring) { /* a measurement goes on even if all its waiters went away */
         generations_free(&probes->base_answers);
         rc = probes_generations(probes, NULL, base_answered, probes, &probes->base_answers);
         if (rc == 0)

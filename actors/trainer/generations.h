@@ -11,7 +11,7 @@ struct generation {
     size_t prompt_count;
     claas_adapter_t *adapter; /* borrowed; NULL = base */
     float temperature;
-    int max_tokens; /* 0 = the set's, which is the most */
+    int max_tokens; /* 0 = the set's, which it must not exceed */
     uint64_t seed;
     /* out, owned */
     int32_t *tokens;

@@ -54,8 +54,8 @@ static size_t shown_feedback(const struct cycle *cycle, const struct step_row *r
     return count;
 }
 
-/* The conversation of an other row: one of the user's recent ones, else a built-in question. A new
- * array. */
+/* The conversation of a row of source `other`: one of the user's recent ones, else a built-in
+ * question. A new array. */
 static cJSON *other_messages(const struct cycle *cycle, int64_t index)
 {
     int recent = cJSON_GetArraySize(cycle->recent);
@@ -93,8 +93,8 @@ static size_t find_context(const struct cycle *cycle, const struct step_row *row
                                                 : claas_device_context(trainer->device));
 }
 
-/* The conversation with the feedback shown. A long list loses its oldest entries until an answer
- * fits behind it. */
+/* The conversation with the feedback shown. A long list loses its oldest entries until there is
+ * room for an answer. */
 static int encode_teacher(struct cycle *cycle, struct step_row *row, const cJSON *messages)
 {
     const claas_model_t *model = cycle->trainer->model;

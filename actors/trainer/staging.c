@@ -111,8 +111,8 @@ void staging_drop(struct staging **ref)
     staging_free(staging);
 }
 
-/* Whether the entry is a cycle's directory of a process that is no more, or was this one's: nothing
- * of this one's is staged yet. */
+/* Whether the entry is a cycle's directory of a dead process, or of this process before the trainer
+ * was restarted: this trainer has staged nothing yet. */
 static bool is_left_over(const char *name)
 {
     long pid = 0;

@@ -1,6 +1,6 @@
-/* A kept adapter on its way to a directory below staging/. Writing begins when it is kept, not when
- * it is asked for: the disk works while the next step does, and most candidates that are written
- * are replaced by a better one and removed. */
+/* A kept adapter on its way to a directory below staging/. Writing begins when the adapter is kept,
+ * not when the directory is asked for, so that the disk works while the next step does. The price:
+ * most candidates that are written are replaced by a better one and removed. */
 #ifndef CLAAS_TRAINER_STAGING_H
 #define CLAAS_TRAINER_STAGING_H
 
@@ -14,17 +14,18 @@ int staging_start(struct trainer *trainer, claas_adapter_t *kept, struct staging
  * there. */
 typedef void staged_fn(struct trainer *trainer, void *arg, int error, const char *text);
 void staging_await(struct staging *staging, staged_fn *done, void *arg);
-/* Whether it ended with an error: another one may fare better. */
+/* Whether writing ended with an error; then it is worth a new try. */
 bool staging_has_failed(const struct staging *staging);
-/* Whether it was written and is there no more: storage, in another process, began anew meanwhile
- * and emptied the folder. */
+/* Whether it was written and is gone: storage, in another process, was restarted and emptied the
+ * folder. */
 bool staging_is_gone(const struct staging *staging);
 const char *staging_directory(const struct staging *staging);
 /* Nobody waits any more: what is being written is given up, and what was written and not moved away
  * is removed. */
 void staging_drop(struct staging **staging);
-/* Removes what trainers left that are no more, this one's earlier lives among them: storage does so
- * only when it starts itself, and lives on when a trainer in another process dies. */
+/* Removes what trainers of dead processes left, and this process's earlier trainer. Storage does so
+ * too, but only when it starts itself, and it may live on when a trainer in another process
+ * dies. */
 void staging_sweep(struct trainer *trainer);
 
 #endif

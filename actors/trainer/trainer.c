@@ -30,8 +30,8 @@ static void stop(void **self)
 
     if (!trainer)
         return;
-    /* Whoever was on a lost device may be what it was lost by: a trainer that just goes away would
-     * be nobody's fault. */
+    /* A job that ran on the lost device may be what it was lost by, and has to be told DEVICE_LOST:
+     * a trainer that is merely gone (UNAVAILABLE) counts for nothing. */
     if (trainer->lost[0])
         cycles_lose(trainer, trainer->lost);
     cycles_free(trainer);

@@ -39,19 +39,20 @@ struct trainer {
     bool draining;
 };
 
-/* device_calls.c: remembers who waits for a request. */
+/* device_calls.c: remembers which callback waits for a request. Without memory the request is
+ * cancelled. */
 int device_call_add(struct trainer *trainer, uint64_t id, device_call_fn *fn, void *arg);
 /* Forgets every call of `arg`, cancelling generations. */
 void device_calls_drop(struct trainer *trainer, void *arg);
 void device_calls_pump(struct trainer *trainer);
-/* Ends what still waits, as if it had failed. */
+/* Calls back everything that still waits, with FAILED. */
 void device_calls_end(struct trainer *trainer);
 
 /* adapters.c */
 int handle_adapter_init(void *self, claas_message_t *message);
 int handle_adapter_import(void *self, claas_message_t *message);
-/* Removes a staged directory that will not be published, all at once: storage has either moved it
- * away before, whole, or finds nothing. */
+/* Removes a staged directory that will not be published. It is renamed first, so that storage
+ * either has moved away all of it before, or finds nothing. */
 void staged_remove(const char *directory);
 
 /* cycle.c, cycle_step.c */
@@ -63,7 +64,7 @@ int handle_cycle_end(void *self, claas_message_t *message);
 /* The asker of a request under way has given up: its cycle ends. */
 void cycle_cancel(struct trainer *trainer, const struct claas_reply_to *to);
 void cycles_free(struct trainer *trainer);
-/* Answers whatever cycles are asked for: the device was lost while they were on it. */
+/* Answers the request that each busy cycle works on with DEVICE_LOST. */
 void cycles_lose(struct trainer *trainer, const char *text);
 
 #endif

@@ -16,12 +16,9 @@
 #include "claas/file.h"
 #include "claas/mem.h"
 
-#define TEXT_BYTES_MAX                                                                             \
-    ((int64_t)1 << 20) /* the configuration; the header of a safetensors file                      \
-                        */
+#define TEXT_BYTES_MAX  ((int64_t)1 << 20) /* the configuration; a safetensors file's header */
 #define ARCHIVE_ENTRIES 64
-#define OTHER_BYTES_MAX                                                                            \
-    ((int64_t)256 << 20) /* of a zip: files that lie beside an adapter's and are passed over */
+#define OTHER_BYTES_MAX ((int64_t)256 << 20) /* of all files in the zip that are passed over */
 
 static const struct {
     const char *name;
@@ -170,7 +167,8 @@ static int unpack(struct unpacking *unpacking)
     if (!reader)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     unpacking->reader = reader;
-    /* By its directory, not as a stream: what is passed over is never decompressed then. */
+    /* By the zip's directory, not as a stream: so files that are passed over are not
+     * decompressed. */
     archive_read_support_format_zip_seekable(reader);
     if (archive_read_open_filename(reader, order->zip_path, 65536) != ARCHIVE_OK)
         return claas_fail(CLAAS_ERR_FORMAT, "the upload is no readable zip: %s",
