@@ -15,8 +15,8 @@ struct claas_bridge_args {
     int *ret_port;
 };
 
-/* The address alone, before anything is opened: INVALID: malformed; DENIED: not a loopback
- * address. */
+/* Checks the setting `listen`, before anything is opened. INVALID: malformed; DENIED: not a
+ * loopback address. */
 int claas_bridge_check(const claas_config_t *config);
 
 /* Start argument: struct claas_bridge_args. Starting fails with a clear sentence if the address is

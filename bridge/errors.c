@@ -33,7 +33,7 @@ static const char *openai_type(int status)
     }
 }
 
-/* OpenAI's names for what clients look at. */
+/* OpenAI's `code`, by which its clients tell errors apart; NULL where there is none. */
 static const char *openai_code(const struct request *request, int code)
 {
     switch (code) {

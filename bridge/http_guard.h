@@ -29,8 +29,8 @@ const char *http_guard_verdict(const struct http_guard *guard, const char *versi
 bool http_guard_target_ok(const char *target);
 /* How much of a Host header's value is the name: its port and the dot of the root are not. */
 size_t http_guard_name_length(const char *host);
-/* Whether a Host is that name, each with or without a port; whether it is localhost or a name under
- * it, which browsers keep on the machine (RFC 6761); whether it is an IPv4 or [IPv6] address. */
+/* Whether a Host is that name (each with or without a port); is localhost or a name under it, which
+ * browsers resolve to this machine (RFC 6761); is an IPv4 or [IPv6] address. */
 bool http_guard_host_is(const char *host, const char *name);
 bool http_guard_host_is_local(const char *host);
 bool http_guard_host_is_address(const char *host);

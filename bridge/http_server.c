@@ -24,10 +24,10 @@
 #define CONNECTION_MEMORY (32 * 1024) /* headers and one read buffer; more gave no speed */
 #define BACKLOG           1024
 #define PUMP_ROUNDS       16
-/* Belt and braces: a wake-up lost after all costs this long, not for ever. */
+/* Should a wake-up be lost after all, it costs this long and not for ever. */
 #define TIMER_CAP_MS 250
 #define SWEEP_MS     1000
-/* For a body that is still on its way when the server ends. */
+/* How long a body may still take to arrive when the server ends. */
 #define DRAIN_BODY_MS 3000
 #define CLOSE_WAIT    8 /* TCP_CLOSE_WAIT of <netinet/tcp.h>, which does not go with <linux/tcp.h> */
 
@@ -205,8 +205,8 @@ static void connection_changed(void *arg, struct MHD_Connection *connection, voi
     server->again = true;
 }
 
-/* The client sends no more and all it sent was read. When its end came together with its last data,
- * the daemon's edge-triggered set never tells of it. */
+/* The client has closed its side and all it sent was read. When the close came together with the
+ * last data, the daemon's edge-triggered set never tells of it. */
 static bool has_ended(int fd)
 {
     struct tcp_info info = {0};
@@ -217,7 +217,8 @@ static bool has_ended(int fd)
            info.tcpi_state == CLOSE_WAIT && ioctl(fd, FIONREAD, &unread) == 0 && unread == 0;
 }
 
-/* Requests that dawdle: shut down, never closed here, the descriptor is the daemon's. */
+/* Ends connections that are past their deadline. They are shut down, not closed: the descriptor is
+ * the daemon's. */
 static void sweep(void *self, void *arg)
 {
     struct http_server *server = arg;

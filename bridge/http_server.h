@@ -1,11 +1,12 @@
 /* The HTTP server: a libmicrohttpd daemon driven by the actor's loop, its connections, and their
  * deadlines.
  *
- * One descriptor is watched by the actor: an own ("outer") epoll set that holds the daemon's epoll
- * set, a timer for the daemon's time-outs, and hang-up watches on suspended connections. All work
- * on the daemon is done by the pump, in the actor's thread, never from inside a callback of the
- * daemon. Why a pump and not one MHD_run: the inner epoll is edge triggered, so a time-out of 0
- * from MHD_get_timeout left unheeded is a lost wake-up. */
+ * The actor watches one descriptor: an epoll set of our own (the "outer" one) that holds the
+ * daemon's epoll set, a timer for the daemon's time-outs, and hang-up watches on suspended
+ * connections. All work on the daemon is done by the pump, in the actor's thread, never from inside
+ * a callback of the daemon. The pump calls MHD_run until there is nothing to do, because the inner
+ * epoll set is edge triggered: to ignore a time-out of 0 from MHD_get_timeout would be to lose a
+ * wake-up. */
 #ifndef CLAAS_BRIDGE_HTTP_SERVER_H
 #define CLAAS_BRIDGE_HTTP_SERVER_H
 
@@ -65,7 +66,8 @@ int http_server_start(struct http_server *server, claas_actor_t *actor,
 bool http_server_drain(struct http_server *server);
 /* Cuts off what is left and frees everything; safe on a half-started server. */
 void http_server_stop(struct http_server *server);
-/* Lets the daemon work; after every resume. From inside it only takes note. */
+/* Lets the daemon work; to be called after every resume. Called from within itself it only notes
+ * that there is more to do. */
 void http_server_pump(struct http_server *server);
 
 void peer_set_phase(struct peer *peer, enum peer_phase phase);

@@ -4,7 +4,7 @@
 
 #include <stddef.h>
 
-/* `address` is well formed (INVALID) and may be bound (DENIED). */
+/* Whether `address` is well formed (else INVALID) and may be bound (else DENIED). */
 int listen_check(const char *address);
 /* `address` is "127.0.0.1:8080", "[::1]:8080" or "localhost:8080"; `port_hint` > 0 replaces port 0.
  * INVALID: syntax; DENIED: not a loopback address; CONFLICT: taken. */

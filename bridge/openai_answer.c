@@ -12,7 +12,7 @@ static size_t characters(const char *text)
     return count;
 }
 
-/* Chat: the entries as they are, lent by the reply: of a long answer there are millions of
+/* Chat: the entries as they are, by reference into the reply, since a long answer has millions of
  * values. */
 static cJSON *chat_logprobs(const cJSON *entries)
 {

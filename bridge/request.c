@@ -68,12 +68,20 @@ static struct request *request_new(struct http_server *server, struct peer *peer
     return request;
 }
 
-/* A refusal for what may smuggle or flood: the connection does not survive it. */
+/* A refusal of what may be smuggling or a flood: the connection is closed after it. */
 static void refuse(struct request *request, int code, const char *text)
 {
     request->close = true;
     claas_metric_add(CLAAS_METRIC_HTTP_REFUSED, 1);
     request_fail(request, code, text);
+}
+
+static int fail_large(const struct request *request)
+{
+    return claas_fail(
+        CLAAS_ERR_TOO_LARGE, "the request body is too large: the limit is %" PRId64 " bytes (%s)",
+        request->body_limit,
+        request->route && request->route->take_body ? "http.max_import" : "http.max_body");
 }
 
 static bool is_json_type(const char *type)
@@ -84,8 +92,9 @@ static bool is_json_type(const char *type)
            (length > 5 && strncasecmp(type + length - 5, "+json", 5) == 0);
 }
 
-/* A page of another site may have its own name resolve to this machine, and is then of this site
- * for its browser; but the browser says the name. An address can only be meant. */
+/* A page of another site can make its own name resolve to this machine, and its browser then takes
+ * it for a page of ours (DNS rebinding). But the Host header still has that name. An address cannot
+ * be rebound. */
 static bool is_own_host(const struct request *request, const char *host)
 {
     const char *name;
@@ -111,8 +120,8 @@ static void fail_host(struct request *request, const char *host)
     request_fail(request, CLAAS_ERR_DENIED, claas_error_text());
 }
 
-/* Browsers say so themselves: pages of other sites, and of other ports here, may not train
- * adapters. */
+/* Pages of other sites, and of other ports of this machine, may not train adapters; browsers say
+ * what kind of page sends a request. */
 static bool is_foreign_page(struct request *request)
 {
     const char *site = request_header_in(request, "Sec-Fetch-Site");
@@ -190,7 +199,7 @@ enum MHD_Result request_begin(struct http_server *server, struct peer *peer,
     if (reason)
         refuse(request, CLAAS_ERR_INVALID, reason);
     else if (guard.lengths && guard.content_length > (uint64_t)request->body_limit)
-        refuse(request, CLAAS_ERR_TOO_LARGE, "the request body is too large");
+        refuse(request, fail_large(request), claas_error_text());
     else
         check_admission(request, &guard);
     request->drop_body = request_answered(request);
@@ -239,7 +248,7 @@ enum MHD_Result request_take_body(struct request *request, const char *data, siz
     if (request->body_received > request->body_limit && !request->drop_body) {
         request->close = true;
         claas_metric_add(CLAAS_METRIC_HTTP_REFUSED, 1);
-        fail_body(request, CLAAS_ERR_TOO_LARGE, "the request body is too large");
+        fail_body(request, fail_large(request), claas_error_text());
     }
     if (request->drop_body)
         return MHD_YES;

@@ -8,7 +8,7 @@
  *   over    -> request_end: pending asks are cancelled, everything is freed
  * A client that goes away while its connection is suspended ends the same way. A route never sees
  * any of this: it returns < 0 to fail (with claas_error_text()), and its callbacks are not called
- * once the request has an answer. */
+ * once the request has an answer. All of it in the bridge's thread. */
 #ifndef CLAAS_BRIDGE_REQUEST_H
 #define CLAAS_BRIDGE_REQUEST_H
 
@@ -46,8 +46,8 @@ struct request {
     bool drop_body;
 
     bool working;   /* the route's function was called */
-    bool suspended; /* the connection is, and peer is watched */
-    bool gone;      /* the client is; nothing more may be sent */
+    bool suspended; /* the connection is suspended, and peer is watched */
+    bool gone;      /* the client is gone; nothing more may be sent */
     bool counted;   /* in server->inflight */
     bool close;     /* answer with Connection: close */
 
@@ -104,8 +104,8 @@ void request_timer_stop(struct request *request, enum request_timer which);
 /* A query argument, NULL if absent; broken UTF-8 counts as INVALID. */
 int request_query(struct request *request, const char *name, const char **ret);
 const char *request_header_in(struct request *request, const char *name);
-/* Parses the body as a JSON object. When it is none, the request is answered and -1 comes back:
- * return 0 then. */
+/* Parses the body as a JSON object (*ret is the caller's). If it is none, answers the request and
+ * returns -1: the route then returns 0. */
 int request_json(struct request *request, cJSON **ret);
 
 /* Adds a header to the answer to come. */
@@ -118,7 +118,8 @@ void request_answer_text(struct request *request, int status, const char *type, 
 void request_answer(struct request *request, int status, struct MHD_Response *response);
 /* The start of a stream: asks and timers stay. */
 void request_answer_stream(struct request *request, int status, struct MHD_Response *response);
-/* Resumes the connection; the pump must follow (it does after every callback of this file). */
+/* Resumes the connection; http_server_pump must follow (request_wait.c calls it after every
+ * callback). */
 void request_wake(struct request *request);
 /* Suspends it: only for callbacks of the daemon. */
 void request_sleep(struct request *request);

@@ -1,6 +1,6 @@
-/* Checks of JSON bodies: one table per body; every fault is listed as {loc, msg, type}, with the
- * words and types that clients of the Python system (FastAPI, pydantic) know. Unknown fields are
- * ignored. */
+/* Checks of JSON bodies: one table of fields per body. Every fault is listed as {loc, msg, type},
+ * with the words and types that clients of the Python system (FastAPI, pydantic) know. Unknown
+ * fields are ignored. */
 #ifndef CLAAS_BRIDGE_SCHEMA_H
 #define CLAAS_BRIDGE_SCHEMA_H
 
@@ -31,9 +31,10 @@ struct schema_place {
     int index;
 };
 
-/* Appends the faults of `object` to the array `faults`. */
+/* Appends the faults of `object`, which lies at `place`, to the array `faults`. */
 void schema_check(cJSON *faults, const struct schema_place *place, const cJSON *object,
                   const struct schema_field *fields, size_t count);
+/* Appends one fault: pydantic's `type`, and the message. */
 void schema_fault(cJSON *faults, const struct schema_place *place, const char *type,
                   const char *format, ...) __attribute__((format(printf, 4, 5)));
 

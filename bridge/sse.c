@@ -11,7 +11,7 @@
 
 #define BLOCK_BYTES 16384
 
-/* The daemon wants bytes. */
+/* The daemon's callback: gives it bytes to send. */
 static ssize_t reader(void *arg, uint64_t position, char *block, size_t size)
 {
     struct request *request = arg;
@@ -74,7 +74,7 @@ int sse_begin(struct request *request)
     return request_timer(request, TIMER_AGAIN, SSE_PING_MS, ping);
 }
 
-/* Whatever was added by a caller; checks the buffer's sticky error once. */
+/* After something was added: checks the buffer's sticky error, and wakes the connection. */
 static int added(struct request *request)
 {
     request->sse.quiet = false;
@@ -87,7 +87,7 @@ static int added(struct request *request)
     return 0;
 }
 
-/* What was sent already makes room first. */
+/* Drops what was sent already, when it takes half of the buffer. */
 static void make_room(struct sse *sse)
 {
     if (sse->sent > SSE_BUFFER_MAX / 2) {

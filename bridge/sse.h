@@ -16,10 +16,10 @@ struct request;
 
 struct sse {
     struct claas_buf out;
-    size_t sent; /* of out */
+    size_t sent; /* bytes of `out` that the daemon has taken */
     bool begun;  /* the 200 is out */
     bool ended;  /* no more will be added */
-    bool quiet;  /* nothing was added since the last ping's time */
+    bool quiet;  /* nothing was added since `ping` last looked */
 };
 
 /* Answers 200 text/event-stream; no effect when begun. The headers go out at once. */
