@@ -1,4 +1,5 @@
-/* Requests about adapters that several verbs make. */
+/* Requests about adapters that several verbs make: 0, or < 0 with the server's sentence. *ret is
+ * freed with claas_json_free. */
 #ifndef CLAAS_TOOLS_ADAPTER_CALLS_H
 #define CLAAS_TOOLS_ADAPTER_CALLS_H
 

@@ -37,8 +37,7 @@ enum {
     }
 #define OPTION_DEVICE                                                                              \
     {                                                                                              \
-        "device", KEY_DEVICE, "NAME", 0, "where the numbers are made: auto (default), cpu, cuda",  \
-            0                                                                                      \
+        "device", KEY_DEVICE, "NAME", 0, "what computes: auto (default), cpu or cuda", 0           \
     }
 #define OPTION_PRECISION                                                                           \
     {                                                                                              \
@@ -65,7 +64,7 @@ static const struct argp_option step_options[] = {
     {"prompt", KEY_PROMPT, "N", 0, "tokens of each prompt (128)", 0},
     {"response", KEY_RESPONSE, "N", 0, "tokens of each response (128)", 0},
     {"hint", KEY_HINT, "N", 0, "tokens the teacher sees beside the prompt (64)", 0},
-    {"rank", KEY_RANK, "R", 0, "of the LoRA adapters (32)", 0},
+    {"rank", KEY_RANK, "R", 0, "rank of the LoRA adapters (32)", 0},
     {"adapters", KEY_ADAPTERS, "N", 0, "different adapters among the rows (1)", 0},
     {"alpha", KEY_ALPHA, "A", 0, "0 forward KL … 1 reverse KL (0.5)", 0},
     {0},

@@ -48,12 +48,10 @@ struct bench_server {
 /* Milliseconds, and counts of tokens, of one cycle. */
 struct cycle_figures {
     double total, rollout, teacher, train, gate;
-    /* The rest: up to the first step, between the steps' parts, from the last one to the
-     * version. */
+    /* The rest: before the first step, between the steps' parts, after the last one. */
     double begin, between, end;
-    /* Of the adapter, most of it beside the rest: its directory, and its way to the device and
-     * back.
-     */
+    /* Reading and writing the adapter's directory, and moving it to the device and back: most of it
+     * at the same time as the rest. */
     double read, write, upload, download;
     int64_t steps, rows, tokens;
     uint64_t prefilled, decoded, trained, passes; /* trained: and scored by the gate */

@@ -1,4 +1,4 @@
-/* `claas-bench`: the benchmarks of the device alone, for machines and builds without the server. */
+/* `claas-bench`: the benchmarks that need only the device, for builds without the server. */
 #include "bench.h"
 
 #include "claas/err.h"

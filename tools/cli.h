@@ -35,9 +35,9 @@ struct cli_spec {
 };
 void cli_parse(const struct cli_spec *spec, int argc, char **argv, struct cli *ret, void *input);
 
-/* Numbers of options and arguments; anything else than a whole number within bounds is an error of
- * the command line. `state` may be NULL outside of parsing: `who` ("claas lora rollback") says
- * it. */
+/* The number of an option or argument `name`; anything else than a (whole) number within the bounds
+ * ends the process with 64. `state` may be NULL outside of parsing; the message then begins with
+ * `who` ("claas lora rollback"). */
 int64_t cli_int(struct argp_state *state, const char *who, const char *name, const char *text,
                 int64_t min, int64_t max);
 double cli_number(struct argp_state *state, const char *name, const char *text, double min,
@@ -49,8 +49,8 @@ struct cli_verb {
     int (*run)(int argc, char **argv);
     const char *help;
 };
-/* Runs argv[1]; argv[0] becomes "<argv[0]> <name>". Prints the list for --help, answers an unknown
- * name as git does. `doc` stands above the list. */
+/* Runs the verb argv[1], whose argv[0] is then "<argv[0]> <name>". Prints the list of verbs, below
+ * `doc`, for --help; suggests a similar verb for an unknown one. */
 int cli_dispatch(const struct cli_verb *verbs, size_t count, const char *doc, int argc,
                  char **argv);
 

@@ -144,7 +144,7 @@ int conversation_ask(struct conversation *conversation, const char *text)
         claas_copy_text(conversation->id, sizeof(conversation->id), answer.id);
         conversation->answers++;
         if (strcmp(answer.finish, "length") == 0 && conversation->plain)
-            fputs("(cut: the limit of its length)\n", stderr);
+            fputs("(cut at --max-tokens, or where the context ends)\n", stderr);
     } else {
         drop_last(conversation);
     }

@@ -5,7 +5,7 @@
 
 #include "claas/device.h"
 
-/* claas_device_open, seen. `loading` of the options is not used. */
+/* claas_device_open with that progress shown. Sets `loading` of the options itself. */
 int load_progress_open(const struct claas_device_options *options, claas_model_t *model,
                        claas_device_t **ret);
 

@@ -27,8 +27,8 @@ struct process {
     struct claas_bridge_args bridge;
 };
 
-/* INVALID when a role is the name of no actor, or there is none: such a process would be ready and
- * do nothing. */
+/* INVALID when a role is not the name of an actor, or there is no role: such a process would be
+ * ready and do nothing. */
 int process_check_roles(const struct process *process);
 bool process_has_role(const struct process *process, const char *role);
 /* The model and its device, for a trainer or a sampler. Needs `config`. */

@@ -10,8 +10,8 @@ struct progress {
     bool colour;
     int64_t started_ms, drawn_ms;
     int64_t done, total; /* total 0: not known yet */
-    char text[96];       /* behind the bar */
-    bool shown;          /* something stands in the line */
+    char text[96];       /* after the bar */
+    bool shown;          /* the line holds something to be cleared */
 };
 
 void progress_begin(struct progress *progress);

@@ -26,7 +26,7 @@
 #define HEALTHY_MS       60000
 
 struct watch {
-    sigset_t signals, before; /* waited for here; the mask to give back to the child */
+    sigset_t signals, before; /* those waited for here; the mask from before, for the child */
     pid_t child;              /* 0 between two lives */
     bool ending;              /* SIGTERM or SIGINT came */
 };
@@ -35,15 +35,15 @@ static int start_child(struct watch *watch, supervised_fn *child, void *arg)
 {
     pid_t parent = getpid();
 
-    fflush(NULL); /* what is buffered is said once */
+    fflush(NULL); /* or the child would write what is buffered a second time */
     watch->child = fork();
     if (watch->child < 0)
         return claas_fail_errno("fork");
     if (watch->child > 0)
         return 0;
     setpgid(0, 0);
-    /* The data survives a kill -9, and a server that still drained would be in its successor's
-     * way. */
+    /* When the parent dies, kill -9: the data survives that, and a server that still drains would
+     * be in its successor's way. */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) /* gone before the line above */
         _exit(EXIT_CODE_FAILED);
@@ -82,7 +82,7 @@ static bool is_lost(int status)
     return WIFSIGNALED(status) || (WIFEXITED(status) && WEXITSTATUS(status) == EXIT_CODE_AGAIN);
 }
 
-/* A life that a failing fork never began counts as one that a signal ended. */
+/* When fork fails, that counts as a life that a signal ended. */
 static void say(bool began, int status, int64_t wait_ms)
 {
     char how[64];
@@ -102,7 +102,7 @@ static int code_of(const struct watch *watch, int status)
 {
     if (WIFEXITED(status))
         return WEXITSTATUS(status);
-    /* Asked to end before it listened to signals: that is an end as any other. */
+    /* Asked to end before it listened to signals: an orderly end, too. */
     if (watch->ending && (WTERMSIG(status) == SIGTERM || WTERMSIG(status) == SIGINT))
         return EXIT_CODE_OK;
     return 128 + WTERMSIG(status);

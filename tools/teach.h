@@ -15,7 +15,7 @@ int teach_watch(struct http *http, const char *job_id, cJSON **ret);
 typedef void teach_event_fn(void *arg, const char *data);
 int teach_watch_events(struct http *http, const char *job_id, teach_event_fn *event, void *arg,
                        cJSON **ret);
-/* What became of a job, as one sentence; true if a version was published. Free *ret with free(). */
+/* What came of a job, as one sentence; true if a version was published. Free *ret with free(). */
 bool teach_outcome(const cJSON *job, char **ret);
 
 #endif

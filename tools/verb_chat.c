@@ -44,12 +44,12 @@ enum {
 static const struct argp_option options[] = {
     {"adapter", OPTION_ADAPTER, "NAME", 0,
      "user/name, made if there is none (default: local/chat); base = no adapter", 0},
-    {"once", OPTION_ONCE, "QUESTION", 0, "one question, its answer on stdout, and end", 0},
+    {"once", OPTION_ONCE, "QUESTION", 0, "ask one question, print the answer and end", 0},
     {"system", OPTION_SYSTEM, "TEXT", 0, "system message", 0},
     {"temperature", OPTION_TEMPERATURE, "T", 0, "0 to 2 (default: 0.7)", 0},
     {"top-p", OPTION_TOP_P, "P", 0, "0 to 1", 0},
     {"max-tokens", OPTION_MAX_TOKENS, "N", 0, "longest answer (default: 512)", 0},
-    {"seed", OPTION_SEED, "N", 0, "of the first answer; the next ones follow from it", 0},
+    {"seed", OPTION_SEED, "N", 0, "seed of the first answer; each later one adds 1", 0},
     {"save-id", OPTION_SAVE_ID, "FILE", 0, "with --once: the answer's id, for `claas feedback`", 0},
     {0},
 };
@@ -140,7 +140,8 @@ static void do_bad(struct chat *chat, const char *words)
     int rc = 0;
 
     if (!is_adapter(chat))
-        rc = claas_fail(CLAAS_ERR_INVALID, "the base model learns nothing: --adapter user/name");
+        rc = claas_fail(CLAAS_ERR_INVALID,
+                        "the base model learns nothing: start with --adapter user/name");
     else if (!words[0])
         rc = claas_fail(CLAAS_ERR_INVALID, "say what was bad: /bad Answer in one sentence.");
     else if (!chat->conversation.id[0])

@@ -19,7 +19,7 @@ enum { OPTION_ADAPTER = 'a', OPTION_RESPONSE_ID = 'r', OPTION_CHOICE = 256, OPTI
 
 static const struct argp_option options[] = {
     {"adapter", OPTION_ADAPTER, "NAME", 0, "user/name (default: local/chat)", 0},
-    {"response-id", OPTION_RESPONSE_ID, "ID", 0, "of the answer: `id` of its chat completion", 0},
+    {"response-id", OPTION_RESPONSE_ID, "ID", 0, "the answer: `id` of its chat completion", 0},
     {"choice", OPTION_CHOICE, "N", 0, "which of its choices (default: 0)", 0},
     {"no-wait", OPTION_NO_WAIT, NULL, 0, "print the job's id and do not wait for it", 0},
     {0},

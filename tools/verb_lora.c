@@ -48,9 +48,9 @@ struct init {
 };
 
 static const struct argp_option init_options[] = {
-    {"rank", 'r', "R", 0, "4 to 128 (default: the server's, 32)", 0},
-    {"alpha", 'a', "ALPHA", 0, "8 to 256 (default: the server's, 64)", 0},
-    {"overwrite", 'f', NULL, 0, "an existing one begins anew", 0},
+    {"rank", 'r', "R", 0, "4 to 128 (default: the server's adapter.rank, 32)", 0},
+    {"alpha", 'a', "ALPHA", 0, "8 to 256 (default: the server's adapter.alpha, 64)", 0},
+    {"overwrite", 'f', NULL, 0, "replace an adapter of this name, with all its versions", 0},
     {0},
 };
 

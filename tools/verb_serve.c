@@ -47,12 +47,12 @@ static const struct argp_option options[] = {
     {"model", OPTION_MODEL, "PATH", 0, "GGUF file, Hugging Face directory, or random:NAME", 0},
     {"device", OPTION_DEVICE, "NAME", 0, "what computes: auto, cpu or cuda", 0},
     {"config", 'c', "FILE", 0, "settings (YAML); docs/configuration.md lists them", 0},
-    {"set", 's', "KEY=VALUE", 0, "one setting; may be given again", 0},
+    {"set", 's', "KEY=VALUE", 0, "one setting; may be given several times", 0},
     {"chat-template", OPTION_TEMPLATE, "NAME", 0, "template family instead of the model's own", 0},
     {"roles", OPTION_ROLES, "A,B", 0, "actors of this process", 0},
     {"role", OPTION_ROLE, "A,B", 0,
-     "these actors alone, beside the server of the same --data, which runs with --roles of the "
-     "others",
+     "run only these actors and join the server of the same --data, which runs the others "
+     "(--roles)",
      0},
     {"connect", OPTION_CONNECT, "ENDPOINT", 0, "join the node at this ipc:// address", 0},
     {"supervise", OPTION_SUPERVISE, NULL, 0,
@@ -155,20 +155,19 @@ static const struct argp serve_argp = {
     .parser = parse_option,
     .help_filter = add_settings,
     .doc = "Runs the server: chat and feedback over HTTP and ZeroMQ.\v"
-           "Prints one line `listening on http://ADDR:PORT` when it is ready. SIGTERM drains and "
-           "ends it. Ends with 75 when its device was lost: --supervise, or a service manager, "
-           "starts it again. "
-           "Settings come from, in rising order: the defaults, --config, CLAAS_* of the "
-           "environment, the "
-           "command line.",
+           "Prints one line `listening on http://ADDR:PORT` when it is ready. SIGTERM lets running "
+           "work finish and ends it. It ends with 75 when its device was lost: --supervise, or a "
+           "service manager, starts it again. Settings come from the defaults, --config, CLAAS_* "
+           "of the environment and the command line; a later one of these wins.",
 };
 
 /* --- signals ---------------------------------------------------------------------------------- */
 
 static char crash_marker[4096]; /* "" = none */
 
-/* Whose crash counts against the jobs that ran, and who will read the marker: storage at its start,
- * or the scheduler. A process without scheduler and trainer has none: what it does is no job's. */
+/* Which marker a crash of this process leaves: the one that storage reads at its next start, or the
+ * one that the scheduler reads. Without scheduler and trainer there is none, since no job runs
+ * here. */
 static void choose_marker(const struct process *process)
 {
     const char *data = claas_config_string(process->config, "data");
@@ -181,7 +180,8 @@ static void choose_marker(const struct process *process)
         snprintf(crash_marker, sizeof(crash_marker), "%s/%s", data, name);
 }
 
-/* A crash of our own making counts against the job that ran. Async-signal-safe only. */
+/* Leaves the marker, so that the crash counts against the jobs that ran. Async-signal-safe calls
+ * only. */
 __attribute__((unused)) static void on_crash(int number)
 {
     int fd = crash_marker[0] == '\0'
@@ -267,7 +267,7 @@ static bool needs_device(const struct process *process)
     return process_has_role(process, "trainer") || process_has_role(process, "sampler");
 }
 
-/* What the values alone do not tell, before a model is read for nothing. */
+/* What no single setting shows to be wrong; checked before the model is read, which takes time. */
 static int check_config(const struct process *process)
 {
     int rc = process_check_roles(process);
@@ -313,7 +313,7 @@ static int run(struct serve_args *args, struct process *process)
     return claas_runtime_wait(process->runtime);
 }
 
-/* Nothing waits for a lost device, not even what would free it. The jobs are on disk. */
+/* The device is not freed: that could wait for ever on a lost one. The jobs are on disk. */
 static _Noreturn void end_without_device(struct process *process)
 {
     claas_runtime_free(&process->runtime);
