@@ -37,20 +37,20 @@ static char *print_to_text(print_fn *print)
 
 static void print_configuration(FILE *file)
 {
-    fputs(
-        "# Configuration\n\n"
-        "Made from `include/claas/config.def` by `gendocs`; change it there.\n\n"
-        "Settings come from, in rising order: the built-in defaults, the YAML file of `--config`, "
-        "the environment, the command line (`--set key=value`; `--listen`, `--data`, `--model`, "
-        "`--device`, `--chat-template`, `--roles` and `--connect` are short for the settings of "
-        "these "
-        "names). `claas.sample.yaml` has all of them with their defaults. What is wrong in a file "
-        "is answered with file, line, column and what was meant; an address (`listen`, `connect`), "
-        "and what is wrong only together with something else, with the setting's name alone. The "
-        "exit code is 2 either way, before a model is read.\n\n"
-        "Sizes: `64MiB`, `1GiB`. Durations: `50ms`, `30s`, `5m`, `12h`, `30d`. Lists: separated "
-        "by commas.\n\n",
-        file);
+    fputs("# Configuration\n\n"
+          "Made from `include/claas/config.def` by `gendocs`; change it there.\n\n"
+          "Settings come from the built-in defaults, the YAML file of `--config`, the environment "
+          "and the command line; a later one of these wins. On the command line `--set key=value` "
+          "is for all of them; `--listen`, `--data`, `--model`, `--device` (for `device.name`), "
+          "`--chat-template`, `--roles` and `--connect` are short forms. `claas.sample.yaml` has "
+          "all settings with their defaults.\n\n"
+          "An error in a file is reported with file, line and column, and a misspelt key with the "
+          "key that was probably meant; a wrong address (`listen`, `connect`), or a value that is "
+          "wrong only together with another one, with the setting's name alone. The exit code is 2 "
+          "either way, before a model is read.\n\n"
+          "Sizes: `64MiB`, `1GiB`. Durations: `50ms`, `30s`, `5m`, `12h`, `30d`. Lists: separated "
+          "by commas.\n\n",
+          file);
     claas_config_print_markdown(file);
 }
 

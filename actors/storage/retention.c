@@ -51,7 +51,7 @@ static int expire(struct store *store, int64_t adapter, int64_t number, const ch
     return rc < 0 ? rc : 1;
 }
 
-/* The newest version that is past keep_versions of its adapter and still has its weights. */
+/* Expires one version that is past keep_versions of its adapter and still has its weights. */
 static int expire_version(struct store *store)
 {
     CLAAS_AUTO_FREE char *dir = NULL;
