@@ -55,7 +55,7 @@ static int ended(struct request *request, claas_message_t *reply, void *arg)
         reply->error == CLAAS_ERR_OVERLOADED) {
         if (request->server->draining || reply->error == CLAAS_ERR_DEADLINE)
             return answer_later(request);
-        /* The feedback is on disk and its job goes on: wait for it anew. */
+        /* The feedback is on disk and its job goes on: watch it again. */
         return request_timer(request, TIMER_AGAIN, WATCH_AGAIN, watch);
     }
     if (reply->error)

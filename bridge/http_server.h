@@ -29,7 +29,7 @@ enum peer_phase {
 struct peer {
     struct http_server *server;
     struct peer *next, **link;
-    uint64_t id; /* told to epoll, so that an event for a closed connection finds nobody */
+    uint64_t id; /* epoll's tag: an event for a closed connection finds no peer with its id */
     int fd;
     enum peer_phase phase;
     int64_t deadline_ms;     /* claas_clock_ms(), 0 = none */

@@ -52,7 +52,7 @@ static int answer_file(struct request *request, const char *path, const char *lo
     struct stat status;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
 
-    unlink(path); /* ours alone; the descriptor keeps it */
+    unlink(path); /* nobody else needs it; the descriptor keeps the file */
     if (fd < 0)
         return claas_fail_errno("LoRA export failed");
     if (fstat(fd, &status) < 0) {
@@ -183,7 +183,7 @@ static int upload_open(struct request *request)
     request->state_free = upload_free;
     rc = claas_mkdir_all(staging);
     if (rc < 0)
-        return claas_fail(rc, "upload: there is no staging folder"); /* and no word where it was */
+        return claas_fail(rc, "upload: there is no staging folder"); /* without its path */
     claas_random_hex(hex, 8);
     upload->path = claas_format("%s/upload-%s.zip", staging, hex);
     if (!upload->path)

@@ -189,7 +189,7 @@ enum MHD_Result request_begin(struct http_server *server, struct peer *peer,
         request->route && request->route->take_body ? server->max_import : server->max_body;
     claas_buf_init(&request->body, (size_t)server->max_body);
     MHD_get_connection_values_n(connection, MHD_HEADER_KIND, guard_one, &guard);
-    /* The version stands right behind the target, unless a NUL has cut that short. */
+    /* The version follows the target at once, unless a NUL has cut the target short. */
     if (version[0] && peer->target_end && version != peer->target_end + 1)
         peer->bad_target = true;
     reason =

@@ -33,8 +33,8 @@ struct bench_rig {
     double lora_per_rank;          /* adapter parameters per unit of rank, all modules */
 };
 
-/* What --model means: a bare name of a known shape is random weights of that shape. Free with
- * free(); NULL when out of memory. */
+/* The path that --model stands for: the bare name of a known shape means random weights of it. Free
+ * with free(); NULL when out of memory. */
 char *bench_model_path(const char *model);
 int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens);
 void bench_close(struct bench_rig *rig);
@@ -65,7 +65,7 @@ int bench_floor(const struct bench_args *args, struct claas_device_floor *ret);
 /* FLOP of causal attention over so many tokens, forward: scores and weighted sums over all earlier
  * positions, 4 d per head, query and key. */
 double bench_attention_flop(const struct claas_model_config *config, double tokens);
-/* What was done in so many milliseconds at the least: products, and weights read, once in each pass
+/* The least work that was done in `ms` milliseconds: products, and weights read, once in each pass
  * over them. Activations, keys and values and adapters are not counted as read. */
 struct bench_work {
     double flop, bytes, ms;

@@ -1,7 +1,7 @@
-/* `claas bench decode`: tokens per second while N sequences decode together. Measured from when the
- * last of them has begun until the first of them ends, so neither prefill nor a thinning batch
- * counts, by the tokens of one of them, which gets one a pass as all do: whole passes are counted,
- * from the end of one to the end of another, whenever this thread hears of it.
+/* `claas bench decode`: tokens per second while N sequences decode together: from when the last of
+ * them has begun until the first of them ends, so that neither prefill nor a thinning batch counts.
+ * Each sequence gets one token a pass, so the tokens of one of them count whole passes; their times
+ * are those of the passes' ends, not those at which this thread hears of them.
  *
  * Counted reading: all weights once in each pass. */
 #include "bench.h"

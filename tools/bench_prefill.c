@@ -1,5 +1,5 @@
-/* `claas bench prefill`: from sending prompts that nothing is cached of to the first token of the
- * last of them.
+/* `claas bench prefill`: from sending prompts, of which nothing is cached, to the first token of
+ * the last of them.
  *
  * Counted work, in FLOP, N weights of the layers, H of the head, for each prompt of n tokens: 2 N n
  * + 2 H + attention(n): the head is computed for the last token alone.

@@ -24,8 +24,8 @@ struct conversation {
 int conversation_begin(struct conversation *conversation, struct http *http, const char *model,
                        const char *system, const struct sampling *sampling);
 void conversation_done(struct conversation *conversation);
-/* Sends a user turn and prints the answer with a line end behind it. After a failure the
- * conversation is as before. */
+/* Sends a user turn and prints the answer and a line end. After a failure the conversation is as
+ * before. */
 int conversation_ask(struct conversation *conversation, const char *text);
 /* Takes the last question and answer out; the question, or NULL if there is none. Free it. */
 char *conversation_take_back(struct conversation *conversation);

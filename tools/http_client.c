@@ -56,7 +56,7 @@ static bool is_local(const char *url)
     return false;
 }
 
-/* A scheme, and a host behind it. */
+/* A scheme and a host. */
 static bool is_address(const char *url)
 {
     size_t scheme = strncmp(url, "http://", 7) == 0 ? 7 : strncmp(url, "https://", 8) == 0 ? 8 : 0;

@@ -47,7 +47,7 @@ static cJSON *cards_json(const struct claas_cards *cards)
 }
 
 /* The server's device from its health; NULL without one. That a server does not answer is no
- * failure where nobody named it. */
+ * failure unless --url named it. */
 static int ask_server(const struct cli *cli, cJSON **ret)
 {
     CLAAS_AUTO(http_close) struct http http = {0};

@@ -131,7 +131,7 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
     return 0;
 }
 
-/* The settings behind the options' help, from the table that the parser reads. */
+/* Adds the settings after the options' help, from the table that the parser reads. */
 static char *add_settings(int key, const char *text, void *input)
 {
     const struct claas_setting *setting;

@@ -70,7 +70,7 @@ static int scan_escape(struct scan *scan)
     return 0;
 }
 
-/* From the opening quote to behind the closing one. */
+/* From the opening quote to just after the closing one. */
 static int scan_string(struct scan *scan)
 {
     size_t start = scan->at++;

@@ -33,7 +33,7 @@ size_t claas_space_length(const char *text)
 static void strip_in_place(char *text)
 {
     char *start = text;
-    char *end = text; /* just behind the last character that is not white space */
+    char *end = text; /* just after the last character that is not white space */
     size_t space;
 
     while ((space = claas_space_length(start)) > 0)

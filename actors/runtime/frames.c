@@ -172,7 +172,7 @@ int parcel_receive(zsock_t *socket, bool router, struct parcel *ret)
 
 struct backlog {
     _Atomic size_t bytes;
-    _Atomic size_t users; /* whoever sends, and every header that is not written yet */
+    _Atomic size_t users; /* the sender (1), and one for each header that is not written yet */
 };
 
 struct counted_header {

@@ -84,7 +84,7 @@ void switch_welcome(struct claas_switch *sw, struct peer *peer, int code, const 
 }
 
 /* An actor says its name when it starts, and again when it can be called. The answer to the second
- * tells it, and its supervisor, that whoever asks it from now on will find it. */
+ * tells it, and its supervisor, that requests reach it from now on. */
 static void take_hello(struct claas_switch *sw, struct peer *peer, const struct parcel *parcel)
 {
     const char *name = parcel->address[0];

@@ -205,8 +205,8 @@ static void drop_routes_of(struct claas_switch *sw, const struct peer *peer)
     }
 }
 
-/* What it had not taken from its mailbox is lost, and said so: to the counters, and to whoever
- * waits. The upstream peer stays as an object, because it comes back. */
+/* What it had not taken from its mailbox is lost: that is counted, and told to the requesters that
+ * wait. The upstream peer stays as an object, because it comes back. */
 void peer_bury(struct claas_switch *sw, struct peer *peer)
 {
     char text[CLAAS_NAME_MAX + 32];

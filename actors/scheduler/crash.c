@@ -124,7 +124,7 @@ static void counted(struct scheduler *scheduler, void *arg, int error, const cha
     jobs_load(scheduler);
 }
 
-/* The strikes of all, or the end of one that ran by itself and has too many: no later crash would
+/* The strikes of all, or the end of one that ran alone and has too many: no later crash would
  * say more. */
 static int record_crash(struct scheduler *scheduler, struct job *const *jobs, int count, bool park,
                         const char *text)

@@ -44,7 +44,7 @@ static int check_segment(const char *segment, size_t length, const char *text)
     return 0;
 }
 
-/* Every segment is judged, also behind the second: a traversal is to be called one. */
+/* Every segment is judged, also after the second, so that a traversal is reported as one. */
 static int check_segments(const char *name, const char *text)
 {
     int segments = 0;

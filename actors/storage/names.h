@@ -1,4 +1,4 @@
-/* Names of adapters: `user/name`, with -init, -latest or @N behind it. */
+/* Names of adapters: `user/name`, perhaps followed by -init, -latest or @N. */
 #ifndef CLAAS_STORAGE_NAMES_H
 #define CLAAS_STORAGE_NAMES_H
 
