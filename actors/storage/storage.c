@@ -325,8 +325,17 @@ static void warn(void *arg, const char *text)
     claas_warning("%s", text);
 }
 
-static struct claas_store_options read_options(const claas_config_t *config)
+static void publish_event(void *arg, const cJSON *body)
 {
+    struct storage *storage = arg;
+
+    claas_actor_publish(storage->actor, CLAAS_MSG_JOB_EVENT, cJSON_Duplicate(body, true));
+}
+
+static struct claas_store_options read_options(struct storage *storage)
+{
+    const claas_config_t *config = storage->config;
+
     return (struct claas_store_options){
         .data = claas_config_string(config, "data"),
         .queue_max = claas_config_int(config, "feedback.queue_max"),
@@ -339,6 +348,8 @@ static struct claas_store_options read_options(const claas_config_t *config)
         .keep_rollouts = claas_config_int(config, "storage.keep_rollouts"),
         .keep_rollouts_ms = claas_config_int(config, "storage.keep_rollouts_for"),
         .warn = warn,
+        .on_event = publish_event,
+        .arg = storage,
     };
 }
 
@@ -394,7 +405,7 @@ static int start(claas_actor_t *actor, const void *args, void **ret_self)
     storage->actor = actor;
     storage->config = ((const struct claas_storage_args *)args)->config;
     storage->soon = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    options = read_options(storage->config);
+    options = read_options(storage);
     rc = claas_store_open_sqlite(&options, &storage->store);
     if (rc == 0)
         rc = find_staging(storage);

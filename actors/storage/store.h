@@ -95,6 +95,9 @@ struct claas_store_options {
     int64_t keep_rollouts, keep_rollouts_ms;
     /* What a person should look at after the start (a version's files are gone, …). May be NULL. */
     void (*warn)(void *arg, const char *text);
+    /* An event of a job (JOB_EVENT's body), once it is on disk; in the call that commits it. May be
+     * NULL. */
+    void (*on_event)(void *arg, const cJSON *body);
     /* For crash tests: called between the steps of a publication. May be NULL. */
     void (*at_point)(void *arg, const char *point);
     void *arg;

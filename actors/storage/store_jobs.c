@@ -71,6 +71,24 @@ static void complete_event(cJSON *event, const char *job_id, int64_t seq, int64_
     }
 }
 
+/* Keeps a copy for on_event. Events may be missed anyway, so being out of memory for one does not
+ * fail the change. */
+static void note_event(struct store *store, const struct store_job *job, const cJSON *event)
+{
+    DB_STATEMENT *statement = NULL;
+    cJSON *body = cJSON_CreateObject();
+
+    claas_json_set(body, "event", cJSON_Duplicate(event, true));
+    if (db_query(&store->writer, &statement, "SELECT lora_id FROM jobs WHERE seq = ?", "i",
+                 job->seq) == 0 &&
+        db_step(&store->writer, statement) > 0)
+        claas_json_set_string(body, "lora_id", db_text(statement, 0));
+    if (!store->events)
+        store->events = cJSON_CreateArray();
+    if (!cJSON_AddItemToArray(store->events, body))
+        cJSON_Delete(body);
+}
+
 int store_add_event(struct store *store, const struct store_job *job, const char *state,
                     const cJSON *extra, cJSON **ret)
 {
@@ -87,6 +105,8 @@ int store_add_event(struct store *store, const struct store_job *job, const char
     if (rc < 0)
         return rc;
     complete_event(event, job->id, sqlite3_last_insert_rowid(store->writer.handle), now, state);
+    if (store->options.on_event)
+        note_event(store, job, event);
     if (ret)
         *ret = CLAAS_TAKE(event);
     return 0;

@@ -73,6 +73,7 @@ static void leave(struct store *store)
     store->pending = 0;
     store->broken = 0;
     store->unfinished = store->unfinished_committed;
+    claas_json_free(&store->events);
 }
 
 static void sqlite_abort(claas_store_t *base)
@@ -82,7 +83,9 @@ static void sqlite_abort(claas_store_t *base)
 
 static int sqlite_commit(claas_store_t *base)
 {
+    CLAAS_AUTO(claas_json_free) cJSON *events = NULL;
     struct store *store = store_of(base);
+    const cJSON *event;
     int rc = store->broken;
 
     if (!store->open)
@@ -91,9 +94,12 @@ static int sqlite_commit(claas_store_t *base)
         claas_fail(rc, "%s", store->broken_text);
     else
         rc = db_exec(&store->writer, "COMMIT");
-    if (rc == 0)
+    if (rc == 0) {
         store->unfinished_committed = store->unfinished;
+        events = CLAAS_TAKE(store->events);
+    }
     leave(store); /* after a failed COMMIT the transaction may still be open */
+    cJSON_ArrayForEach(event, events) store->options.on_event(store->options.arg, event);
     return rc;
 }
 
@@ -115,11 +121,12 @@ static int call_change(struct store *store, store_op_fn *run,
                        const struct claas_store_request *request, struct claas_store_answer *answer)
 {
     int64_t unfinished;
-    int rc = store_begin(store);
+    int events, rc = store_begin(store);
 
     if (rc < 0)
         return rc;
     unfinished = store->unfinished;
+    events = cJSON_GetArraySize(store->events);
     rc = db_exec(&store->writer, "SAVEPOINT request");
     if (rc == 0)
         rc = run(store, request, answer);
@@ -132,6 +139,8 @@ static int call_change(struct store *store, store_op_fn *run,
         return 0;
     }
     store->unfinished = unfinished;
+    while (cJSON_GetArraySize(store->events) > events)
+        cJSON_DeleteItemFromArray(store->events, events);
     note_broken(store, rc);
     if (store->broken)
         return rc;

@@ -29,6 +29,7 @@ struct store {
     /* Jobs not at their end, kept here because counting 10,000 rows for every feedback is too slow:
      * the value of the writer's transaction, and the committed one to fall back to. */
     int64_t unfinished, unfinished_committed;
+    cJSON *events; /* of the open transaction, for on_event; NULL: none */
     /* The last path of `trash` that could not be removed (NULL: none): those after it are next,
      * until it is time to begin from the front again. */
     char *trash_stuck;
