@@ -228,7 +228,8 @@ static int code_of_errno(int number)
         return CLAAS_ERR_TOO_LARGE;
     case EMFILE:
     case ENFILE:
-        return CLAAS_ERR_LIMIT;
+        return CLAAS_ERR_OVERLOADED; /* too much is open at once: nothing wrong with what was asked
+                                      */
     case EAGAIN:
     case EBUSY:
     case ETXTBSY:

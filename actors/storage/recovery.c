@@ -228,7 +228,7 @@ static int check_row(struct store *store, sqlite3_stmt *row, int *warnings)
     };
     int rc = check_version(store, &version);
 
-    if (rc == CLAAS_ERR_NO_MEMORY)
+    if (rc == CLAAS_ERR_NO_MEMORY || rc == CLAAS_ERR_OVERLOADED)
         return rc;
     if (rc < 0)
         tell_lost(store, &version, warnings);

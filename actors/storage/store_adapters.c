@@ -234,6 +234,17 @@ int store_adapter_versions(struct store *store, const struct claas_store_request
     return rc;
 }
 
+/* A disk that fails for a moment damages nothing. */
+static int fail_damaged(const struct store *store, int code, int64_t version, const char *name)
+{
+    bool damaged = code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_NOT_FOUND;
+
+    claas_fail_hide_path(code, store->data, "the data directory");
+    return claas_fail_context(damaged ? CLAAS_ERR_CORRUPT : code,
+                              "version %" PRId64 " of '%s' %s: ", version, name,
+                              damaged ? "is damaged" : "cannot be read");
+}
+
 int store_adapter_rollback(struct store *store, const struct claas_store_request *request,
                            struct claas_store_answer *answer)
 {
@@ -259,8 +270,7 @@ int store_adapter_rollback(struct store *store, const struct claas_store_request
     /* The pointer never goes to files that are not whole. */
     rc = adapter_check(path, false, &facts);
     if (rc < 0)
-        return claas_fail_context(
-            CLAAS_ERR_CORRUPT, "version %" PRId64 " of '%s' is damaged: ", version, adapter.name);
+        return fail_damaged(store, rc, version, adapter.name);
     rc = db_run(&store->writer, "UPDATE adapters SET current = ? WHERE id = ?", "ii", version,
                 adapter.id);
     if (rc < 0)

@@ -155,10 +155,10 @@ static void test_err_errno_and_threads(void **state)
     static const struct {
         int number;
         int code;
-    } cases[] = {
-        {ENOSPC, CLAAS_ERR_NO_SPACE}, {ENOENT, CLAAS_ERR_NOT_FOUND}, {ENOMEM, CLAAS_ERR_NO_MEMORY},
-        {EACCES, CLAAS_ERR_DENIED},   {EEXIST, CLAAS_ERR_EXISTS},    {EROFS, CLAAS_ERR_IO},
-        {EIO, CLAAS_ERR_IO}};
+    } cases[] = {{ENOSPC, CLAAS_ERR_NO_SPACE},  {ENOENT, CLAAS_ERR_NOT_FOUND},
+                 {ENOMEM, CLAAS_ERR_NO_MEMORY}, {EACCES, CLAAS_ERR_DENIED},
+                 {EEXIST, CLAAS_ERR_EXISTS},    {EROFS, CLAAS_ERR_IO},
+                 {EIO, CLAAS_ERR_IO},           {EMFILE, CLAAS_ERR_OVERLOADED}};
     pthread_t thread;
     int inherited = -1;
 
