@@ -13,7 +13,7 @@
 #include "scheduler_internal.h"
 
 #define RETRY_FIRST_MS 500
-#define RETRY_FULL_MS  5000 /* after a full disk or a full device */
+#define RETRY_FULL_MS  5000 /* after a disk that is full or fails, or a full device */
 #define AWAY_MAX       3    /* doublings of the first delay while a peer is away: 4 s */
 #define STRIKES_MAX    100  /* of a job, in messages */
 #define CROWDED_MAX    3    /* tries that met a full device beside other cycles; then alone */
@@ -202,12 +202,18 @@ static void struck(struct scheduler *scheduler, void *arg, int error, const char
     free(failed);
 }
 
-/* Failures that say nothing against the job: the peer is away or stops, the disk is full. Not so a
- * lost device: the job may be what its kernels faulted on, and would lose the next device too. */
+static bool is_of_disk(int code)
+{
+    return code == CLAAS_ERR_NO_SPACE || code == CLAAS_ERR_IO || code == CLAAS_ERR_DENIED;
+}
+
+/* Failures that say nothing against the job: the peer is away or stops; the disk is full, fails or
+ * lets nobody write. Not so a lost device: the job may be what its kernels faulted on, and would
+ * lose the next device too. */
 static bool is_blameless(int code)
 {
-    return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_NO_SPACE ||
-           code == CLAAS_ERR_OVERLOADED || code == CLAAS_ERR_CANCELLED;
+    return code == CLAAS_ERR_UNAVAILABLE || code == CLAAS_ERR_OVERLOADED ||
+           code == CLAAS_ERR_CANCELLED || is_of_disk(code);
 }
 
 /* Failures that no retry mends. */
@@ -292,7 +298,9 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
         requeue(run, retry_delay(code, 0));
     } else if (is_blameless(code)) {
         claas_copy_text(run->away, sizeof(run->away), text);
-        requeue(run, code == CLAAS_ERR_NO_SPACE ? RETRY_FULL_MS : away_delay(run));
+        for (int i = 0; i < run->job_count && code == CLAAS_ERR_IO; i++)
+            run->jobs[i]->alone = true; /* what cannot be read may be of one of them */
+        requeue(run, is_of_disk(code) ? RETRY_FULL_MS : away_delay(run));
     } else if (!is_hopeless(code)) {
         strike(run, code, text);
     } else if (run->job_count > 1) {

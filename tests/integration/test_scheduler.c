@@ -77,6 +77,26 @@ static void test_absent_peers_are_no_strikes(void **state)
     assert_int_equal(count_state(look_for("job-1"), "queued"), 4); /* each time it waits */
 }
 
+/* A disk that fails or lets nobody write is no more to blame on the job than a full one. */
+static void test_failing_disks_are_no_strikes(void **state)
+{
+    struct rig *rig = *state;
+
+    fail_next(CLAAS_MSG_CYCLE_BEGIN, 1, CLAAS_ERR_IO, false);
+    fail_next(CLAAS_MSG_VERSION_PUBLISH, 1, CLAAS_ERR_DENIED, false);
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    submit(rig, "me/b", "shorter");
+    check_end("job-1", "done");
+    check_end("job-2", "done");
+    for (int i = 0; i < 2; i++) {
+        const struct world_job *job = look_for(i == 0 ? "job-1" : "job-2");
+
+        assert_int_equal(job->strikes, 0);
+        assert_int_equal(count_state(job, "queued"), 1 + 1); /* it waits */
+    }
+}
+
 /* However often the peer is looked for, the job says once that it waits, and once that it began. */
 static void test_long_waits(void **state)
 {
@@ -524,6 +544,7 @@ int main(void)
         TEST(test_rejected),
         TEST(test_strikes_park),
         TEST(test_absent_peers_are_no_strikes),
+        TEST(test_failing_disks_are_no_strikes),
         TEST(test_long_waits),
         TEST(test_wait_that_was_not_recorded),
         TEST(test_absent_sampler),
