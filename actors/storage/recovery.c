@@ -144,6 +144,9 @@ int store_empty_trash(struct store *store)
         free(CLAAS_TAKE(store->trash_stuck));
     if (rc <= 0)
         return rc;
+    rc = store_settle(store); /* what is in doubt may be a version yet */
+    if (rc < 0)
+        return rc;
     rc = remove_trash(store, entry);
     if (rc == 0)
         return 1;

@@ -6,7 +6,9 @@
  *     commit: version, pointer (compare-and-set on the parent), jobs done, trash -= path
  *
  * kill -9 anywhere leaves the old version current, or the new one. When the last commit fails the
- * directory goes back to where it was, so the same publication can be tried again. */
+ * directory goes back to where it was, so the same publication can be tried again; but only when it
+ * is certain that no start will find that commit. Else it stays: a start has it as a version or as
+ * trash. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -312,10 +314,13 @@ static void take_back(const struct publication *publication)
     char text[1024];
 
     snprintf(text, sizeof(text), "%s", claas_error_text());
-    if (!path_exists(publication->staged) && path_exists(publication->path))
-        adapter_move(publication->path, publication->staged);
-    db_run(&publication->store->writer, "DELETE FROM trash WHERE path = ?", "t",
-           publication->trash);
+    if (store_settle(publication->store) == 0) {
+        if (!path_exists(publication->staged) && path_exists(publication->path))
+            adapter_move(publication->path, publication->staged);
+        if (!path_exists(publication->path))
+            db_run(&publication->store->writer, "DELETE FROM trash WHERE path = ?", "t",
+                   publication->trash);
+    }
     claas_fail(CLAAS_ERR_INTERNAL, "%s", text);
 }
 

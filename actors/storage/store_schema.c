@@ -152,6 +152,11 @@ static int set_pragma(struct db *db, const char *name, int value)
     return db_exec(db, sql);
 }
 
+int store_commit_nothing(struct db *db)
+{
+    return set_pragma(db, "user_version", store_schema_version());
+}
+
 static int run_step(struct db *db, int step)
 {
     int rc = db_exec(db, "BEGIN IMMEDIATE");

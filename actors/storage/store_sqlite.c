@@ -97,9 +97,20 @@ static int sqlite_commit(claas_store_t *base)
     if (rc == 0) {
         store->unfinished_committed = store->unfinished;
         events = CLAAS_TAKE(store->events);
+    } else {
+        store->doubtful = true;
     }
     leave(store); /* after a failed COMMIT the transaction may still be open */
     cJSON_ArrayForEach(event, events) store->options.on_event(store->options.arg, event);
+    return rc;
+}
+
+int store_settle(struct store *store)
+{
+    int rc = store->doubtful ? store_commit_nothing(&store->writer) : 0;
+
+    if (rc == 0)
+        store->doubtful = false;
     return rc;
 }
 

@@ -26,6 +26,7 @@ struct store {
     size_t pending; /* changes in it */
     int broken; /* < 0: SQLite took the whole transaction back; nothing of it can be committed */
     char broken_text[512];
+    bool doubtful; /* a COMMIT failed: a start would perhaps find it in the log (store_settle) */
     /* Jobs not at their end, kept here because counting 10,000 rows for every feedback is too slow:
      * the value of the writer's transaction, and the committed one to fall back to. */
     int64_t unfinished, unfinished_committed;
@@ -50,10 +51,16 @@ store_op_fn store_rollout_put, store_feedback_put, store_job_record, store_jobs_
  * of a newer program, CORRUPT for one of another program. */
 int store_migrate(struct db *db);
 int store_schema_version(void);
+/* A commit that changes nothing: it writes the newest schema's number once more. */
+int store_commit_nothing(struct db *db);
 
 /* --- store_sqlite.c -------------------------------------------------------------------- */
 /* The writer's transaction, for operations of kind ALONE. */
 int store_begin(struct store *store);
+/* A COMMIT whose fsync failed is taken back here, but its pages are in the log, and the start after
+ * a crash takes them for good. So before files change in a way that only one of the two worlds
+ * allows, another commit has to take their place. 0 when there is no doubt any more. */
+int store_settle(struct store *store);
 
 /* --- recovery.c ------------------------------------------------------------------------ */
 int store_lock_directory(struct store *store);
