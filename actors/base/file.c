@@ -235,7 +235,11 @@ int claas_mkdir_all(const char *path)
             /* On a read-only parent an existing directory answers EROFS, not EEXIST. */
             int number = errno;
 
-            if (stat(prefix, &info) < 0 || !S_ISDIR(info.st_mode)) {
+            if (stat(prefix, &info) < 0) {
+                errno = number == EEXIST ? errno : number;
+                return claas_fail_errno("%s", prefix);
+            }
+            if (!S_ISDIR(info.st_mode)) {
                 errno = number == EEXIST ? ENOTDIR : number;
                 return claas_fail_errno("%s", prefix);
             }

@@ -238,7 +238,9 @@ int adapter_check_staged(const char *directory, const char *staging)
         strchr(real + length + 1, '/'))
         return claas_fail(CLAAS_ERR_INVALID, "%s is not in the staging folder %s", directory,
                           real_staging);
-    if (lstat(directory, &info) < 0 || !S_ISDIR(info.st_mode))
+    if (lstat(directory, &info) < 0)
+        return claas_fail_errno("%s", directory);
+    if (!S_ISDIR(info.st_mode))
         return claas_fail(CLAAS_ERR_FORMAT, "%s is no directory", directory);
     return 0;
 }

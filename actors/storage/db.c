@@ -52,6 +52,9 @@ int db_fail(struct db *db, const char *doing)
 
     if (code == CLAAS_ERR_NO_SPACE)
         return claas_fail(code, "%s: no space left for the database; nothing was changed", doing);
+    /* SQLite says so of a read that failed, too. Either way the disk is to blame, not the asker. */
+    if (code == CLAAS_ERR_CORRUPT)
+        return claas_fail(CLAAS_ERR_IO, "%s: database: %s, or cannot be read", doing, text);
     return claas_fail(code, "%s: database: %s", doing, text);
 }
 

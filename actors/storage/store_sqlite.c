@@ -295,7 +295,7 @@ static int check_integrity(struct store *store, const char *path)
     if (rc == 0)
         rc = db_step(&store->writer, statement);
     if (rc < 0)
-        return claas_fail_context(rc, "%s: ", path);
+        return claas_fail_context(rc == CLAAS_ERR_IO ? CLAAS_ERR_CORRUPT : rc, "%s: ", path);
     verdict = rc > 0 ? db_text(statement, 0) : NULL;
     if (!verdict || strcmp(verdict, "ok") != 0)
         return claas_fail(CLAAS_ERR_CORRUPT, "%s is damaged (%s): restore it from a backup", path,

@@ -1,6 +1,7 @@
-/* A disk that fails for a moment. In the commit of a publication, when its pages are in SQLite's log
- * already: nobody was told of a success, but a start after a crash finds the commit there. Whichever
- * of the two a start sees, the current version is whole. */
+/* A disk that fails for a moment. In a read: nothing is damaged for that. In the commit of a
+ * publication, when its pages are in SQLite's log already: nobody was told of a success, but a
+ * start after a crash finds the commit there. Whichever of the two a start sees, the current
+ * version is whole. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -20,7 +21,8 @@
 static struct {
     int failing; /* syncs of the log, from now on */
     int left;    /* syncs of whatever, after those, until the process ends; -1: it goes on */
-} disk = {0, -1};
+    bool blind;  /* nothing can be read */
+} disk = {0, -1, false};
 
 static void count_sync(void)
 {
@@ -43,6 +45,15 @@ __attribute__((visibility("default"))) int fsync(int fd)
 {
     count_sync();
     return (int)syscall(SYS_fsync, fd);
+}
+
+__attribute__((visibility("default"))) ssize_t pread64(int fd, void *bytes, size_t length,
+                                                       off64_t at)
+{
+    if (!disk.blind)
+        return syscall(SYS_pread64, fd, bytes, length, at);
+    errno = EIO;
+    return -1;
 }
 
 /* What begins in front of the last commit of the next publication. */
@@ -110,6 +121,30 @@ static int64_t check_current(const char *data, int64_t before)
     return version;
 }
 
+static void test_failing_reads(void **ret)
+{
+    CLAAS_AUTO(fixture_remove) char *data = fixture_directory();
+    const struct plan none = {0, -1};
+    claas_store_t *store = open_store(data, &none);
+    struct claas_store_answer answer;
+    char job[65];
+
+    (void)ret;
+    assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(fixture_rollout(store, "r", NULL, "q", "t", 1), 0);
+    assert_int_equal(fixture_feedback(store, "u/a", "r", "x", job), 0);
+    store->ops->close(&store);
+    store = open_store(data, &none); /* it remembers no page of what is asked */
+    for (int i = 0; i < 2; i++) {
+        disk.blind = i == 0;
+        assert_int_equal(fixture_call(store, CLAAS_STORE_CYCLE_INPUT, &answer,
+                                      "{\"lora_id\":\"u/a\",\"job_ids\":[\"%s\"]}", job),
+                         disk.blind ? CLAAS_ERR_IO : 0);
+        claas_store_answer_done(&answer);
+    }
+    store->ops->close(&store);
+}
+
 static void test_end_in_doubt(void **ret)
 {
     CLAAS_AUTO(fixture_remove) char *data = fixture_directory();
@@ -155,6 +190,7 @@ static void test_long_doubt(void **ret)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_failing_reads),
         cmocka_unit_test(test_end_in_doubt),
         cmocka_unit_test(test_long_doubt),
     };
