@@ -304,6 +304,21 @@ static int tell_unknown(struct store *store)
                     : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
+static int stop_at_first(struct store *store, const char *directory, const char *name)
+{
+    (void)store;
+    (void)directory;
+    (void)name;
+    return 1;
+}
+
+bool store_has_adapters(struct store *store)
+{
+    CLAAS_AUTO_FREE char *adapters = claas_format("%s/adapters", store->data);
+
+    return adapters && each_entry(adapters, stop_at_first, store) > 0;
+}
+
 int store_recover(struct store *store)
 {
     int rc = each_entry(store->staging, sweep_entry, store);

@@ -303,28 +303,78 @@ static int check_integrity(struct store *store, const char *path)
     return 0;
 }
 
+static off_t size_of(const char *path)
+{
+    struct stat info;
+
+    return stat(path, &info) < 0 ? -1 : info.st_size;
+}
+
+/* SQLite removes a log without a database, and what was acknowledged last is in the log alone.
+ * (A file of one byte is an empty one to it.) No crash leaves this: the database's first page is on
+ * disk before there is a log. */
+static int check_log(const char *path, off_t size)
+{
+    CLAAS_AUTO_FREE char *log = claas_format("%s-wal", path);
+
+    if (!log)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (size > 1 || size_of(log) <= 0)
+        return 0;
+    return claas_fail(CLAAS_ERR_CORRUPT,
+                      "%s is %s, but its log %s is there: restore both from a backup, or move the "
+                      "log away to begin anew",
+                      path, size < 0 ? "gone" : "empty", log);
+}
+
+/* The tables may be in the log alone, too. */
+static int check_tables(struct store *store, const char *path)
+{
+    int64_t tables = 0;
+    int rc = db_get_int(&store->writer, &tables, "SELECT count(*) FROM sqlite_schema", "");
+
+    if (rc < 0)
+        return claas_fail_context(rc, "%s: ", path);
+    if (tables > 0 || !store_has_adapters(store))
+        return 0;
+    return claas_fail(
+        CLAAS_ERR_CORRUPT,
+        "%s is empty, but there are adapters (is its -wal file lost?): restore it from "
+        "a backup, or move it away to begin anew",
+        path);
+}
+
 static int open_database(struct store *store)
 {
     CLAAS_AUTO_FREE char *path = claas_format("%s/claas.db", store->data);
+    off_t size = path ? size_of(path) : -1;
     int rc;
 
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = db_open(&store->writer, path, true);
+    rc = check_log(path, size);
+    if (rc == 0)
+        rc = db_open(&store->writer, path, true);
     /* Other people's conversations are in it. The log and its index take their modes from the
      * file. */
     if (rc == 0 && chmod(path, 0600) < 0)
         rc = claas_fail_errno("%s", path);
     if (rc == 0)
         rc = check_integrity(store, path);
+    if (rc == 0 && size >= 0)
+        rc = check_tables(store, path);
     if (rc == 0)
         rc = store_migrate(&store->writer);
     if (rc == 0)
         rc = claas_fsync_parent(path);
     if (rc == 0)
         rc = db_open(&store->reader, path, false);
-    if (rc < 0)
+    if (rc < 0) {
+        /* What is refused is left as it was found: the log is neither folded in nor removed. */
+        if (store->writer.handle)
+            sqlite3_db_config(store->writer.handle, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
         return rc;
+    }
     rc = db_get_int(&store->writer, &store->unfinished_committed,
                     "SELECT count(*) FROM jobs WHERE ended = 0", "");
     store->unfinished = store->unfinished_committed;

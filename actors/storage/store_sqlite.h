@@ -64,6 +64,7 @@ int store_settle(struct store *store);
 
 /* --- recovery.c ------------------------------------------------------------------------ */
 int store_lock_directory(struct store *store);
+bool store_has_adapters(struct store *store);
 /* After the migration: empties staging, removes half-done publications, checks the versions and
  * marks those whose files are lost, or are there again. */
 int store_recover(struct store *store);

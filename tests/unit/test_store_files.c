@@ -651,6 +651,66 @@ static void test_damaged(void **ret)
     close_store(&store);
 }
 
+/* Nothing is begun anew, and no log thrown away, where something was acknowledged. */
+static void check_refused(const char *data, const char *words)
+{
+    CLAAS_AUTO_FREE char *log = claas_format("%s/claas.db-wal", data);
+    struct stat before = {0}, after = {0};
+    claas_store_t *store = NULL;
+
+    stat(log, &before);
+    assert_int_equal(claas_store_open_sqlite(&(struct claas_store_options){.data = data}, &store),
+                     CLAAS_ERR_CORRUPT);
+    assert_non_null(strstr(claas_error_text(), words));
+    stat(log, &after);
+    assert_int_equal(before.st_size, after.st_size);
+}
+
+/* Database and log are two files, of which one may be lost: after a first start that was killed all
+ * but a page is in the log. */
+static void test_lost_files(void **ret)
+{
+    const char *data = *ret;
+    CLAAS_AUTO_FREE char *path = claas_format("%s/claas.db", data);
+    CLAAS_AUTO_FREE char *log = claas_format("%s/claas.db-wal", data);
+    CLAAS_AUTO_FREE char *aside = claas_format("%s/aside", data);
+    CLAAS_AUTO_FREE char *page = NULL;
+    claas_store_t *store = NULL;
+    size_t length = 0;
+    pid_t child = fork();
+    int status;
+
+    if (child == 0) {
+        store = open_default(data);
+        _exit(fixture_publish(store, data, "u/a", -1, "[]", false) == 0 ? 0 : 1);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+    assert_int_equal(claas_file_read(path, 1 << 24, &page, &length), 0);
+    write_plain(path, page, 1);
+    check_refused(data, "claas.db is empty, but its log");
+    write_plain(path, page, 0);
+    check_refused(data, "claas.db is empty, but its log");
+    unlink(path);
+    check_refused(data, "claas.db is gone, but its log");
+    assert_int_equal(rename(log, aside), 0);
+    write_plain(path, page, 0);
+    check_refused(data, "claas.db is empty, but there are adapters");
+    write_plain(path, page, length);
+    check_refused(data, "claas.db is empty, but there are adapters");
+    write_plain(log, "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", 32);
+    check_refused(data, "claas.db is empty, but there are adapters");
+    write_plain(path, page, length);
+    assert_int_equal(rename(aside, log), 0);
+    store = open_default(data);
+    assert_int_equal(fixture_publish(store, data, "u/a", 0, "[]", false), 1);
+    close_store(&store);
+    assert_int_equal(unlink(path), 0); /* moved away by hand */
+    store = open_default(data);
+    assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
+    close_store(&store);
+}
+
 static int resolve(claas_store_t *store, const char *name)
 {
     struct claas_store_answer answer;
@@ -888,6 +948,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_migration, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_lock, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_damaged, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_lost_files, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_missing_version, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_missing_current_version, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_database_full, set_up, tear_down),
