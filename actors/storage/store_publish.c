@@ -364,7 +364,7 @@ int store_version_publish(struct store *store, const struct claas_store_request 
     if (rc == 0)
         rc = publish(&publication);
     if (rc < 0)
-        return rc;
+        return claas_fail_hide_path(rc, store->data, "the data directory");
     at_point(&publication, "after commit");
     store->retention_due = true;
     answer->body = cJSON_CreateObject();

@@ -420,8 +420,11 @@ static void staged(struct trainer *trainer, void *arg, int error, const char *te
     struct cycle *cycle = arg;
     cJSON *body;
 
-    if (error) {
-        cycle_fail(cycle, error, text);
+    if (error) { /* which the job's clients read: they need not know where the data lies */
+        claas_fail(error, "%s", text);
+        claas_fail_hide_path(error, claas_config_string(trainer->config, "data"),
+                             "the data directory");
+        cycle_fail(cycle, error, claas_error_text());
         return;
     }
     body = cJSON_CreateObject();
