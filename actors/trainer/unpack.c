@@ -6,6 +6,7 @@
 
 #include <archive.h>
 #include <archive_entry.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -62,6 +63,20 @@ static void close_fd(int *fd)
         close(*fd);
 }
 
+/* A file that this machine cannot read says nothing against the zip. libarchive gives a malformed
+ * one EILSEQ, EINVAL or a negative number. */
+static int fail_archive(struct archive *reader, const char *what)
+{
+    int number = archive_errno(reader);
+    const char *text = archive_error_string(reader);
+
+    if (number > 0 && number != EILSEQ && number != EINVAL) {
+        errno = number;
+        return claas_fail_errno("the upload");
+    }
+    return claas_fail(CLAAS_ERR_FORMAT, "%s: %s", what, text ? text : "damaged");
+}
+
 static int fail_large(const char *name, int64_t limit)
 {
     return claas_fail(CLAAS_ERR_TOO_LARGE,
@@ -88,7 +103,8 @@ static int copy_entry(const struct unpacking *unpacking, int fd, const char *nam
             return claas_fail_context(rc, "%s: ", name);
     }
     if (n < 0)
-        return claas_fail(CLAAS_ERR_FORMAT, "the zip is damaged at %s", name);
+        return claas_fail_context(fail_archive(unpacking->reader, "the zip is damaged"),
+                                  "%s: ", name);
     return 0;
 }
 
@@ -137,8 +153,7 @@ static int read_entries(struct unpacking *unpacking)
         }
     }
     if (status != ARCHIVE_EOF)
-        return claas_fail(CLAAS_ERR_FORMAT, "the upload is no readable zip: %s",
-                          archive_error_string(reader) ? archive_error_string(reader) : "damaged");
+        return fail_archive(reader, "the upload is no readable zip");
     return 0;
 }
 
@@ -171,8 +186,7 @@ static int unpack(struct unpacking *unpacking)
      * decompressed. */
     archive_read_support_format_zip_seekable(reader);
     if (archive_read_open_filename(reader, order->zip_path, 65536) != ARCHIVE_OK)
-        return claas_fail(CLAAS_ERR_FORMAT, "the upload is no readable zip: %s",
-                          archive_error_string(reader));
+        return fail_archive(reader, "the upload is no readable zip");
     rc = claas_mkdir_all(order->directory);
     if (rc == 0)
         rc = read_entries(unpacking);
