@@ -6,6 +6,7 @@
  * sentence, and so does the commit, so nobody is told of a success that did not happen. */
 #include "store_sqlite.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -303,11 +304,17 @@ static int check_integrity(struct store *store, const char *path)
     return 0;
 }
 
-static off_t size_of(const char *path)
+/* -1: there is none. */
+static int read_size(const char *path, off_t *ret)
 {
     struct stat info;
 
-    return stat(path, &info) < 0 ? -1 : info.st_size;
+    *ret = -1;
+    if (stat(path, &info) == 0)
+        *ret = info.st_size;
+    else if (errno != ENOENT)
+        return claas_fail_errno("%s", path);
+    return 0;
 }
 
 /* SQLite removes a log without a database, and what was acknowledged last is in the log alone.
@@ -316,11 +323,11 @@ static off_t size_of(const char *path)
 static int check_log(const char *path, off_t size)
 {
     CLAAS_AUTO_FREE char *log = claas_format("%s-wal", path);
+    off_t log_size = 0;
+    int rc = log ? read_size(log, &log_size) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 
-    if (!log)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (size > 1 || size_of(log) <= 0)
-        return 0;
+    if (rc < 0 || size > 1 || log_size <= 0)
+        return rc;
     return claas_fail(CLAAS_ERR_CORRUPT,
                       "%s is %s, but its log %s is there: restore both from a backup, or move the "
                       "log away to begin anew",
@@ -347,12 +354,11 @@ static int check_tables(struct store *store, const char *path)
 static int open_database(struct store *store)
 {
     CLAAS_AUTO_FREE char *path = claas_format("%s/claas.db", store->data);
-    off_t size = path ? size_of(path) : -1;
-    int rc;
+    off_t size = -1;
+    int rc = path ? read_size(path, &size) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 
-    if (!path)
-        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    rc = check_log(path, size);
+    if (rc == 0)
+        rc = check_log(path, size);
     if (rc == 0)
         rc = db_open(&store->writer, path, true);
     /* Other people's conversations are in it. The log and its index take their modes from the
