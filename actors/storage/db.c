@@ -65,12 +65,16 @@ int db_exec(struct db *db, const char *sql)
     return 0;
 }
 
+/* What SQLite could not open for writing it opened for reading, and every change would fail for as
+ * long as it is open. The transaction finds that out about log and index. */
 static const char writer_settings[] = "PRAGMA journal_mode=WAL;"
                                       "PRAGMA synchronous=FULL;"
                                       "PRAGMA foreign_keys=ON;"
                                       "PRAGMA trusted_schema=OFF;"
                                       "PRAGMA temp_store=MEMORY;"
-                                      "PRAGMA journal_size_limit=67108864;";
+                                      "PRAGMA journal_size_limit=67108864;"
+                                      "BEGIN IMMEDIATE;"
+                                      "ROLLBACK;";
 static const char reader_settings[] = "PRAGMA trusted_schema=OFF;"
                                       "PRAGMA temp_store=MEMORY;"
                                       "PRAGMA query_only=ON;";
@@ -85,6 +89,8 @@ static int fail_open(struct db *db, const char *path)
                           "%s is damaged (%s): restore it from a backup, or move it away together "
                           "with its -wal file",
                           path, text);
+    if (code == CLAAS_ERR_NO_SPACE)
+        return claas_fail(code, "%s: no space left for the database", path);
     if (code == CLAAS_ERR_IO)
         return claas_fail(code, "%s cannot be opened for writing: %s", path, text);
     return claas_fail(code, "%s: %s", path, text);
@@ -102,6 +108,8 @@ int db_open(struct db *db, const char *path, bool writer)
     if (sqlite3_exec(db->handle, writer ? writer_settings : reader_settings, NULL, NULL, NULL) !=
         SQLITE_OK)
         return fail_open(db, path);
+    if (writer && sqlite3_db_readonly(db->handle, "main"))
+        return claas_fail(CLAAS_ERR_IO, "%s cannot be opened for writing", path);
     return 0;
 }
 

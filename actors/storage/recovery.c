@@ -233,6 +233,13 @@ static int check_row(struct store *store, sqlite3_stmt *row, int *warnings)
 
     if (rc == CLAAS_ERR_NO_MEMORY || rc == CLAAS_ERR_OVERLOADED)
         return rc;
+    if (rc == CLAAS_ERR_IO || rc == CLAAS_ERR_DENIED) {
+        /* Nothing is known to be lost. Whoever needs it sees whether it can be read by then. */
+        if ((*warnings)++ < WARNINGS_MAX)
+            store_warn(store, "version %" PRId64 " of adapter '%s' cannot be read: %s",
+                       version.number, version.name, claas_error_text());
+        return 0;
+    }
     if (rc < 0)
         tell_lost(store, &version, warnings);
     else if (version.missing)

@@ -8,6 +8,7 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -19,10 +20,11 @@
 #define FAILED 43
 
 static struct {
-    int failing; /* syncs of the log, from now on */
-    int left;    /* syncs of whatever, after those, until the process ends; -1: it goes on */
-    bool blind;  /* nothing can be read */
-} disk = {0, -1, false};
+    int failing;       /* syncs of the log, from now on */
+    int left;          /* syncs of whatever, after those, until the process ends; -1: it goes on */
+    const char *blind; /* files with this in their path cannot be read; NULL: all can */
+    const char *read_only; /* a file that cannot be opened for writing */
+} disk = {0, -1, NULL, NULL};
 
 static void count_sync(void)
 {
@@ -50,8 +52,28 @@ __attribute__((visibility("default"))) int fsync(int fd)
 __attribute__((visibility("default"))) ssize_t pread64(int fd, void *bytes, size_t length,
                                                        off64_t at)
 {
-    if (!disk.blind)
+    CLAAS_AUTO_FREE char *link = claas_format("/proc/self/fd/%d", fd);
+    char path[4096] = "";
+
+    if (!disk.blind || readlink(link, path, sizeof(path) - 1) < 0 || !strstr(path, disk.blind))
         return syscall(SYS_pread64, fd, bytes, length, at);
+    errno = EIO;
+    return -1;
+}
+
+__attribute__((visibility("default"))) int open64(const char *path, int flags, ...)
+{
+    const char *name = strrchr(path, '/');
+    mode_t mode = 0;
+    va_list args;
+
+    va_start(args, flags);
+    if (flags & O_CREAT)
+        mode = va_arg(args, mode_t);
+    va_end(args);
+    if (!disk.read_only || !name || strcmp(name + 1, disk.read_only) != 0 ||
+        (flags & O_ACCMODE) == O_RDONLY)
+        return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
     errno = EIO;
     return -1;
 }
@@ -136,13 +158,53 @@ static void test_failing_reads(void **ret)
     store->ops->close(&store);
     store = open_store(data, &none); /* it remembers no page of what is asked */
     for (int i = 0; i < 2; i++) {
-        disk.blind = i == 0;
+        disk.blind = i == 0 ? "claas.db" : NULL;
         assert_int_equal(fixture_call(store, CLAAS_STORE_CYCLE_INPUT, &answer,
                                       "{\"lora_id\":\"u/a\",\"job_ids\":[\"%s\"]}", job),
                          disk.blind ? CLAAS_ERR_IO : 0);
         claas_store_answer_done(&answer);
     }
     store->ops->close(&store);
+}
+
+/* A version that the start could not read is there for whoever asks later. */
+static void test_failing_reads_at_the_start(void **ret)
+{
+    CLAAS_AUTO(fixture_remove) char *data = fixture_directory();
+    const struct plan none = {0, -1};
+    claas_store_t *store = open_store(data, &none);
+
+    (void)ret;
+    assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
+    store->ops->close(&store);
+    disk.blind = "safetensors";
+    store = open_store(data, &none);
+    disk.blind = NULL;
+    assert_int_equal(fixture_publish(store, data, "u/a", 0, "[]", false), 1);
+    store->ops->close(&store);
+    assert_int_equal(check_current(data, 1), 1);
+}
+
+/* SQLite opens for reading what it cannot open for writing: nothing could be changed until the next
+ * start. */
+static void test_opened_for_reading(void **ret)
+{
+    static const char *const files[] = {"claas.db", "claas.db-wal", "claas.db-shm"};
+
+    (void)ret;
+    for (size_t i = 0; i < CLAAS_COUNT(files); i++) {
+        CLAAS_AUTO(fixture_remove) char *data = fixture_directory();
+        struct claas_store_options options = fixture_options(data);
+        claas_store_t *store = open_store(data, &(struct plan){0, -1});
+
+        store->ops->close(&store);
+        disk.read_only = files[i];
+        assert_int_equal(claas_store_open_sqlite(&options, &store), CLAAS_ERR_IO);
+        assert_non_null(strstr(claas_error_text(), "cannot be opened for writing"));
+        disk.read_only = NULL;
+        assert_int_equal(claas_store_open_sqlite(&options, &store), 0);
+        store->ops->close(&store);
+    }
 }
 
 static void test_end_in_doubt(void **ret)
@@ -191,6 +253,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_failing_reads),
+        cmocka_unit_test(test_failing_reads_at_the_start),
+        cmocka_unit_test(test_opened_for_reading),
         cmocka_unit_test(test_end_in_doubt),
         cmocka_unit_test(test_long_doubt),
     };
