@@ -51,29 +51,29 @@ static int expire(struct store *store, int64_t adapter, int64_t number, const ch
     return rc < 0 ? rc : 1;
 }
 
-/* Expires one version that is past keep_versions of its adapter and still has its weights. */
-static int expire_version(struct store *store)
+/* Expires one version that is past keep_versions of the adapter and still has its weights. */
+static int expire_version(struct store *store, int64_t adapter)
 {
     CLAAS_AUTO_FREE char *dir = NULL;
     DB_STATEMENT *statement = NULL;
-    int64_t adapter, number;
+    int64_t number;
     int rc = db_query(&store->writer, &statement,
-                      "SELECT v.adapter, v.number, a.dir FROM adapters a"
+                      "SELECT v.number, a.dir FROM adapters a"
                       " JOIN versions v ON v.adapter = a.id"
-                      " WHERE v.state = 'available' AND v.number > 0 AND v.number <> a.current"
+                      " WHERE a.id = ?2"
+                      "  AND v.state = 'available' AND v.number > 0 AND v.number <> a.current"
                       "  AND NOT v.pinned AND v.number < ("
                       "   SELECT min(number) FROM (SELECT number FROM versions n"
-                      "    WHERE n.adapter = a.id ORDER BY number DESC LIMIT ?1))"
+                      "    WHERE n.adapter = ?2 ORDER BY number DESC LIMIT ?1))"
                       " LIMIT 1",
-                      "i", store->options.keep_versions);
+                      "ii", store->options.keep_versions, adapter);
 
     if (rc == 0)
         rc = db_step(&store->writer, statement);
     if (rc <= 0)
         return rc;
-    adapter = db_int(statement, 0);
-    number = db_int(statement, 1);
-    dir = claas_strdup(db_text(statement, 2));
+    number = db_int(statement, 0);
+    dir = claas_strdup(db_text(statement, 1));
     db_statement_done(&statement);
     return dir ? expire(store, adapter, number, dir) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
@@ -95,42 +95,67 @@ static int drop_moments_of(struct store *store, int64_t adapter, int64_t number,
 }
 
 /* Training goes on from the current version, so its moments stay as long as any are wanted. */
-static int drop_moments(struct store *store)
+static int drop_moments(struct store *store, int64_t adapter)
 {
     CLAAS_AUTO_FREE char *dir = NULL;
     DB_STATEMENT *statement = NULL;
-    int64_t adapter, number;
+    int64_t number;
     int rc = db_query(&store->writer, &statement,
-                      "SELECT v.adapter, v.number, a.dir FROM adapters a"
+                      "SELECT v.number, a.dir FROM adapters a"
                       " JOIN versions v ON v.adapter = a.id"
-                      " WHERE v.state = 'available' AND v.moments AND NOT v.pinned"
+                      " WHERE a.id = ?2"
+                      "  AND v.state = 'available' AND v.moments AND NOT v.pinned"
                       "  AND (v.number <> a.current OR ?1 = 0)"
                       "  AND v.number NOT IN (SELECT number FROM versions n"
-                      "   WHERE n.adapter = a.id ORDER BY number DESC LIMIT ?1)"
+                      "   WHERE n.adapter = ?2 ORDER BY number DESC LIMIT ?1)"
                       " LIMIT 1",
-                      "i", store->options.keep_moments);
+                      "ii", store->options.keep_moments, adapter);
 
     if (rc == 0)
         rc = db_step(&store->writer, statement);
     if (rc <= 0)
         return rc;
-    adapter = db_int(statement, 0);
-    number = db_int(statement, 1);
-    dir = claas_strdup(db_text(statement, 2));
+    number = db_int(statement, 0);
+    dir = claas_strdup(db_text(statement, 1));
     db_statement_done(&statement);
     return dir ? drop_moments_of(store, adapter, number, dir)
                : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
 }
 
+int store_retain_all(struct store *store)
+{
+    return db_exec(&store->writer, "CREATE TEMP TABLE retention_due(adapter INTEGER PRIMARY KEY);"
+                                   "INSERT INTO retention_due SELECT id FROM adapters");
+}
+
+int store_retain_later(struct store *store, int64_t adapter)
+{
+    int rc = db_run(&store->writer, "INSERT OR IGNORE INTO retention_due(adapter) VALUES(?)", "i",
+                    adapter);
+
+    return rc < 0 ? rc : 0;
+}
+
+/* What one publication costs here does not grow with the adapters that it is not about. */
 static int retain(struct store *store)
 {
-    int rc = store->retention_due ? expire_version(store) : 0;
+    for (int i = 0; i < BATCH; i++) {
+        int64_t adapter;
+        int rc =
+            db_get_int(&store->writer, &adapter, "SELECT adapter FROM retention_due LIMIT 1", "");
 
-    if (rc == 0 && store->retention_due)
-        rc = drop_moments(store);
-    if (rc == 0)
-        store->retention_due = false;
-    return rc;
+        if (rc <= 0)
+            return rc;
+        rc = expire_version(store, adapter);
+        if (rc == 0)
+            rc = drop_moments(store, adapter);
+        if (rc != 0)
+            return rc;
+        rc = db_run(&store->writer, "DELETE FROM retention_due WHERE adapter = ?", "i", adapter);
+        if (rc < 0)
+            return rc;
+    }
+    return 1;
 }
 
 /* The first part that has something to do does it. When one fails, the later ones still have their

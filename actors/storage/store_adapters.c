@@ -273,9 +273,10 @@ int store_adapter_rollback(struct store *store, const struct claas_store_request
         return fail_damaged(store, rc, version, adapter.name);
     rc = db_run(&store->writer, "UPDATE adapters SET current = ? WHERE id = ?", "ii", version,
                 adapter.id);
+    if (rc >= 0)
+        rc = store_retain_later(store, adapter.id);
     if (rc < 0)
         return rc;
-    store->retention_due = true;
     answer->body = cJSON_CreateObject();
     claas_json_set_string(answer->body, "lora_id", adapter.name);
     claas_json_set_int(answer->body, "version", version);
@@ -288,16 +289,18 @@ static int cancel_jobs(struct store *store, const struct store_adapter *adapter,
                        bool *ret_ended)
 {
     CLAAS_AUTO(claas_json_free) cJSON *extra = cJSON_CreateObject();
+    struct store_job job = {.seq = 0};
     int rc;
 
     claas_json_set_string(extra, "reason", why);
     for (;;) {
         DB_STATEMENT *statement = NULL;
-        struct store_job job;
 
+        /* From the last one on: all that wait are walked through once, not once for each. */
         rc = db_query(&store->writer, &statement,
-                      "SELECT job_id FROM jobs WHERE ended = 0 AND adapter = ? LIMIT 1", "i",
-                      adapter->id);
+                      "SELECT job_id FROM jobs WHERE ended = 0 AND adapter = ? AND seq > ?"
+                      " ORDER BY seq LIMIT 1",
+                      "ii", adapter->id, job.seq);
         if (rc == 0)
             rc = db_step(&store->writer, statement);
         if (rc <= 0)

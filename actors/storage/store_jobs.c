@@ -284,9 +284,11 @@ int store_job_record(struct store *store, const struct claas_store_request *requ
 
 /* --- listings -------------------------------------------------------------------------- */
 
-#define JOB_COLUMNS                                                                                \
-    "SELECT seq, job_id, lora_id, principal, state, created, updated, version, reason, error,"     \
-    " result, training, strikes, (SELECT count(*) FROM feedback f WHERE f.job = jobs.seq) FROM "   \
+/* `result` is the column, or NULL: a value that is asked for is read, wanted or not. */
+#define JOB_COLUMNS(result)                                                                        \
+    "SELECT seq, job_id, lora_id, principal, state, created, updated, version, reason, "           \
+    "error, " result                                                                               \
+    ", training, strikes, (SELECT count(*) FROM feedback f WHERE f.job = jobs.seq) FROM "          \
     "jobs "
 
 static int add_transitions(struct db *db, int64_t job, cJSON *object)
@@ -373,8 +375,9 @@ int store_job_get(struct store *store, const struct claas_store_request *request
     if (rc == 0)
         rc = claas_json_get_int(request->body, "since", 0, EVENT_SEQ_MAX, &since);
     if (rc >= 0)
-        rc = db_query(&store->reader, &statement, JOB_COLUMNS "WHERE job_id = ? AND principal = ?",
-                      "tt", id, request->principal);
+        rc = db_query(&store->reader, &statement,
+                      JOB_COLUMNS("result") "WHERE job_id = ? AND principal = ?", "tt", id,
+                      request->principal);
     if (rc == 0)
         rc = db_step(&store->reader, statement);
     if (rc < 0)
@@ -414,6 +417,21 @@ static int list_rows(struct store *store, sqlite3_stmt *statement, bool transiti
     return rc;
 }
 
+/* Each form of the question finds its jobs by an index that has them in order; one statement for
+ * all forms would read and sort every job there is. ?1 principal, ?2 before, ?3 adapter, ?4 state,
+ * ?5 limit;
+ * '+': not by an index. */
+static const char *list_query(const char *lora_id, const char *state)
+{
+    if (lora_id[0])
+        return JOB_COLUMNS("NULL") "WHERE principal = ?1 AND lora_id = ?3 AND seq < ?2"
+                                   " AND (?4 IS NULL OR +state = ?4) ORDER BY seq DESC LIMIT ?5";
+    if (state)
+        return JOB_COLUMNS("NULL") "WHERE principal = ?1 AND state = ?4 AND seq < ?2"
+                                   " ORDER BY seq DESC LIMIT ?5";
+    return JOB_COLUMNS("NULL") "WHERE +principal = ?1 AND seq < ?2 ORDER BY seq DESC LIMIT ?5";
+}
+
 int store_job_list(struct store *store, const struct claas_store_request *request,
                    struct claas_store_answer *answer)
 {
@@ -442,11 +460,8 @@ int store_job_list(struct store *store, const struct claas_store_request *reques
         return claas_fail(CLAAS_ERR_NOT_FOUND, "job not found: %.100s", before);
     if (before)
         last = job.seq;
-    rc = db_query(&store->reader, &statement,
-                  JOB_COLUMNS "WHERE principal = ?1 AND seq < ?2"
-                              " AND (?3 = '' OR lora_id = ?3) AND (?4 IS NULL OR state = ?4)"
-                              " ORDER BY seq DESC LIMIT ?5",
-                  "titti", request->principal, last, name.name, state, limit);
+    rc = db_query(&store->reader, &statement, list_query(name.name, state), "titti",
+                  request->principal, last, name.name, state, limit);
     return rc < 0 ? rc : list_rows(store, statement, true, answer);
 }
 
@@ -465,7 +480,7 @@ int store_jobs_unfinished(struct store *store, const struct claas_store_request 
         rc = store_find_job(&store->reader, after, &job);
     if (rc >= 0)
         rc = db_query(&store->reader, &statement,
-                      JOB_COLUMNS "WHERE ended = 0 AND seq > ? ORDER BY seq LIMIT ?", "ii", job.seq,
-                      limit);
+                      JOB_COLUMNS("NULL") "WHERE ended = 0 AND seq > ? ORDER BY seq LIMIT ?", "ii",
+                      job.seq, limit);
     return rc < 0 ? rc : list_rows(store, statement, false, answer);
 }

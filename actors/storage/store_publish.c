@@ -291,6 +291,8 @@ static int write_catalogue(struct publication *publication)
     if (rc == 0)
         rc = end_jobs(publication);
     if (rc == 0)
+        rc = store_retain_later(store, publication->adapter.id);
+    if (rc == 0)
         rc = db_run(&store->writer, "DELETE FROM trash WHERE path = ?", "t", publication->trash);
     at_point(publication, "before commit");
     if (rc >= 0)
@@ -366,7 +368,6 @@ int store_version_publish(struct store *store, const struct claas_store_request 
     if (rc < 0)
         return claas_fail_hide_path(rc, store->data, "the data directory");
     at_point(&publication, "after commit");
-    store->retention_due = true;
     answer->body = cJSON_CreateObject();
     claas_json_set_int(answer->body, "version", publication.number);
     claas_json_set_string(answer->body, "directory", publication.path);

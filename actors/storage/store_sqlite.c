@@ -397,10 +397,11 @@ int claas_store_open_sqlite(const struct claas_store_options *options, claas_sto
     store->base.ops = &sqlite_ops;
     store->options = *options;
     store->lock = -1;
-    store->retention_due = true;
     rc = make_directories(store);
     if (rc == 0)
         rc = open_database(store);
+    if (rc == 0)
+        rc = store_retain_all(store);
     if (rc == 0)
         rc = store_recover(store);
     if (rc < 0)

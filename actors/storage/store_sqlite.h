@@ -36,7 +36,6 @@ struct store {
     char *trash_stuck;
     int64_t trash_retry_ms;
     bool trash_told;
-    bool retention_due; /* versions came or the pointer moved since retention had nothing to do */
 };
 
 typedef int store_op_fn(struct store *store, const struct claas_store_request *request,
@@ -80,6 +79,11 @@ void store_warn(const struct store *store, const char *format, ...)
 
 /* --- retention.c ----------------------------------------------------------------------- */
 int store_tend(struct store *store);
+/* At the start: every adapter is due for retention. Those that are due are a table of the writer's
+ * connection, so that who leaves a transaction leaves that too. */
+int store_retain_all(struct store *store);
+/* A version of the adapter came, or its pointer moved; in the same transaction. */
+int store_retain_later(struct store *store, int64_t adapter);
 
 /* --- store_adapters.c ------------------------------------------------------------------ */
 struct store_adapter {

@@ -392,6 +392,69 @@ static void test_rollout_retention(void **ret)
     assert_int_equal(count, 2);
 }
 
+/* --- what others have ------------------------------------------------------------------- */
+
+#define STEPS 100 /* of SQLite's machine: the unit in which work is counted */
+
+static int count_steps(void *work)
+{
+    ++*(int *)work;
+    return 0;
+}
+
+static void watch_work(claas_store_t *store, int *work)
+{
+    *work = 0;
+    sqlite3_progress_handler(((struct store *)store)->writer.handle, STEPS, count_steps, work);
+    sqlite3_progress_handler(((struct store *)store)->reader.handle, STEPS, count_steps, work);
+}
+
+/* What one adapter's work costs does not grow with what another has: u/a has 2,000 jobs and 5,000
+ * versions. The bounds are a tenth of one look at all of those. */
+static void test_work_of_one(void **ret)
+{
+    static const char *const lists[] = {"{\"limit\":3}", "{\"limit\":3,\"lora_id\":\"u/b\"}",
+                                        "{\"limit\":3,\"state\":\"queued\"}",
+                                        "{\"limit\":3,\"lora_id\":\"u/b\",\"state\":\"queued\"}"};
+    const char *data = *ret;
+    CLAAS_AUTO(close_store) claas_store_t *store = open_default(data);
+    struct claas_store_answer answer;
+    static int work; /* counted until the store is closed */
+
+    assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
+    assert_int_equal(fixture_publish(store, data, "u/b", -1, "[]", false), 0);
+    assert_int_equal(
+        db_exec(&((struct store *)store)->writer,
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+                " INSERT INTO versions(adapter, number, state, trained, moments, created)"
+                " SELECT id, i, 'expired', 1, 0, 1 FROM n, adapters WHERE name = 'u/a';"
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000)"
+                " INSERT INTO jobs(job_id, principal, adapter, lora_id, state, body_hash, created,"
+                " updated) SELECT 'a' || i, 'local', id, name, 'queued', x'', 1, 1"
+                " FROM n, adapters WHERE name = 'u/a';"
+                "INSERT INTO jobs(job_id, principal, adapter, lora_id, state, body_hash, created,"
+                " updated) SELECT 'b' || seq, 'local', 2, 'u/b', state, x'', 1, 1 FROM jobs"
+                " LIMIT 40"),
+        0);
+    tend_all(store);
+    for (size_t i = 0; i < CLAAS_COUNT(lists); i++) {
+        watch_work(store, &work);
+        assert_int_equal(fixture_call(store, CLAAS_STORE_JOB_LIST, &answer, "%s", lists[i]), 0);
+        assert_int_equal(cJSON_GetArraySize(claas_json_get(answer.body, "jobs")), 3);
+        claas_store_answer_done(&answer);
+        assert_in_range(work, 0, 2000 / STEPS);
+    }
+    assert_int_equal(fixture_publish(store, data, "u/b", 0, "[]", false), 1);
+    watch_work(store, &work);
+    tend_all(store);
+    assert_in_range(work, 0, 5000 / STEPS);
+    watch_work(store, &work);
+    assert_int_equal(
+        fixture_call(store, CLAAS_STORE_ADAPTER_DELETE, &answer, "{\"lora_id\":\"u/b\"}"), 0);
+    claas_store_answer_done(&answer);
+    assert_in_range(work, 0, 40000 / STEPS); /* 40 jobs, one walk through all */
+}
+
 static void count_warning(void *arg, const char *text)
 {
     (void)text;
@@ -942,6 +1005,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_unknown_directory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_retention, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_rollout_retention, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_work_of_one, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_stuck_trash, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_export, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_export_without_moments, set_up, tear_down),
