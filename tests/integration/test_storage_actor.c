@@ -124,13 +124,18 @@ static void ask_next(struct question *question)
 
 static void wanted(void *self, int fd)
 {
+    struct question *question;
     uint64_t count;
+    int repeat;
 
     (void)self;
     (void)!read(fd, &count, sizeof(count));
+    question = driver.question;
+    repeat = question->repeat;
     driver.started = 0;
-    for (int i = 0; i < PRODUCERS && i < driver.question->repeat; i++)
-        ask_next(driver.question);
+    /* One that is given up is the asker's again once it was asked. */
+    for (int i = 0; i < PRODUCERS && i < repeat; i++)
+        ask_next(question);
 }
 
 static int driver_start(claas_actor_t *actor, const void *args, void **ret_self)
