@@ -90,7 +90,7 @@ struct scheduler {
     int trainer_jobs; /* cycles at the same time that the trainer wants; 0 = it did not say yet */
     int narrowed;     /* the device had memory for so many cycles only; 0 = for all */
     int64_t narrowed_ms;
-    char turns[CYCLES_MAX][257]; /* a ring: adapters of the last cycles, others go first */
+    char turns[CYCLES_MAX][257]; /* a ring: adapters of the last cycles, other users' go first */
     uint64_t turn_count;         /* cycles so far */
     bool loaded;                 /* the list of jobs is storage's: cycles may start */
     bool loading;                /* storage was asked for its list … */

@@ -4,7 +4,9 @@
  * its versions come one after the other, in the order of its feedback. The next cycle is of the
  * adapter that has waited longest, except that one which had one of the last N turns is passed over
  * while another waits; N is the number of cycles that may run at the same time. So an adapter that
- * has just learnt waits for N others, not for all that wait.
+ * has just learnt waits for N others, not for all that wait. The same holds for users (the name up
+ * to its '/') before it does for adapters: a user with hundreds of adapters has a turn, not hundreds,
+ * before another's first.
  *
  * A job with a strike learns while no other cycle runs: a crash or a lost device strikes all jobs
  * that ran, and the next failure has to show whose fault it was. It does not wait for a pause that
@@ -56,15 +58,29 @@ void turn_take(struct scheduler *scheduler, const char *lora_id)
     snprintf(turn, sizeof(scheduler->turns[0]), "%s", lora_id);
 }
 
-/* One of the last `limit` cycles was the adapter's. */
-static bool had_turn(const struct scheduler *scheduler, int limit, const char *lora_id)
+static bool has_same_user(const char *a, const char *b)
+{
+    size_t length = strcspn(a, "/");
+
+    return strcspn(b, "/") == length && strncmp(a, b, length) == 0;
+}
+
+/* Lower ones go first. One of the last `limit` cycles was 2: the adapter's, 1: another's of its
+ * user, 0: neither. */
+static int find_rank(const struct scheduler *scheduler, int limit, const char *lora_id)
 {
     uint64_t oldest = scheduler->turn_count > (uint64_t)limit ? scheduler->turn_count - limit : 0;
+    int rank = 0;
 
-    for (uint64_t turn = scheduler->turn_count; turn > oldest; turn--)
-        if (strcmp(scheduler->turns[(turn - 1) % CYCLES_MAX], lora_id) == 0)
-            return true;
-    return false;
+    for (uint64_t turn = scheduler->turn_count; turn > oldest; turn--) {
+        const char *other = scheduler->turns[(turn - 1) % CYCLES_MAX];
+
+        if (strcmp(other, lora_id) == 0)
+            return 2;
+        if (has_same_user(other, lora_id))
+            rank = 1;
+    }
+    return rank;
 }
 
 static bool is_learning(const struct scheduler *scheduler, const char *lora_id)
@@ -90,7 +106,7 @@ struct job *turn_next(struct scheduler *scheduler, int64_t *ret_wait)
     int64_t now = claas_clock_ms();
     int limit = turns_limit(scheduler);
     struct job *next = NULL;
-    bool had;
+    int rank, best = 0;
 
     *ret_wait = -1;
     if (scheduler->run_count >= limit || has_sole(scheduler))
@@ -105,10 +121,12 @@ struct job *turn_next(struct scheduler *scheduler, int64_t *ret_wait)
                 *ret_wait = wait;
             continue;
         }
-        had = had_turn(scheduler, limit, job->lora_id);
-        if (!next || !had)
+        rank = find_rank(scheduler, limit, job->lora_id);
+        if (!next || rank < best) {
             next = job;
-        if (!had)
+            best = rank;
+        }
+        if (best == 0)
             break;
     }
     if (next && next->sole && scheduler->run_count > 0)

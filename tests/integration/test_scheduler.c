@@ -206,6 +206,28 @@ static void test_adapters_take_turns(void **state)
     assert_string_equal(look()->cycles[2], "job-2 job-4 ");
 }
 
+/* However many adapters of one user wait, another user's first is next. */
+static void test_users_take_turns(void **state)
+{
+    struct rig *rig = *state;
+
+    rig_start(rig);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, true);
+    submit(rig, "me/a", "1");
+    await_calls(CLAAS_MSG_CYCLE_BEGIN, 1);
+    submit(rig, "me/b", "2");
+    submit(rig, "me/c", "3");
+    submit(rig, "me/a", "4");
+    submit(rig, "us/d", "5");
+    set_block(CLAAS_MSG_CYCLE_BEGIN, false);
+    check_end("job-4", "done");
+    check_end("job-3", "done");
+    assert_string_equal(look()->cycles[1], "job-5 ");
+    assert_string_equal(look()->cycles[2], "job-2 ");
+    assert_string_equal(look()->cycles[3], "job-3 ");
+    assert_string_equal(look()->cycles[4], "job-4 ");
+}
+
 /* Cancelled twice in a cycle: it ends at once, and nothing of it goes on. */
 static void test_cancel_in_a_cycle(void **state)
 {
@@ -551,6 +573,7 @@ int main(void)
         TEST(test_job_that_loses_devices),
         TEST(test_bad_company),
         TEST(test_adapters_take_turns),
+        TEST(test_users_take_turns),
         TEST(test_cancel_in_a_cycle),
         TEST(test_cancel_one_of_two),
         TEST(test_a_cancel_that_is_not_recorded),
