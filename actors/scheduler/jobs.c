@@ -214,6 +214,7 @@ static void unfinished(void *self, void *arg, claas_message_t *reply)
     struct scheduler *scheduler = self;
     const cJSON *page = claas_json_get(reply->body, "jobs");
     const char *last = NULL;
+    bool again;
 
     (void)arg;
     if (reply->error) {
@@ -233,14 +234,15 @@ static void unfinished(void *self, void *arg, claas_message_t *reply)
     if (!scheduler->crash_known && crash_count(scheduler))
         return; /* the list is read anew when the strikes are on disk */
     scheduler->crash_known = true;
-    if (scheduler->load_again) {
-        jobs_load(scheduler);
-        return;
-    }
-    if (scheduler->turn_count == 0 && scheduler->job_count > 0)
+    again = scheduler->load_again;
+    if (scheduler->turn_count == 0 && scheduler->job_count > 0 && !again)
         claas_info("%zu unfinished jobs go on", scheduler->job_count);
     scheduler->loaded = true;
+    /* Also when the list is due anew: who makes that happen again and again is not to hold up the
+     * others. A job that has ended meanwhile ends its cycle at CYCLE_INPUT. */
     jobs_dispatch(scheduler);
+    if (again)
+        jobs_load(scheduler);
 }
 
 static void ask_unfinished(struct scheduler *scheduler, const char *after)

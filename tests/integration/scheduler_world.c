@@ -484,6 +484,8 @@ static int fake_handle(void *self, claas_message_t *message)
     pthread_cond_broadcast(&world.changed);
     while (script->block)
         pthread_cond_wait(&world.changed, &world.lock);
+    if (world.more_end && message->type == CLAAS_MSG_JOBS_UNFINISHED)
+        claas_actor_tell(self, "scheduler", CLAAS_MSG_JOBS_ENDED, NULL);
     if (script->gather > 0)
         rc = gather(self, message, script);
     else if (!script->hold)
@@ -563,7 +565,7 @@ int set_up(void **state)
     world.open_twice = false;
     world.seq = world.withdrawn = 0;
     memset(world.versions, 0, sizeof(world.versions));
-    world.deleted = world.bad_gate = false;
+    world.deleted = world.bad_gate = world.more_end = false;
     memset(world.scripts, 0, sizeof(world.scripts));
     *state = rig;
     return 0;

@@ -49,6 +49,7 @@ struct world {
     int job_count;
     int64_t seq, versions[4], withdrawn; /* versions of the adapters that end in a … d */
     bool deleted, bad_gate;
+    bool more_end; /* whenever the list is asked for, jobs are said to end meanwhile */
     struct script scripts[32];
     char cycles[CYCLES_MAX][64]; /* the jobs of each CYCLE_BEGIN, "job-1 job-2 " */
     int64_t seeds[CYCLES_MAX];

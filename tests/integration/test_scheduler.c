@@ -448,6 +448,19 @@ static void test_told_that_jobs_ended(void **state)
     check_end("job-1", "done");
 }
 
+/* No list is the last word: cycles start all the same. */
+static void test_jobs_end_all_the_time(void **state)
+{
+    struct rig *rig = *state;
+
+    world.more_end = true;
+    rig_start(rig);
+    submit(rig, "me/a", "shorter");
+    check_end("job-1", "done");
+    submit(rig, "me/a", "longer");
+    check_end("job-2", "done");
+}
+
 static void test_lost_answer_of_a_publication(void **state)
 {
     struct rig *rig = *state;
@@ -585,6 +598,7 @@ int main(void)
         TEST(test_adapter_deleted_during_a_cycle),
         TEST(test_adapter_deleted_while_jobs_wait),
         TEST(test_told_that_jobs_ended),
+        TEST(test_jobs_end_all_the_time),
         TEST(test_lost_answer_of_a_publication),
         TEST(test_lost_answer_of_a_feedback),
         TEST(test_lost_answer_of_an_end),
