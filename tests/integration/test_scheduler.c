@@ -285,6 +285,7 @@ static void test_a_cancel_that_is_not_recorded(void **state)
     set_block(CLAAS_MSG_CYCLE_BEGIN, true);
     submit(rig, "me/a", "shorter");
     await_calls(CLAAS_MSG_CYCLE_BEGIN, 1);
+    await_calls(CLAAS_MSG_JOB_RECORD, 1);
     fail_next(CLAAS_MSG_JOB_RECORD, 1, CLAAS_ERR_NO_SPACE, false);
     assert_int_equal(probe_call(rig->probe, &cancel), 0);
     assert_non_null(strstr(cancel.reply, "\"cancelled\":false"));
