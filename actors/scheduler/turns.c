@@ -5,8 +5,8 @@
  * adapter that has waited longest, except that one which had one of the last N turns is passed over
  * while another waits; N is the number of cycles that may run at the same time. So an adapter that
  * has just learnt waits for N others, not for all that wait. The same holds for users (the name up
- * to its '/') before it does for adapters: a user with hundreds of adapters has a turn, not hundreds,
- * before another's first.
+ * to its '/') before it does for adapters: a user with hundreds of adapters has a turn, not
+ * hundreds, before another's first.
  *
  * A job with a strike learns while no other cycle runs: a crash or a lost device strikes all jobs
  * that ran, and the next failure has to show whose fault it was. It does not wait for a pause that

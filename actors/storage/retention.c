@@ -158,18 +158,22 @@ static int retain(struct store *store)
     return 1;
 }
 
-/* The first part that has something to do does it. When one fails, the later ones still have their
- * turn: a file that cannot be removed must not let answers pile up. */
+/* The first part that has something to do does it, and is the last one next time: where versions
+ * come all the time, answers must not pile up. When one fails, the later ones still have their
+ * turn. */
 int store_tend(struct store *store)
 {
     static int (*const parts[])(struct store *) = {store_empty_trash, retain, drop_rollouts};
     int failed = 0;
 
     for (size_t i = 0; i < CLAAS_COUNT(parts); i++) {
-        int rc = parts[i](store);
+        size_t part = (store->tended + i) % CLAAS_COUNT(parts);
+        int rc = parts[part](store);
 
-        if (rc > 0)
+        if (rc > 0) {
+            store->tended = part + 1;
             return rc;
+        }
         if (rc < 0)
             failed = rc;
     }

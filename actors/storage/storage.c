@@ -283,7 +283,7 @@ static void tend(void *self, void *arg)
 {
     struct storage *storage = self;
     int64_t delay = TEND_IDLE_MS;
-    int rc = 0;
+    int rc = 1; /* a group is open: at the next look it may not be */
 
     (void)arg;
     if (storage->count == 0)

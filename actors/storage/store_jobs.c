@@ -419,8 +419,7 @@ static int list_rows(struct store *store, sqlite3_stmt *statement, bool transiti
 
 /* Each form of the question finds its jobs by an index that has them in order; one statement for
  * all forms would read and sort every job there is. ?1 principal, ?2 before, ?3 adapter, ?4 state,
- * ?5 limit;
- * '+': not by an index. */
+ * ?5 limit. A '+' keeps SQLite from taking an index for that column. */
 static const char *list_query(const char *lora_id, const char *state)
 {
     if (lora_id[0])

@@ -36,6 +36,7 @@ struct store {
     char *trash_stuck;
     int64_t trash_retry_ms;
     bool trash_told;
+    size_t tended; /* parts of the upkeep are asked in turn, from this one on */
 };
 
 typedef int store_op_fn(struct store *store, const struct claas_store_request *request,

@@ -392,6 +392,34 @@ static void test_rollout_retention(void **ret)
     assert_int_equal(count, 2);
 }
 
+/* Many versions to expire do not hold up the answers. */
+static void test_parts_in_turn(void **ret)
+{
+    const char *data = *ret;
+    struct claas_store_options options = fixture_options(data);
+    CLAAS_AUTO(close_store) claas_store_t *store = NULL;
+    int64_t count = 0;
+    char id[32];
+
+    options.keep_versions = 1;
+    options.keep_rollouts = 2;
+    store = open_store(&options);
+    assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
+    for (int i = 0; i < 8; i++)
+        assert_int_equal(fixture_publish(store, data, "u/a", i, "[]", false), i + 1);
+    for (int i = 0; i < 5; i++) {
+        snprintf(id, sizeof(id), "r%d", i);
+        assert_int_equal(fixture_rollout(store, id, "u/a", id, "text", i), 0);
+    }
+    assert_int_equal(store->ops->commit(store), 0);
+    for (int i = 0; i < 3; i++)
+        assert_true(store->ops->tend(store) > 0);
+    assert_int_equal(
+        db_get_int(&((struct store *)store)->reader, &count, "SELECT count(*) FROM rollouts", ""),
+        1);
+    assert_int_equal(count, 2);
+}
+
 /* --- what others have ------------------------------------------------------------------- */
 
 #define STEPS 100 /* of SQLite's machine: the unit in which work is counted */
@@ -1005,6 +1033,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_unknown_directory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_retention, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_rollout_retention, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_parts_in_turn, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_work_of_one, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_stuck_trash, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_export, set_up, tear_down),
