@@ -23,18 +23,20 @@ static void recorded(void *self, void *arg, claas_message_t *reply)
 {
     struct scheduler *scheduler = self;
     struct pending_record *pending = arg;
+    /* One that is not there ended long ago, and went with its adapter. */
+    int error = reply->error == CLAAS_ERR_NOT_FOUND ? CLAAS_ERR_CONFLICT : reply->error;
     const cJSON *event;
 
     scheduler->records--;
-    if (reply->error)
+    if (error)
         claas_warning("a job's transition was not recorded: %s", reply->error_text);
-    for (struct job *job = scheduler->jobs; reply->error && job; job = job->next)
+    for (struct job *job = scheduler->jobs; error && job; job = job->next)
         forget_waits(job); /* the reply does not say which jobs it was about */
-    if (reply->error == CLAAS_ERR_CONFLICT && !pending->done)
+    if (error == CLAAS_ERR_CONFLICT && !pending->done)
         jobs_load(scheduler); /* one of the jobs has ended on disk: its adapter was deleted, say */
     cJSON_ArrayForEach(event, claas_json_get(reply->body, "events")) watch_event(scheduler, event);
     if (pending->done)
-        pending->done(scheduler, pending->arg, reply->error, reply->error_text, reply->body);
+        pending->done(scheduler, pending->arg, error, reply->error_text, reply->body);
     free(pending);
 }
 

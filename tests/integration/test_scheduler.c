@@ -423,6 +423,27 @@ static void test_adapter_deleted_while_jobs_wait(void **state)
     assert_non_null(strstr(watch.reply, "\"state\":\"cancelled\""));
 }
 
+/* Nobody told the scheduler, and by now storage has dropped the job. */
+static void test_job_gone_with_its_adapter(void **state)
+{
+    struct rig *rig = *state;
+    struct question watch = ask_feedback("me/a", "shorter", true);
+
+    rig_start(rig);
+    set_block(CLAAS_MSG_CYCLE_INPUT, true);
+    probe_ask(rig->probe, &watch);
+    await_calls(CLAAS_MSG_CYCLE_INPUT, 1);
+    pthread_mutex_lock(&world.lock);
+    world.deleted = true;
+    cJSON_Delete(add_event(&world.jobs[0], "cancelled", NULL));
+    claas_copy_text(world.jobs[0].id, sizeof(world.jobs[0].id), "another");
+    unlock();
+    set_block(CLAAS_MSG_CYCLE_INPUT, false);
+    probe_await(rig->probe, &watch);
+    assert_int_equal(watch.code, CLAAS_ERR_NOT_FOUND);
+    assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 1);
+}
+
 /* Who waits for a job of another adapter does not wait for the cycle under way. */
 static void test_told_that_jobs_ended(void **state)
 {
@@ -598,6 +619,7 @@ int main(void)
         TEST(test_a_check_without_answer),
         TEST(test_adapter_deleted_during_a_cycle),
         TEST(test_adapter_deleted_while_jobs_wait),
+        TEST(test_job_gone_with_its_adapter),
         TEST(test_told_that_jobs_ended),
         TEST(test_jobs_end_all_the_time),
         TEST(test_lost_answer_of_a_publication),
