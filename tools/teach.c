@@ -185,7 +185,9 @@ bool teach_outcome(const cJSON *job, char **ret)
     claas_json_get_int(job, "version", 0, INT64_MAX, &version);
     claas_json_get_int(result, "published_step", 0, INT64_MAX, &step);
     claas_json_get_int(result, "duration_ms", 0, INT64_MAX, &duration_ms);
-    if (strcmp(state, "done") == 0)
+    if (strcmp(state, "done") == 0 && !cJSON_IsObject(result)) /* it is no longer kept */
+        *ret = claas_format("%s got version %" PRId64, lora_id, version);
+    else if (strcmp(state, "done") == 0)
         *ret = claas_format("%s is at version %" PRId64 " now: %d steps in %.1f s, step %" PRId64
                             " was the best",
                             lora_id, version, steps, (double)duration_ms / 1000, step);
