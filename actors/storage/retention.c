@@ -1,5 +1,5 @@
 /* Upkeep in small pieces while nothing else is to do: old answers, weights of old versions,
- * moments, the log.
+ * moments, details of old jobs, jobs whose adapter is gone, the log.
  *
  * Each piece is one short transaction. Files go through `trash` like everything that is removed:
  * first the catalogue says that they are gone, then they go. The current version, version 0 and
@@ -13,7 +13,9 @@
 #include "claas/mem.h"
 #include "store_sqlite.h"
 
-#define BATCH 256
+#define BATCH      256
+#define JOBS_BATCH 16
+#define WATCHED_MS INT64_C(3600000) /* for those who watch a job to read its end */
 
 /* Answers without feedback, beyond the count or the age. Only the oldest are looked at: age and
  * number grow together, so the scan stops where the first one stays. */
@@ -158,12 +160,130 @@ static int retain(struct store *store)
     return 1;
 }
 
+/* --- jobs ------------------------------------------------------------------------------ */
+
+struct due {
+    int64_t jobs[JOBS_BATCH];
+    size_t count;
+};
+
+static int read_due(struct store *store, sqlite3_stmt *statement, struct due *due)
+{
+    int rc = 0;
+
+    while (due->count < JOBS_BATCH && (rc = db_step(&store->writer, statement)) > 0)
+        due->jobs[due->count++] = db_int(statement, 0);
+    return rc < 0 ? rc : 0;
+}
+
+static int for_each_due(struct store *store, const struct due *due,
+                        int (*run)(struct store *store, int64_t job))
+{
+    int rc = due->count > 0 ? store_begin(store) : 0;
+
+    if (rc < 0 || due->count == 0)
+        return rc;
+    for (size_t i = 0; rc >= 0 && i < due->count; i++)
+        rc = run(store, due->jobs[i]);
+    if (rc < 0) {
+        store->base.ops->abort(&store->base);
+        return rc;
+    }
+    rc = store->base.ops->commit(&store->base);
+    return rc < 0 ? rc : (int)due->count;
+}
+
+/* The states stay: transitions, and what a repeated idempotency key is answered with. */
+static int drop_details_of(struct store *store, int64_t job)
+{
+    int rc =
+        db_run(&store->writer, "DELETE FROM job_events WHERE job = ? AND state IS NULL", "i", job);
+
+    if (rc >= 0)
+        rc = db_run(&store->writer, "UPDATE jobs SET ended = 2, result = NULL WHERE seq = ?", "i",
+                    job);
+    return rc;
+}
+
+/* As with answers, only the oldest are looked at. */
+static int drop_details(struct store *store)
+{
+    DB_STATEMENT *statement = NULL;
+    struct due due = {.count = 0};
+    int rc = db_query(&store->writer, &statement,
+                      "SELECT seq FROM ("
+                      " SELECT seq, updated FROM jobs WHERE ended = 1"
+                      "  AND seq <= (SELECT max(seq) FROM jobs) - ?1 ORDER BY seq LIMIT ?2)"
+                      " WHERE updated < ?3",
+                      "iii", store->options.keep_jobs, (int64_t)JOBS_BATCH,
+                      claas_clock_unix_ms() - WATCHED_MS);
+
+    if (rc == 0)
+        rc = read_due(store, statement, &due);
+    db_statement_done(&statement);
+    return rc < 0 ? rc : for_each_due(store, &due, drop_details_of);
+}
+
+/* With its events and feedback, and the answers that no other feedback is on. */
+static int drop_job(struct store *store, int64_t job)
+{
+    int rc = db_run(&store->writer,
+                    "DELETE FROM rollouts WHERE seq IN"
+                    " (SELECT rollout FROM feedback WHERE job = ?) AND NOT " STORE_STANDS,
+                    "i", job);
+
+    if (rc >= 0)
+        rc = db_run(&store->writer, "DELETE FROM jobs WHERE seq = ?", "i", job);
+    return rc;
+}
+
+/* Jobs are found by their feedback: there is none without. */
+static int drop_jobs_of(struct store *store, int64_t adapter)
+{
+    DB_STATEMENT *statement = NULL;
+    struct due due = {.count = 0};
+    int rc = db_query(&store->writer, &statement,
+                      "SELECT DISTINCT f.job FROM feedback f JOIN jobs j ON j.seq = f.job"
+                      " WHERE f.adapter = ? AND j.ended > 0",
+                      "i", adapter);
+
+    if (rc == 0)
+        rc = read_due(store, statement, &due);
+    db_statement_done(&statement);
+    return rc < 0 ? rc : for_each_due(store, &due, drop_job);
+}
+
+/* The adapter that went first, once the ends of its jobs had time to be read. */
+static int drop_gone(struct store *store)
+{
+    DB_STATEMENT *statement = NULL;
+    int64_t since, adapter;
+    int rc = db_query(&store->writer, &statement,
+                      "SELECT since, adapter FROM gone_adapters WHERE since < ?"
+                      " ORDER BY since, adapter LIMIT 1",
+                      "i", claas_clock_unix_ms() - WATCHED_MS);
+
+    if (rc == 0)
+        rc = db_step(&store->writer, statement);
+    if (rc <= 0)
+        return rc;
+    since = db_int(statement, 0);
+    adapter = db_int(statement, 1);
+    db_statement_done(&statement);
+    rc = drop_jobs_of(store, adapter);
+    return rc != 0
+               ? rc
+               : db_run(&store->writer, "DELETE FROM gone_adapters WHERE since = ? AND adapter = ?",
+                        "ii", since, adapter);
+}
+
 /* The first part that has something to do does it, and is the last one next time: where versions
  * come all the time, answers must not pile up. When one fails, the later ones still have their
  * turn. */
 int store_tend(struct store *store)
 {
-    static int (*const parts[])(struct store *) = {store_empty_trash, retain, drop_rollouts};
+    static int (*const parts[])(struct store *) = {store_empty_trash, retain, drop_rollouts,
+                                                   drop_details, drop_gone};
     int failed = 0;
 
     for (size_t i = 0; i < CLAAS_COUNT(parts); i++) {

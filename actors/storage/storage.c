@@ -347,6 +347,7 @@ static struct claas_store_options read_options(struct storage *storage)
         .keep_moments = claas_config_int(config, "storage.keep_moments"),
         .keep_rollouts = claas_config_int(config, "storage.keep_rollouts"),
         .keep_rollouts_ms = claas_config_int(config, "storage.keep_rollouts_for"),
+        .keep_jobs = claas_config_int(config, "storage.keep_jobs"),
         .warn = warn,
         .on_event = publish_event,
         .arg = storage,

@@ -93,6 +93,7 @@ struct claas_store_options {
     bool scheduler_elsewhere; /* it is in another process, where its cycles may still run */
     int64_t keep_versions, keep_moments;
     int64_t keep_rollouts, keep_rollouts_ms;
+    int64_t keep_jobs; /* with their details */
     /* What a person should look at after the start (a version's files are gone, …). May be NULL. */
     void (*warn)(void *arg, const char *text);
     /* An event of a job (JOB_EVENT's body), once it is on disk; in the call that commits it. May be

@@ -323,16 +323,19 @@ int store_drop_adapter(struct store *store, const struct store_adapter *adapter,
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = cancel_jobs(store, adapter, why, ret_jobs_ended);
+    if (rc >= 0)
+        rc = db_run(&store->writer, "DELETE FROM adapters WHERE id = ?", "i", adapter->id);
     /* Its answers are nobody's standing feedback any more: retention may have them. */
     if (rc >= 0)
         rc = db_run(&store->writer,
                     "UPDATE rollouts SET kept = 0 WHERE seq IN"
-                    " (SELECT rollout FROM feedback WHERE adapter = ?1)"
-                    " AND NOT EXISTS (SELECT 1 FROM feedback f WHERE f.rollout = rollouts.seq"
-                    "  AND f.adapter <> ?1)",
+                    " (SELECT rollout FROM feedback WHERE adapter = ?) AND NOT " STORE_STANDS,
                     "i", adapter->id);
     if (rc >= 0)
-        rc = db_run(&store->writer, "DELETE FROM adapters WHERE id = ?", "i", adapter->id);
+        rc = db_run(&store->writer,
+                    "INSERT INTO gone_adapters SELECT ?1, ?2"
+                    " WHERE EXISTS (SELECT 1 FROM feedback WHERE adapter = ?2)",
+                    "ii", claas_clock_unix_ms(), adapter->id);
     if (rc >= 0)
         rc = db_run(&store->writer, "INSERT OR IGNORE INTO trash(path) VALUES(?)", "t", path);
     return rc < 0 ? rc : 0;

@@ -1,5 +1,5 @@
 /* Jobs and their events. Every transition is a row with a number and a time; a job that has ended
- * changes no more. */
+ * changes no more, until retention takes its details. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

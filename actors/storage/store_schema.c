@@ -5,6 +5,7 @@
  * Who refers to whom:
  *     adapters 1-n versions (current is one of them)      rollouts 1-n rollout_choices
  *     jobs 1-n job_events, 1-n feedback n-1 rollout choice
+ *     gone_adapters 1-n jobs, which follow them
  * Lists per version are not copied: feedback.version is the version that first learned an item, so
  * the standing feedback of version N is that of N and of all its ancestors, and a rollback, which
  * moves `current`, restores it by itself. */
@@ -135,6 +136,17 @@ static const char *const steps[] = {
 
     /* 2 -> 3: counted around every step of a cycle. */
     "CREATE INDEX feedback_withdrawn ON feedback(adapter) WHERE withdrawn IS NOT NULL;",
+
+    /* 3 -> 4: jobs.ended is 2 for those that lost their result and all events but the states;
+     * adapters that went, whose jobs are to follow. When those of before went is not known. */
+    "CREATE INDEX jobs_ended ON jobs(seq) WHERE ended = 1;"
+    "CREATE TABLE gone_adapters("
+    "  since INTEGER NOT NULL," /* Unix ms */
+    "  adapter INTEGER NOT NULL,"
+    "  PRIMARY KEY(since, adapter)"
+    ") STRICT, WITHOUT ROWID;"
+    "INSERT INTO gone_adapters SELECT DISTINCT CAST(strftime('%s', 'now') AS INTEGER) * 1000,"
+    " adapter FROM feedback WHERE adapter NOT IN (SELECT id FROM adapters);",
 };
 
 int store_schema_version(void)

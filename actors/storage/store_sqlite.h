@@ -14,6 +14,11 @@
 #define STORE_RECENT_MAX   16
 #define STORE_ITEMS_MAX    16 /* of one cycle */
 
+/* Of a row of `rollouts`: an adapter that is there has feedback on it. */
+#define STORE_STANDS                                                                               \
+    "EXISTS (SELECT 1 FROM feedback f JOIN adapters a ON a.id = f.adapter"                         \
+    " WHERE f.rollout = rollouts.seq)"
+
 struct store {
     struct claas_store base;
     struct claas_store_options options;
@@ -105,7 +110,7 @@ char *store_version_path(const struct store *store, const char *dir, int64_t ver
 int store_check_available(struct db *db, const struct store_adapter *adapter, int64_t version,
                           bool *ret_trained);
 /* Drops the adapter's rows; ends its unfinished jobs as cancelled, if there are any; its directory
- * goes to the trash. */
+ * goes to the trash, its jobs go later (retention.c). */
 int store_drop_adapter(struct store *store, const struct store_adapter *adapter, const char *why,
                        bool *ret_jobs_ended);
 

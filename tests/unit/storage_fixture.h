@@ -45,6 +45,7 @@ static inline struct claas_store_options fixture_options(const char *data)
         .keep_moments = 2,
         .keep_rollouts = 100000,
         .keep_rollouts_ms = INT64_C(30) * 86400 * 1000,
+        .keep_jobs = 10000,
     };
 }
 

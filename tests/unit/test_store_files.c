@@ -437,8 +437,8 @@ static void watch_work(claas_store_t *store, int *work)
     sqlite3_progress_handler(((struct store *)store)->reader.handle, STEPS, count_steps, work);
 }
 
-/* What one adapter's work costs does not grow with what another has: u/a has 2,000 jobs and 5,000
- * versions. The bounds are a tenth of one look at all of those. */
+/* What one adapter's work costs does not grow with what another has: u/a has 2,000 jobs that wait,
+ * as many that ended long ago, and 5,000 versions. The bounds are a tenth of one look at those. */
 static void test_work_of_one(void **ret)
 {
     static const char *const lists[] = {"{\"limit\":3}", "{\"limit\":3,\"lora_id\":\"u/b\"}",
@@ -460,10 +460,14 @@ static void test_work_of_one(void **ret)
                 " INSERT INTO jobs(job_id, principal, adapter, lora_id, state, body_hash, created,"
                 " updated) SELECT 'a' || i, 'local', id, name, 'queued', x'', 1, 1"
                 " FROM n, adapters WHERE name = 'u/a';"
+                "INSERT INTO jobs(job_id, principal, adapter, lora_id, state, ended, body_hash,"
+                " created, updated) SELECT 'c' || seq, 'local', 1, 'u/a', 'done', 2, x'', 1, 1"
+                " FROM jobs;"
                 "INSERT INTO jobs(job_id, principal, adapter, lora_id, state, body_hash, created,"
                 " updated) SELECT 'b' || seq, 'local', 2, 'u/b', state, x'', 1, 1 FROM jobs"
-                " LIMIT 40"),
+                " WHERE ended = 0 LIMIT 40"),
         0);
+    ((struct store *)store)->options.keep_jobs = 10;
     tend_all(store);
     for (size_t i = 0; i < CLAAS_COUNT(lists); i++) {
         watch_work(store, &work);
@@ -661,20 +665,34 @@ static void test_migration(void **ret)
     const char *data = *ret;
     claas_store_t *store = open_default(data);
     struct claas_store_answer answer;
-    int64_t version = 0;
+    int64_t version = 0, gone = 0;
     char job[65];
 
+    assert_int_equal(fixture_publish(store, data, "u/b", -1, "[]", false), 0);
     assert_int_equal(fixture_publish(store, data, "u/a", -1, "[]", false), 0);
     assert_int_equal(fixture_rollout(store, "r", NULL, "q", "t", 1), 0);
+    assert_int_equal(fixture_feedback(store, "u/b", "r", "x", job), 0);
     assert_int_equal(fixture_feedback(store, "u/a", "r", "x", job), 0);
+    assert_int_equal(
+        fixture_call(store, CLAAS_STORE_ADAPTER_DELETE, &answer, "{\"lora_id\":\"u/b\"}"), 0);
+    claas_store_answer_done(&answer);
+    assert_int_equal(store->ops->commit(store), 0);
     close_store(&store);
-    run_sql(data, "DROP INDEX feedback_withdrawn; DROP INDEX jobs_state; ALTER TABLE versions DROP "
+    run_sql(data, "DROP TABLE gone_adapters; DROP INDEX jobs_ended;"
+                  "DROP INDEX feedback_withdrawn; DROP INDEX jobs_state; ALTER TABLE versions DROP "
                   "COLUMN bytes;"
                   "PRAGMA user_version=1");
     store = open_default(data);
     assert_int_equal(
         db_get_int(&((struct store *)store)->writer, &version, "PRAGMA user_version", ""), 1);
     assert_int_equal(version, store_schema_version());
+    /* Only now, not at some time before: those who watch its jobs may come back. */
+    assert_int_equal(db_get_int(&((struct store *)store)->writer, &gone,
+                                "SELECT adapter FROM gone_adapters"
+                                " WHERE since > (SELECT max(created) FROM jobs) - 1000",
+                                ""),
+                     1);
+    assert_int_equal(gone, 1);
     assert_int_equal(fixture_call(store, CLAAS_STORE_JOB_GET, &answer, "{\"job_id\":\"%s\"}", job),
                      0);
     claas_store_answer_done(&answer);
