@@ -65,20 +65,23 @@ static bool has_same_user(const char *a, const char *b)
     return strcspn(b, "/") == length && strncmp(a, b, length) == 0;
 }
 
-/* Lower ones go first. One of the last `limit` cycles was 2: the adapter's, 1: another's of its
- * user, 0: neither. */
+/* Lower ones go first. 2: the user had one of the last `limit` turns; 1 more: the adapter had one
+ * of its user's last `limit`, as far as the ring goes back. */
 static int find_rank(const struct scheduler *scheduler, int limit, const char *lora_id)
 {
-    uint64_t oldest = scheduler->turn_count > (uint64_t)limit ? scheduler->turn_count - limit : 0;
-    int rank = 0;
+    uint64_t count = scheduler->turn_count, kept = count > CYCLES_MAX ? count - CYCLES_MAX : 0;
+    int rank = 0, own = 0;
 
-    for (uint64_t turn = scheduler->turn_count; turn > oldest; turn--) {
+    for (uint64_t turn = count; turn > kept && own < limit; turn--) {
         const char *other = scheduler->turns[(turn - 1) % CYCLES_MAX];
 
+        if (!has_same_user(other, lora_id))
+            continue;
+        if (count - turn < (uint64_t)limit)
+            rank = 2;
+        own++;
         if (strcmp(other, lora_id) == 0)
-            return 2;
-        if (has_same_user(other, lora_id))
-            rank = 1;
+            return rank + 1;
     }
     return rank;
 }

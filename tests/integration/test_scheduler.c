@@ -228,6 +228,40 @@ static void test_users_take_turns(void **state)
     assert_string_equal(look()->cycles[4], "job-4 ");
 }
 
+/* Each in a cycle of its own: no two have the same number of steps. */
+static void submit_apart(struct rig *rig, const char *lora_id, int count)
+{
+    for (int i = 1; i <= count; i++) {
+        struct question question = ask_feedback(lora_id, "shorter", false);
+        cJSON *training = claas_json_set(question.body, "training", cJSON_CreateObject());
+
+        claas_json_set_int(training, "steps", i);
+        assert_int_equal(probe_call(rig->probe, &question), 0);
+    }
+}
+
+/* Nor does an adapter wait for all that another of its user has, with another user's turns in
+ * between. */
+static void test_a_users_adapters_take_turns(void **state)
+{
+    struct rig *rig = *state;
+
+    rig_start(rig);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, true);
+    submit_apart(rig, "me/a", 3);
+    await_calls(CLAAS_MSG_CYCLE_BEGIN, 1);
+    submit(rig, "me/b", "4");
+    submit_apart(rig, "us/d", 3);
+    set_block(CLAAS_MSG_CYCLE_BEGIN, false);
+    check_end("job-3", "done");
+    check_end("job-7", "done");
+    assert_string_equal(look()->cycles[0], "job-1 ");
+    assert_string_equal(look()->cycles[1], "job-5 ");
+    assert_string_equal(look()->cycles[2], "job-4 ");
+    assert_string_equal(look()->cycles[3], "job-6 ");
+    assert_string_equal(look()->cycles[4], "job-2 ");
+}
+
 /* Cancelled twice in a cycle: it ends at once, and nothing of it goes on. */
 static void test_cancel_in_a_cycle(void **state)
 {
@@ -609,6 +643,7 @@ int main(void)
         TEST(test_bad_company),
         TEST(test_adapters_take_turns),
         TEST(test_users_take_turns),
+        TEST(test_a_users_adapters_take_turns),
         TEST(test_cancel_in_a_cycle),
         TEST(test_cancel_one_of_two),
         TEST(test_a_cancel_that_is_not_recorded),
