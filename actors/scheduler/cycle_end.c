@@ -15,6 +15,7 @@
 #define RETRY_FIRST_MS 500
 #define RETRY_FULL_MS  5000 /* after a disk that is full or fails, or a full device */
 #define AWAY_MAX       3    /* doublings of the first delay while a peer is away: 4 s */
+#define LOST_MAX       6    /* doublings where each try loses a cycle's work: 5 minutes */
 #define STRIKES_MAX    100  /* of a job, in messages */
 #define CROWDED_MAX    3    /* tries that met a full device beside other cycles; then alone */
 
@@ -268,19 +269,26 @@ static bool is_crowded(struct cycle_run *run, int code)
     return crowded;
 }
 
-/* The longer a peer stays away, the less often it is tried. */
-static int64_t away_delay(struct cycle_run *run)
+/* The longer a peer stays away, the less often it is tried; and so for a version that cannot be
+ * written, which is found out when all steps are done. To look whether a disk is well again before
+ * the first step costs nothing. */
+static int64_t blameless_delay(struct cycle_run *run, int code)
 {
-    int away = 0;
+    bool lost = run->step > 0 && (is_of_disk(code) || code == CLAAS_ERR_OVERLOADED);
+    int times = 0;
 
     for (int i = 0; i < run->job_count; i++) {
         struct job *job = run->jobs[i];
 
-        job->away = run->step > 0 ? 0 : job->away + 1;
-        away = away > job->away ? away : job->away;
+        job->away = lost || run->step == 0 ? job->away + 1 : 0;
+        times = times > job->away ? times : job->away;
     }
-    away = away > 0 ? away - 1 : 0;
-    return (int64_t)RETRY_FIRST_MS << (away < AWAY_MAX ? away : AWAY_MAX);
+    times = times > 0 ? times - 1 : 0;
+    if (lost)
+        return (int64_t)RETRY_FULL_MS << (times < LOST_MAX ? times : LOST_MAX);
+    if (is_of_disk(code))
+        return RETRY_FULL_MS;
+    return (int64_t)RETRY_FIRST_MS << (times < AWAY_MAX ? times : AWAY_MAX);
 }
 
 void cycle_run_fail(struct cycle_run *run, int code, const char *text)
@@ -300,7 +308,7 @@ void cycle_run_fail(struct cycle_run *run, int code, const char *text)
         claas_copy_text(run->away, sizeof(run->away), text);
         for (int i = 0; i < run->job_count && code == CLAAS_ERR_IO; i++)
             run->jobs[i]->alone = true; /* what cannot be read may be of one of them */
-        requeue(run, is_of_disk(code) ? RETRY_FULL_MS : away_delay(run));
+        requeue(run, blameless_delay(run, code));
     } else if (!is_hopeless(code)) {
         strike(run, code, text);
     } else if (run->job_count > 1) {

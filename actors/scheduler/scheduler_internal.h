@@ -30,7 +30,8 @@ struct job {
     bool alone;   /* a cycle with it failed: no other job shares its cycles from now on */
     bool sole;    /* it has a strike: no other cycle runs during its own from now on */
     int crowded;  /* times its cycle met a full device while others ran */
-    int away;     /* times in a row that its cycle found a peer away before its first step */
+    int away;     /* times in a row that its cycle found a peer away before its first step, or lost
+                     its work to a disk */
     char *waits;  /* why it waits, as the disk says it; "" = for its turn, NULL = not known */
     bool listing; /* the list under way will say whether it has ended (jobs_load) */
 };

@@ -365,8 +365,11 @@ int store_version_publish(struct store *store, const struct claas_store_request 
         rc = choose_path(&publication);
     if (rc == 0)
         rc = publish(&publication);
-    if (rc < 0)
+    if (rc < 0) {
+        if (publication.staged)
+            claas_fail_hide_path(rc, publication.staged, "the new version");
         return claas_fail_hide_path(rc, store->data, "the data directory");
+    }
     at_point(&publication, "after commit");
     answer->body = cJSON_CreateObject();
     claas_json_set_int(answer->body, "version", publication.number);

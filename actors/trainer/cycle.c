@@ -422,6 +422,7 @@ static void staged(struct trainer *trainer, void *arg, int error, const char *te
 
     if (error) { /* which the job's clients read: they need not know where the data lies */
         claas_fail(error, "%s", text);
+        claas_fail_hide_path(error, staging_directory(cycle->staging), "the new version");
         claas_fail_hide_path(error, claas_config_string(trainer->config, "data"),
                              "the data directory");
         cycle_fail(cycle, error, claas_error_text());
