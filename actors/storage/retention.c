@@ -88,6 +88,9 @@ static int drop_moments_of(struct store *store, int64_t adapter, int64_t number,
 
     if (!file)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    rc = store_settle(store); /* what is in doubt may be current yet, and want its moments */
+    if (rc < 0)
+        return rc;
     /* The row is changed after the file is gone: a crash in between repeats this. */
     if (unlink(file) < 0 && errno != ENOENT)
         return claas_fail_errno("%s", file);
@@ -138,26 +141,33 @@ int store_retain_later(struct store *store, int64_t adapter)
     return rc < 0 ? rc : 0;
 }
 
-/* What one publication costs here does not grow with the adapters that it is not about. */
+/* What one publication costs here does not grow with the adapters that it is not about. An adapter
+ * whose files cannot be removed stays due, and the others have their turn. */
 static int retain(struct store *store)
 {
+    int64_t adapter = 0;
+    int failed = 0;
+
     for (int i = 0; i < BATCH; i++) {
-        int64_t adapter;
-        int rc =
-            db_get_int(&store->writer, &adapter, "SELECT adapter FROM retention_due LIMIT 1", "");
+        int rc = db_get_int(&store->writer, &adapter,
+                            "SELECT adapter FROM retention_due WHERE adapter > ?"
+                            " ORDER BY adapter LIMIT 1",
+                            "i", adapter);
 
         if (rc <= 0)
-            return rc;
+            return rc < 0 ? rc : failed;
         rc = expire_version(store, adapter);
         if (rc == 0)
             rc = drop_moments(store, adapter);
-        if (rc != 0)
+        if (rc > 0)
             return rc;
-        rc = db_run(&store->writer, "DELETE FROM retention_due WHERE adapter = ?", "i", adapter);
+        if (rc == 0)
+            rc =
+                db_run(&store->writer, "DELETE FROM retention_due WHERE adapter = ?", "i", adapter);
         if (rc < 0)
-            return rc;
+            failed = rc;
     }
-    return 1;
+    return failed < 0 ? failed : 1;
 }
 
 /* --- jobs ------------------------------------------------------------------------------ */

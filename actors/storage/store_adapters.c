@@ -234,11 +234,15 @@ int store_adapter_versions(struct store *store, const struct claas_store_request
     return rc;
 }
 
-/* A disk that fails for a moment damages nothing. */
+/* A disk that fails for a moment damages nothing. Whatever it is, who asked is not to blame. */
 static int fail_damaged(const struct store *store, int code, int64_t version, const char *name)
 {
-    bool damaged = code == CLAAS_ERR_FORMAT || code == CLAAS_ERR_NOT_FOUND;
+    bool fails = code == CLAAS_ERR_IO || code == CLAAS_ERR_DENIED || code == CLAAS_ERR_NO_MEMORY ||
+                 code == CLAAS_ERR_OVERLOADED;
+    bool damaged = !fails;
 
+    if (code == CLAAS_ERR_DENIED)
+        code = CLAAS_ERR_IO;
     claas_fail_hide_path(code, store->data, "the data directory");
     return claas_fail_context(damaged ? CLAAS_ERR_CORRUPT : code,
                               "version %" PRId64 " of '%s' %s: ", version, name,

@@ -359,6 +359,52 @@ static void test_retention(void **ret)
     close_store(&store);
 }
 
+/* An adapter whose moments cannot be removed is its own trouble. */
+static void test_stuck_moments(void **ret)
+{
+    const char *data = *ret;
+    struct claas_store_options options = fixture_options(data);
+    CLAAS_AUTO_FREE char *stuck =
+        claas_format("%s/adapters/u/a/v000001/optimizer.safetensors", data);
+    CLAAS_AUTO(close_store) claas_store_t *store = NULL;
+    int rc;
+
+    options.keep_moments = 1;
+    store = open_store(&options);
+    for (int i = -1; i < 2; i++) {
+        assert_int_equal(fixture_publish(store, data, "u/a", i, "[]", false), i + 1);
+        assert_int_equal(fixture_publish(store, data, "u/b", i, "[]", false), i + 1);
+    }
+    assert_int_equal(unlink(stuck), 0);
+    assert_int_equal(claas_mkdir_all(stuck), 0);
+    while ((rc = store->ops->tend(store)) > 0)
+        continue;
+    assert_true(rc < 0);
+    assert_non_null(strstr(claas_error_text(), "u/a/v000001"));
+    assert_false(exists(data, "adapters/u/b/v000001/optimizer.safetensors"));
+    assert_true(exists(data, "adapters/u/b/v000002/optimizer.safetensors"));
+    assert_int_equal(rmdir(stuck), 0);
+    tend_all(store);
+}
+
+/* What is wrong with a version's files is never the fault of who asks for it. */
+static void test_rollback_to_damage(void **ret)
+{
+    const char *data = *ret;
+    struct claas_store_options options = fixture_options(data);
+    CLAAS_AUTO_FREE char *file = claas_format("%s/adapters/u/a/v000001/adapter_config.json", data);
+    CLAAS_AUTO(close_store) claas_store_t *store = open_store(&options);
+    struct claas_store_answer answer;
+
+    for (int i = -1; i < 2; i++)
+        assert_int_equal(fixture_publish(store, data, "u/a", i, "[]", false), i + 1);
+    assert_int_equal(truncate(file, 2 << 20), 0); /* more than is read of it */
+    assert_int_equal(fixture_call(store, CLAAS_STORE_ADAPTER_ROLLBACK, &answer,
+                                  "{\"lora_id\":\"u/a\",\"version\":1}"),
+                     CLAAS_ERR_CORRUPT);
+    assert_non_null(strstr(claas_error_text(), "version 1 of 'u/a' is damaged"));
+}
+
 static void test_rollout_retention(void **ret)
 {
     const char *data = *ret;
@@ -1050,6 +1096,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_interrupted, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_unknown_directory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_retention, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_stuck_moments, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_rollback_to_damage, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_rollout_retention, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_parts_in_turn, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_work_of_one, set_up, tear_down),
