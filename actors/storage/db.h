@@ -23,8 +23,8 @@ struct db {
 int db_open(struct db *db, const char *path, bool writer);
 void db_close(struct db *db);
 
-/* Maps the connection's last failure: NO_SPACE, CORRUPT, BUSY, NO_MEMORY, IO, …; records the
- * sentence. */
+/* Maps the connection's last failure: NO_SPACE, BUSY, NO_MEMORY, IO (also where SQLite calls the
+ * file malformed), …; records the sentence. */
 int db_fail(struct db *db, const char *doing);
 /* Several statements without results. */
 int db_exec(struct db *db, const char *sql);

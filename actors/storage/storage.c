@@ -48,6 +48,7 @@ struct storage {
     bool soon_set;
     int commit_timer; /* 0 = none */
     int tend_timer;
+    int64_t swept_ms; /* when exports were */
     bool tend_failed; /* already logged; cleared when it works again */
 };
 
@@ -290,8 +291,10 @@ static void tend(void *self, void *arg)
         rc = storage->store->ops->tend(storage->store);
     if (rc > 0)
         delay = TEND_BUSY_MS;
-    else
+    if (claas_clock_ms() - storage->swept_ms >= TEND_IDLE_MS) {
         exports_sweep(storage->exports, storage->staging);
+        storage->swept_ms = claas_clock_ms();
+    }
     if (rc < 0) {
         if (!storage->tend_failed)
             claas_warning("upkeep of the data directory: %s", claas_error_text());
