@@ -90,6 +90,14 @@ struct claas_device_client {
                                            device->lock */
 };
 
+/* What an adapter, or the base model, has of the device: chats are admitted so that none keeps
+ * another waiting (generate.c). Of the compute thread. */
+struct claas_share {
+    int waiting, running; /* chats */
+    int64_t turn;         /* of its next prompt: see claas_sequence */
+    uint64_t scan;        /* the last scan that met one of its waiting chats */
+};
+
 struct claas_adapter {
     claas_device_t *device; /* NULL once the device is gone */
     atomic_int references;
@@ -105,6 +113,7 @@ struct claas_adapter {
     /* Of the compute thread: */
     uint64_t identity; /* new with every change of the weights: names the cached keys and values */
     bool training;     /* a step on it is under way */
+    struct claas_share share;
 };
 
 /* A generation. */
@@ -113,6 +122,7 @@ struct claas_sequence {
     claas_adapter_t *adapter; /* NULL = base */
     struct claas_sample sample;
     enum claas_priority priority;
+    int64_t turn; /* running chats: in this order prompts are read */
     int32_t *stops;
     size_t stop_count;
     int limit; /* longest prompt + answer */
@@ -206,8 +216,12 @@ struct claas_device {
     /* The compute thread's own: */
     claas_kv_t *kv;
     claas_teacher_cache_t *teachers;     /* the teacher's rows of evaluations */
-    struct claas_queue waiting, running; /* sequences, by priority, then age */
-    struct claas_queue lane;             /* training, copies, saves, by age */
+    struct claas_queue waiting, running; /* sequences, by priority, then turn, then age */
+    struct claas_share base_share;       /* of the base model */
+    int waiting_shares;                  /* shares with waiting chats */
+    uint64_t share_scan;
+    int64_t turn;            /* of the prompt being read, or read last */
+    struct claas_queue lane; /* training, copies, saves, by age */
     uint64_t lane_scan;
     struct claas_training *current; /* the training step under way */
     struct claas_fault fault;

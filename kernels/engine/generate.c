@@ -4,12 +4,17 @@
  *
  * A sequence is its tokens (prompt and answer so far) and the number of them that are computed;
  * whatever is left is what the next passes have to run. That makes preemption trivial: when blocks
- * run out, the last sequence (lowest priority, youngest) gives its blocks back and later computes
- * the same tokens again. The sample of the n-th token of an answer depends on the seed and n only,
- * and on the CPU a row's result does not depend on its neighbours, so nothing of this shows in the
- * tokens. On a GPU that holds for passes of at most 64 rows. Larger ones go through cuBLASLt, whose
- * sums round differently, so there it may show whether a prompt was found or computed, and beside
- * which others. */
+ * run out, the last sequence (a rollout, else of the adapter with most chats) gives its blocks back
+ * and later computes the same tokens again. The sample of the n-th token of an answer depends on
+ * the seed and n only, and on the CPU a row's result does not depend on its neighbours, so nothing
+ * of this shows in the tokens. On a GPU that holds for passes of at most 64 rows. Larger ones go
+ * through cuBLASLt, whose sums round differently, so there it may show whether a prompt was found
+ * or computed, and beside which others.
+ *
+ * No adapter's chats keep another's waiting: the next one is of the adapter that has the fewest
+ * running; with none running it takes a place of the adapter that has the most; and prompts are
+ * read in turns. An adapter alone has all of the device. Rollouts go by age: the scheduler chose
+ * whose they are, and it is better to end one cycle than to slow down all. */
 #include "engine/engine.h"
 
 #include <stdlib.h>
@@ -34,21 +39,40 @@ static int blocks_for(int tokens)
 
 /* --- queues --- */
 
-/* Sorted by priority, then age; the youngest is searched first, where nearly all belong. */
+static struct claas_share *share_of(const struct claas_sequence *seq)
+{
+    return seq->adapter != NULL ? &seq->adapter->share : &device_of(seq)->base_share;
+}
+
+static bool is_before(const struct claas_sequence *a, const struct claas_sequence *b)
+{
+    if (a->priority != b->priority)
+        return a->priority < b->priority;
+    return a->turn != b->turn ? a->turn < b->turn : a->request.id < b->request.id;
+}
+
+/* The last one is looked at first: there nearly all belong. */
 static void insert_sorted(struct claas_queue *queue, struct claas_sequence *seq)
 {
     struct claas_request *where = queue->last;
 
-    while (where != NULL &&
-           (as_sequence(where)->priority > seq->priority ||
-            (as_sequence(where)->priority == seq->priority && where->id > seq->request.id)))
+    while (where != NULL && is_before(seq, as_sequence(where)))
         where = where->prev;
     claas_queue_insert_after(queue, where, &seq->request);
 }
 
 void claas_generate_enqueue(claas_device_t *device, struct claas_sequence *seq)
 {
+    if (seq->priority == CLAAS_PRIORITY_CHAT && share_of(seq)->waiting++ == 0)
+        device->waiting_shares++;
     insert_sorted(&device->waiting, seq);
+}
+
+static void stop_waiting(claas_device_t *device, struct claas_sequence *seq)
+{
+    if (seq->priority == CLAAS_PRIORITY_CHAT && --share_of(seq)->waiting == 0)
+        device->waiting_shares--;
+    claas_queue_remove(&device->waiting, &seq->request);
 }
 
 bool claas_generate_has_chat(const claas_device_t *device)
@@ -77,13 +101,41 @@ static void discard_answer(struct claas_sequence *seq)
         claas_kv_discard(device_of(seq)->kv, seq->blocks[--seq->block_count]);
 }
 
+/* Start-time fair queueing: an adapter's next prompt has its turn behind all tokens of its prompts
+ * before, but not before the prompt that is being read now, so that no adapter saves up. */
+static void start_running(claas_device_t *device, struct claas_sequence *seq)
+{
+    struct claas_share *share = share_of(seq);
+
+    if (seq->priority == CLAAS_PRIORITY_CHAT) {
+        share->running++;
+        seq->turn = share->turn > device->turn ? share->turn : device->turn;
+        share->turn = seq->turn + seq->count - seq->computed;
+    }
+    stop_waiting(device, seq);
+    insert_sorted(&device->running, seq);
+}
+
+static void stop_running(claas_device_t *device, struct claas_sequence *seq)
+{
+    if (seq->priority == CLAAS_PRIORITY_CHAT)
+        share_of(seq)->running--;
+    seq->turn = 0;
+    claas_queue_remove(&device->running, &seq->request);
+}
+
 /* Takes a sequence that ends out of its queue and counts its tokens into its last event. */
 static void retire(struct claas_queue *queue, struct claas_sequence *seq)
 {
+    claas_device_t *device = device_of(seq);
+
     if (seq->priority == CLAAS_PRIORITY_ROLLOUT)
         discard_answer(seq);
     drop_blocks(seq);
-    claas_queue_remove(queue, &seq->request);
+    if (queue == &device->running)
+        stop_running(device, seq);
+    else
+        stop_waiting(device, seq);
     seq->request.last->prompt_tokens = (size_t)seq->prompt_count;
     seq->request.last->cached_tokens = (size_t)seq->cached;
     seq->request.last->generated_tokens = (size_t)(seq->count - seq->prompt_count);
@@ -122,8 +174,21 @@ static void preempt(struct claas_sequence *seq)
 
     drop_blocks(seq);
     seq->preempted = true;
-    claas_queue_remove(&device->running, &seq->request);
-    insert_sorted(&device->waiting, seq);
+    stop_running(device, seq);
+    claas_generate_enqueue(device, seq);
+}
+
+/* The one to preempt: the last rollout, else the last chat of the adapter with most. */
+static struct claas_sequence *find_victim(const claas_device_t *device)
+{
+    struct claas_sequence *victim = as_sequence(device->running.last);
+
+    if (victim == NULL || victim->priority != CLAAS_PRIORITY_CHAT)
+        return victim;
+    for (struct claas_request *r = device->running.last; r != NULL; r = r->prev)
+        if (share_of(as_sequence(r))->running > share_of(victim)->running)
+            victim = as_sequence(r);
+    return victim;
 }
 
 /* --- shared prefixes --- */
@@ -250,51 +315,93 @@ static bool admit_if_fits(claas_device_t *device, struct claas_sequence *seq)
         return false;
     }
     count_found(seq, found);
-    claas_queue_remove(&device->waiting, &seq->request);
     claas_request_begin(&seq->request);
-    insert_sorted(&device->running, seq);
+    start_running(device, seq);
     return true;
 }
 
-/* Preempts the last rollout for a chat, which does not wait for room that a rollout holds. */
+/* Whether a chat of an adapter that has none running may take the victim's place: if that makes
+ * room enough, and leaves the victim's adapter a chat and as many blocks as it takes. */
+static bool may_replace(const claas_device_t *device, const struct claas_sequence *seq,
+                        const struct claas_sequence *victim)
+{
+    int held = 0;
+
+    if (share_of(seq)->running > 0 || share_of(victim)->running < 2)
+        return false;
+    for (struct claas_request *r = device->running.first; r != NULL; r = r->next)
+        if (as_sequence(r)->adapter == victim->adapter)
+            held += as_sequence(r)->block_count;
+    return count_promised(device) + 2 * blocks_for(seq->count + 1) <=
+           claas_kv_available(device->kv) + held;
+}
+
+/* Preempts one for a chat, which does not wait for room that a rollout holds. */
 static bool make_room(claas_device_t *device, const struct claas_sequence *seq)
 {
-    struct claas_request *last = device->running.last;
+    struct claas_sequence *victim = find_victim(device);
 
-    if (seq->priority != CLAAS_PRIORITY_CHAT || last == NULL ||
-        as_sequence(last)->priority == CLAAS_PRIORITY_CHAT)
+    if (seq->priority != CLAAS_PRIORITY_CHAT || victim == NULL ||
+        (victim->priority == CLAAS_PRIORITY_CHAT && !may_replace(device, seq, victim)))
         return false;
-    preempt(as_sequence(last));
+    preempt(victim);
     return true;
 }
 
-/* In order and without overtaking, so that a long prompt gets its turn; only sequences that wait
- * for a training step of their own client are stepped over. */
+/* False if the sequence has to wait. */
+static bool admit_one(claas_device_t *device, struct claas_sequence *seq)
+{
+    if (reserve(seq) < 0) {
+        retire(&device->waiting, seq);
+        claas_request_fail(&seq->request, CLAAS_ERR_NO_MEMORY);
+        return true;
+    }
+    while (device->running.count >= device->options.max_batch || !admit_if_fits(device, seq))
+        if (!make_room(device, seq))
+            return false;
+    return true;
+}
+
+/* The waiting chat whose adapter has the fewest running, the oldest of several; NULL if there is
+ * none. Of each adapter the first one is looked at, and none behind the last of these. */
+static struct claas_sequence *find_chat(claas_device_t *device)
+{
+    struct claas_sequence *found = NULL;
+    int left = device->waiting_shares;
+
+    device->share_scan++;
+    for (struct claas_request *r = device->waiting.first; r != NULL && left > 0; r = r->next) {
+        struct claas_sequence *seq = as_sequence(r);
+        struct claas_share *share = share_of(seq);
+
+        if (seq->priority != CLAAS_PRIORITY_CHAT)
+            break;
+        if (share->scan == device->share_scan || claas_train_precedes(device, seq))
+            continue;
+        share->scan = device->share_scan;
+        left--;
+        if (found == NULL || share->running < share_of(found)->running)
+            found = seq;
+    }
+    return found;
+}
+
+/* Without overtaking: where one does not fit, those behind it wait too, so that a long prompt gets
+ * its turn. Chats of other adapters may come before it only while its own has more running, which
+ * come to an end, since none of them is admitted before it. Only sequences that wait for a training
+ * step of their own client are stepped over. */
 static void admit(claas_device_t *device)
 {
+    struct claas_sequence *chat;
     struct claas_request *next;
 
+    while ((chat = find_chat(device)) != NULL)
+        if (!admit_one(device, chat))
+            return;
     for (struct claas_request *r = device->waiting.first; r != NULL; r = next) {
-        struct claas_sequence *seq = as_sequence(r);
-
         next = r->next;
-        if (claas_train_precedes(device, seq))
-            continue;
-        if (reserve(seq) < 0) {
-            retire(&device->waiting, seq);
-            claas_request_fail(&seq->request, CLAAS_ERR_NO_MEMORY);
-            continue;
-        }
-        while (device->running.count >= device->options.max_batch)
-            if (!make_room(device, seq))
-                return;
-        for (;;) {
-            next = r->next;
-            if (admit_if_fits(device, seq))
-                break;
-            if (!make_room(device, seq))
-                return;
-        }
+        if (!claas_train_precedes(device, as_sequence(r)) && !admit_one(device, as_sequence(r)))
+            return;
     }
 }
 
@@ -311,24 +418,19 @@ static int find_run(const struct claas_sequence *seq, int budget)
     return (seq->computed + budget) / BLOCK * BLOCK - seq->computed;
 }
 
-/* Takes blocks for the first `tokens` tokens, preempting the last sequences if need be. False if
- * the sequence itself was the last to go. */
-static bool take_blocks(claas_device_t *device, struct claas_sequence *seq, int tokens)
+/* Preempts until there are blocks for all that the running ones have to compute. One alone always
+ * fits. */
+static void make_fit(claas_device_t *device)
 {
-    while (seq->block_count < blocks_for(tokens)) {
-        int32_t block = claas_kv_take(device->kv);
+    while (count_promised(device) > claas_kv_available(device->kv))
+        preempt(find_victim(device));
+}
 
-        if (block >= 0) {
-            seq->blocks[seq->block_count++] = block;
-            continue;
-        }
-        struct claas_sequence *victim = as_sequence(device->running.last);
-
-        preempt(victim);
-        if (victim == seq)
-            return false;
-    }
-    return true;
+/* Takes blocks for the first `tokens` tokens: there are enough after make_fit. */
+static void take_blocks(claas_device_t *device, struct claas_sequence *seq, int tokens)
+{
+    while (seq->block_count < blocks_for(tokens))
+        seq->blocks[seq->block_count++] = claas_kv_take(device->kv);
 }
 
 /* Inserts into device->planned [count] behind the last sequence with the same adapter, whose
@@ -346,13 +448,13 @@ static void add_planned(claas_device_t *device, int count, struct claas_sequence
     planned[at] = seq;
 }
 
-/* Chooses which sequences run how many tokens: device->planned[0 … ret). They are walked in their
- * order, so one that is preempted on the way was not chosen yet. */
+/* Chooses which sequences run how many tokens: device->planned[0 … ret). */
 static int plan(claas_device_t *device)
 {
-    int budget = claas_budget_find(device);
-    int count = 0;
+    int most, budget, count = 0;
 
+    make_fit(device);
+    most = budget = claas_budget_find(device);
     for (struct claas_request *r = device->running.first; r != NULL; r = r->next) {
         struct claas_sequence *seq = as_sequence(r);
 
@@ -360,10 +462,12 @@ static int plan(claas_device_t *device)
         seq->planned = is_led(seq) ? 0 : find_run(seq, budget);
         if (seq->planned <= 0)
             continue;
-        if (!take_blocks(device, seq, seq->computed + seq->planned))
-            break;
-        if (seq->count - seq->computed > 1)
+        take_blocks(device, seq, seq->computed + seq->planned);
+        if (seq->count - seq->computed > 1) {
+            if (budget == most && seq->turn > device->turn)
+                device->turn = seq->turn;
             budget -= seq->planned;
+        }
         add_planned(device, count++, seq);
     }
     return count;

@@ -447,6 +447,167 @@ static void test_chat_before_rollouts(void **state)
     rig_close(&rig);
 }
 
+/* --- adapters share
+ * ----------------------------------------------------------------------------------------------------------
+ */
+
+static void submit_as(struct rig *rig, struct job *job, claas_adapter_t *adapter)
+{
+    job->request.adapter = adapter;
+    job_submit(rig, job);
+}
+
+static int count_ended(const struct job *jobs, int count)
+{
+    int ended = 0;
+
+    for (int i = 0; i < count; i++)
+        ended += jobs[i].ended;
+    return ended;
+}
+
+static void check_all(struct rig *rig, struct job *jobs, int count)
+{
+    fake_open_gate();
+    jobs_wait(rig, jobs, count, -1);
+    for (int i = 0; i < count; i++)
+        job_check(&jobs[i]);
+    free(jobs);
+}
+
+/* One adapter has all places and a queue: the base model's chat begins at once. */
+static void test_flood_leaves_a_place(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.max_batch = 4});
+    claas_adapter_t *flood = adapter_new(&rig, 1);
+    struct job *jobs = jobs_new(13);
+
+    fake_close_gate(0);
+    for (int i = 1; i < 13; i++) {
+        job_fill(&jobs[i], 20, 0, i, 100);
+        submit_as(&rig, &jobs[i], flood);
+    }
+    fake_close_gate(20);
+    fake_wait_at_gate();
+    job_fill(&jobs[0], 20, 0, 0, 30);
+    job_submit(&rig, &jobs[0]);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 13, 30);
+    assert_int_equal(count_ended(jobs + 1, 12), 0);
+    check_all(&rig, jobs, 13);
+    claas_adapter_unref(&flood);
+    rig_close(&rig);
+}
+
+/* Two floods, one behind the other: the second one's chats end as fast as the first one's. */
+static void test_floods_share(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.max_batch = 4});
+    claas_adapter_t *adapters[2] = {adapter_new(&rig, 1), adapter_new(&rig, 2)};
+    struct job *jobs = jobs_new(40);
+
+    fake_close_gate(0);
+    for (int i = 0; i < 40; i++) {
+        struct job *job = &jobs[(i + 10) % 40]; /* jobs[0] is the second one's tenth */
+
+        job_fill(job, 20, 0, i, 20);
+        submit_as(&rig, job, adapters[i / 20]);
+    }
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 40, 1);
+    assert_in_range(count_ended(jobs + 10, 20), 6, 14);
+    check_all(&rig, jobs, 40);
+    for (int i = 0; i < 2; i++)
+        claas_adapter_unref(&adapters[i]);
+    rig_close(&rig);
+}
+
+/* Long prompts that were admitted before, whose answers are short, so that others follow them: a
+ * short prompt of another adapter waits for the one being read and no more. */
+static void test_prompts_take_turns(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.prefill_chunk = 64});
+    claas_adapter_t *flood = adapter_new(&rig, 1);
+    struct job *jobs = jobs_new(9);
+
+    fake_close_gate(0);
+    for (int i = 1; i < 9; i++) {
+        job_fill(&jobs[i], 900, 0, i, 1);
+        submit_as(&rig, &jobs[i], flood);
+    }
+    fake_close_gate(20); /* the second of them is being read */
+    fake_wait_at_gate();
+    job_fill(&jobs[0], 100, 0, 0, 2);
+    job_submit(&rig, &jobs[0]);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 9, 1);
+    assert_in_range(count_ended(jobs + 1, 8), 1, 2);
+    check_all(&rig, jobs, 9);
+    claas_adapter_unref(&flood);
+    rig_close(&rig);
+}
+
+/* Answers outgrow the blocks: those of the adapter with most chats go back, whoever is youngest. */
+static void test_flood_gives_blocks(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.kv_tokens = 512, .prefill_chunk = 16});
+    claas_adapter_t *flood = adapter_new(&rig, 1);
+    struct job *jobs = jobs_new(9);
+
+    fake_close_gate(0);
+    for (int i = 1; i < 9; i++) {
+        job_fill(&jobs[i], 17, 0, i, 200);
+        submit_as(&rig, &jobs[i], flood);
+    }
+    fake_close_gate(18);
+    fake_wait_at_gate();
+    job_fill(&jobs[0], 17, 0, 0, 100);
+    job_submit(&rig, &jobs[0]);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 9, 100);
+    assert_in_range(jobs[1].count, 117, 121);
+    check_all(&rig, jobs, 9);
+    claas_adapter_unref(&flood);
+    rig_close(&rig);
+}
+
+/* A long prompt that does not fit is not overtaken by short ones of other adapters, and pushes out
+ * none that would not make room enough. */
+static void test_long_prompt_gets_its_turn(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.kv_tokens = 256});
+    claas_adapter_t *adapters[8];
+    struct job *jobs = jobs_new(10);
+    struct claas_device_stats stats;
+
+    for (int i = 0; i < 8; i++)
+        adapters[i] = adapter_new(&rig, (uint64_t)i);
+    fake_close_gate(0);
+    for (int i = 1; i < 3; i++) {
+        job_fill(&jobs[i], 50, 0, i, 60);
+        submit_as(&rig, &jobs[i], adapters[0]);
+    }
+    fake_close_gate(5);
+    fake_wait_at_gate();
+    job_fill(&jobs[0], 200, 0, 0, 1);
+    job_submit(&rig, &jobs[0]);
+    for (int i = 3; i < 10; i++) {
+        job_fill(&jobs[i], 10, 0, i, 50);
+        submit_as(&rig, &jobs[i], adapters[i - 2]);
+    }
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 10, 1);
+    for (int i = 1; i < 10; i++)
+        assert_int_equal(jobs[i].count > 0, i < 3);
+    assert_int_equal(count_ended(jobs + 1, 2), 2);
+    check_all(&rig, jobs, 10);
+    claas_device_stats(rig.device, &stats);
+    assert_int_equal(stats.prefix_tokens_shared, 0); /* none was preempted and began again */
+    for (int i = 0; i < 8; i++)
+        claas_adapter_unref(&adapters[i]);
+    rig_close(&rig);
+}
+
 /* --- ends
  * -------------------------------------------------------------------------------------------------------------------
  */
@@ -604,6 +765,11 @@ int main(void)
         cmocka_unit_test(test_slow_prefill_is_cut),
         cmocka_unit_test(test_preemption),
         cmocka_unit_test(test_chat_before_rollouts),
+        cmocka_unit_test(test_flood_leaves_a_place),
+        cmocka_unit_test(test_floods_share),
+        cmocka_unit_test(test_prompts_take_turns),
+        cmocka_unit_test(test_flood_gives_blocks),
+        cmocka_unit_test(test_long_prompt_gets_its_turn),
         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_client_free),
         cmocka_unit_test(test_overload),
