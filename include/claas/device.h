@@ -215,7 +215,7 @@ struct claas_generate_request {
     enum claas_priority priority;
 };
 /* Events: TOKEN for each token, then FINISHED; or FAILED. Errors at once: INVALID, LIMIT (prompt
- * too long), OVERLOADED (queue full). */
+ * too long), OVERLOADED (queue full, or the adapter's share of it). */
 int claas_device_generate(claas_device_client_t *client,
                           const struct claas_generate_request *request, uint64_t *ret_id);
 /* The last event of a generation is then FINISHED with CLAAS_FINISH_CANCELLED, unless it ended

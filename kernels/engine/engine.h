@@ -24,6 +24,9 @@
 #include "engine/teacher_cache.h"
 
 #define CLAAS_ENGINE_QUEUE_MAX 1024 /* waiting requests of a kind, then OVERLOADED */
+/* The same for chats. An adapter may have as many waiting as there are places left: one alone gets
+ * half of them, and always leaves places to others. */
+#define CLAAS_ENGINE_CHATS_MAX (2 * CLAAS_ENGINE_QUEUE_MAX)
 /* The same for rollouts: the most cycles at the same time (64), each with the largest step (272
  * rollouts). Chats are counted apart, so that learning never makes the device refuse one. */
 #define CLAAS_ENGINE_ROLLOUTS_MAX (64 * 272)
@@ -91,8 +94,10 @@ struct claas_device_client {
 };
 
 /* What an adapter, or the base model, has of the device: chats are admitted so that none keeps
- * another waiting (generate.c). Of the compute thread. */
+ * another waiting (generate.c). */
 struct claas_share {
+    int unbegun; /* chats not begun; device->lock */
+    /* Of the compute thread: */
     int waiting, running; /* chats */
     int64_t turn;         /* of its next prompt: see claas_sequence */
     uint64_t scan;        /* the last scan that met one of its waiting chats */
@@ -202,7 +207,7 @@ struct claas_device {
                                             a save */
     struct claas_hot hot[CLAAS_HOT_MAX]; /* the one used last first */
     struct claas_request *live;
-    int waiting_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
+    int chat_count, rollout_count, lane_count, io_count; /* requests not begun, by kind */
     claas_adapter_t *dead, *adapters;
     bool room_wanted;                   /* a load wants the memory that a step left */
     claas_device_client_t *keepers;     /* clients whose adapters may go */
@@ -319,6 +324,8 @@ void claas_adapter_changed(claas_adapter_t *adapter);
 
 /* Takes a new or preempted sequence into the waiting queue, by priority and age. */
 void claas_generate_enqueue(claas_device_t *device, struct claas_sequence *sequence);
+/* The share that a sequence counts to. */
+struct claas_share *claas_generate_share(const struct claas_sequence *sequence);
 /* One forward pass over all that can run; false if nothing can. */
 bool claas_generate_iterate(claas_device_t *device);
 /* Whether a sequence of CHAT priority waits or runs. */

@@ -39,7 +39,7 @@ static int blocks_for(int tokens)
 
 /* --- queues --- */
 
-static struct claas_share *share_of(const struct claas_sequence *seq)
+struct claas_share *claas_generate_share(const struct claas_sequence *seq)
 {
     return seq->adapter != NULL ? &seq->adapter->share : &device_of(seq)->base_share;
 }
@@ -63,14 +63,14 @@ static void insert_sorted(struct claas_queue *queue, struct claas_sequence *seq)
 
 void claas_generate_enqueue(claas_device_t *device, struct claas_sequence *seq)
 {
-    if (seq->priority == CLAAS_PRIORITY_CHAT && share_of(seq)->waiting++ == 0)
+    if (seq->priority == CLAAS_PRIORITY_CHAT && claas_generate_share(seq)->waiting++ == 0)
         device->waiting_shares++;
     insert_sorted(&device->waiting, seq);
 }
 
 static void stop_waiting(claas_device_t *device, struct claas_sequence *seq)
 {
-    if (seq->priority == CLAAS_PRIORITY_CHAT && --share_of(seq)->waiting == 0)
+    if (seq->priority == CLAAS_PRIORITY_CHAT && --claas_generate_share(seq)->waiting == 0)
         device->waiting_shares--;
     claas_queue_remove(&device->waiting, &seq->request);
 }
@@ -105,7 +105,7 @@ static void discard_answer(struct claas_sequence *seq)
  * before, but not before the prompt that is being read now, so that no adapter saves up. */
 static void start_running(claas_device_t *device, struct claas_sequence *seq)
 {
-    struct claas_share *share = share_of(seq);
+    struct claas_share *share = claas_generate_share(seq);
 
     if (seq->priority == CLAAS_PRIORITY_CHAT) {
         share->running++;
@@ -119,7 +119,7 @@ static void start_running(claas_device_t *device, struct claas_sequence *seq)
 static void stop_running(claas_device_t *device, struct claas_sequence *seq)
 {
     if (seq->priority == CLAAS_PRIORITY_CHAT)
-        share_of(seq)->running--;
+        claas_generate_share(seq)->running--;
     seq->turn = 0;
     claas_queue_remove(&device->running, &seq->request);
 }
@@ -186,7 +186,7 @@ static struct claas_sequence *find_victim(const claas_device_t *device)
     if (victim == NULL || victim->priority != CLAAS_PRIORITY_CHAT)
         return victim;
     for (struct claas_request *r = device->running.last; r != NULL; r = r->prev)
-        if (share_of(as_sequence(r))->running > share_of(victim)->running)
+        if (claas_generate_share(as_sequence(r))->running > claas_generate_share(victim)->running)
             victim = as_sequence(r);
     return victim;
 }
@@ -327,7 +327,7 @@ static bool may_replace(const claas_device_t *device, const struct claas_sequenc
 {
     int held = 0;
 
-    if (share_of(seq)->running > 0 || share_of(victim)->running < 2)
+    if (claas_generate_share(seq)->running > 0 || claas_generate_share(victim)->running < 2)
         return false;
     for (struct claas_request *r = device->running.first; r != NULL; r = r->next)
         if (as_sequence(r)->adapter == victim->adapter)
@@ -372,7 +372,7 @@ static struct claas_sequence *find_chat(claas_device_t *device)
     device->share_scan++;
     for (struct claas_request *r = device->waiting.first; r != NULL && left > 0; r = r->next) {
         struct claas_sequence *seq = as_sequence(r);
-        struct claas_share *share = share_of(seq);
+        struct claas_share *share = claas_generate_share(seq);
 
         if (seq->priority != CLAAS_PRIORITY_CHAT)
             break;
@@ -380,7 +380,7 @@ static struct claas_sequence *find_chat(claas_device_t *device)
             continue;
         share->scan = device->share_scan;
         left--;
-        if (found == NULL || share->running < share_of(found)->running)
+        if (found == NULL || share->running < claas_generate_share(found)->running)
             found = seq;
     }
     return found;

@@ -84,7 +84,7 @@ static int *find_count(claas_device_t *device, const struct claas_request *reque
     case CLAAS_REQUEST_GENERATE:
         return ((const struct claas_sequence *)request)->priority == CLAAS_PRIORITY_ROLLOUT
                    ? &device->rollout_count
-                   : &device->waiting_count;
+                   : &device->chat_count;
     case CLAAS_REQUEST_LOAD:
     case CLAAS_REQUEST_INIT:
         return &device->io_count;
@@ -106,23 +106,43 @@ static struct claas_io *find_io(claas_device_t *device, const struct claas_reque
     return NULL;
 }
 
+/* Whether one more of its kind may wait. The device's lock is held. */
+static bool has_place(claas_device_t *device, const struct claas_request *request)
+{
+    int *count = find_count(device, request);
+
+    if (count == &device->chat_count)
+        return claas_generate_share((const struct claas_sequence *)request)->unbegun <
+               CLAAS_ENGINE_CHATS_MAX - *count;
+    return *count <
+           (count == &device->rollout_count ? CLAAS_ENGINE_ROLLOUTS_MAX : CLAAS_ENGINE_QUEUE_MAX);
+}
+
+/* Counts a request as waiting, or no longer. The device's lock is held. */
+static void count_waiting(claas_device_t *device, struct claas_request *request, int change)
+{
+    int *count = find_count(device, request);
+
+    *count += change;
+    if (count == &device->chat_count)
+        claas_generate_share((struct claas_sequence *)request)->unbegun += change;
+}
+
 int claas_request_submit(struct claas_request *request, uint64_t *ret_id)
 {
     claas_device_t *device = request->client->device;
     struct claas_io *io = find_io(device, request);
-    int *count = find_count(device, request);
-    int most = count == &device->rollout_count ? CLAAS_ENGINE_ROLLOUTS_MAX : CLAAS_ENGINE_QUEUE_MAX;
 
     pthread_mutex_lock(&device->lock);
-    if (device->stop || *count >= most) {
+    if (device->stop || !has_place(device, request)) {
         bool stop = device->stop;
-        int waiting = *count;
+        int waiting = *find_count(device, request);
 
         pthread_mutex_unlock(&device->lock);
         return stop ? claas_fail(CLAAS_ERR_UNAVAILABLE, "the device is closing")
                     : claas_fail(CLAAS_ERR_OVERLOADED, "%d requests wait for the device", waiting);
     }
-    ++*count;
+    count_waiting(device, request, 1);
     request->id = ++device->last_id;
     request->last->id = request->id;
     *ret_id = request->id;
@@ -155,7 +175,7 @@ void claas_request_to_io(struct claas_request *request)
 static void stop_counting(claas_device_t *device, struct claas_request *request)
 {
     if (!request->begun)
-        --*find_count(device, request);
+        count_waiting(device, request, -1);
     request->begun = true;
 }
 

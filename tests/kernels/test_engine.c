@@ -608,6 +608,45 @@ static void test_long_prompt_gets_its_turn(void **state)
     rig_close(&rig);
 }
 
+/* Submits until the queue refuses; how many that were. */
+static int fill_queue(struct rig *rig, struct job *jobs, claas_adapter_t *adapter)
+{
+    for (int count = 0;; count++) {
+        struct job *job = &jobs[count];
+
+        job_fill(job, 1, 1, 1, 1);
+        job->request.adapter = adapter;
+        job->request.prompt = job->prompt;
+        job->stamp = fake_stamp(adapter);
+        if (claas_device_generate(rig->client, &job->request, &job->id) == CLAAS_ERR_OVERLOADED)
+            return count;
+    }
+}
+
+/* However much waits of one adapter, others find a place in the queue. */
+static void test_queue_has_places_for_all(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.max_batch = 1});
+    claas_adapter_t *adapters[3] = {NULL, adapter_new(&rig, 1), adapter_new(&rig, 2)};
+    struct job *jobs = jobs_new(CLAAS_ENGINE_CHATS_MAX + 1);
+    int count = 1;
+
+    job_fill(&jobs[0], 1, 1, 1, 1);
+    fake_close_gate(0);
+    job_submit(&rig, &jobs[0]);
+    fake_wait_at_gate();
+    for (int i = 0; i < 3; i++) {
+        int places = fill_queue(&rig, jobs + count, adapters[i]);
+
+        assert_int_equal(places, CLAAS_ENGINE_QUEUE_MAX >> i);
+        count += places;
+    }
+    check_all(&rig, jobs, count);
+    for (int i = 1; i < 3; i++)
+        claas_adapter_unref(&adapters[i]);
+    rig_close(&rig);
+}
+
 /* --- ends
  * -------------------------------------------------------------------------------------------------------------------
  */
@@ -770,6 +809,7 @@ int main(void)
         cmocka_unit_test(test_prompts_take_turns),
         cmocka_unit_test(test_flood_gives_blocks),
         cmocka_unit_test(test_long_prompt_gets_its_turn),
+        cmocka_unit_test(test_queue_has_places_for_all),
         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_client_free),
         cmocka_unit_test(test_overload),
