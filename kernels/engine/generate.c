@@ -362,8 +362,17 @@ static bool admit_one(claas_device_t *device, struct claas_sequence *seq)
     return true;
 }
 
-/* The waiting chat whose adapter has the fewest running, the oldest of several; NULL if there is
- * none. Of each adapter the first one is looked at, and none behind the last of these. */
+/* Lower ones go first: those whose adapter has none running; an answer that was interrupted, since
+ * somebody reads it; then by how many the adapter has. */
+static int find_rank(const struct claas_sequence *seq)
+{
+    int running = claas_generate_share(seq)->running;
+
+    return running == 0 ? 0 : seq->preempted ? 1 : 1 + running;
+}
+
+/* The waiting chat to admit next, the oldest of equals; NULL if there is none. Of each adapter the
+ * first one is looked at, and none behind the last of these. */
 static struct claas_sequence *find_chat(claas_device_t *device)
 {
     struct claas_sequence *found = NULL;
@@ -380,7 +389,7 @@ static struct claas_sequence *find_chat(claas_device_t *device)
             continue;
         share->scan = device->share_scan;
         left--;
-        if (found == NULL || share->running < claas_generate_share(found)->running)
+        if (found == NULL || find_rank(seq) < find_rank(found))
             found = seq;
     }
     return found;
@@ -426,11 +435,18 @@ static void make_fit(claas_device_t *device)
         preempt(find_victim(device));
 }
 
-/* Takes blocks for the first `tokens` tokens: there are enough after make_fit. */
-static void take_blocks(claas_device_t *device, struct claas_sequence *seq, int tokens)
+/* Takes blocks for the first `tokens` tokens: there are enough after make_fit. Were there not, it
+ * would be false, and the sequence not in this pass. */
+static bool take_blocks(claas_device_t *device, struct claas_sequence *seq, int tokens)
 {
-    while (seq->block_count < blocks_for(tokens))
-        seq->blocks[seq->block_count++] = claas_kv_take(device->kv);
+    while (seq->block_count < blocks_for(tokens)) {
+        int32_t block = claas_kv_take(device->kv);
+
+        if (block < 0)
+            return false;
+        seq->blocks[seq->block_count++] = block;
+    }
+    return true;
 }
 
 /* Inserts into device->planned [count] behind the last sequence with the same adapter, whose
@@ -460,9 +476,8 @@ static int plan(claas_device_t *device)
 
         count_found(seq, attach_found(seq));
         seq->planned = is_led(seq) ? 0 : find_run(seq, budget);
-        if (seq->planned <= 0)
+        if (seq->planned <= 0 || !take_blocks(device, seq, seq->computed + seq->planned))
             continue;
-        take_blocks(device, seq, seq->computed + seq->planned);
         if (seq->count - seq->computed > 1) {
             if (budget == most && seq->turn > device->turn)
                 device->turn = seq->turn;

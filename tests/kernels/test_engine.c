@@ -447,9 +447,7 @@ static void test_chat_before_rollouts(void **state)
     rig_close(&rig);
 }
 
-/* --- adapters share
- * ----------------------------------------------------------------------------------------------------------
- */
+/* --- adapters share --- */
 
 static void submit_as(struct rig *rig, struct job *job, claas_adapter_t *adapter)
 {
@@ -495,6 +493,35 @@ static void test_flood_leaves_a_place(void **state)
     jobs_wait(&rig, jobs, 13, 30);
     assert_int_equal(count_ended(jobs + 1, 12), 0);
     check_all(&rig, jobs, 13);
+    claas_adapter_unref(&flood);
+    rig_close(&rig);
+}
+
+/* A chat of jobs[0]'s adapter had to go for another adapter's first: it goes on before that one's
+ * second begins. */
+static void test_interrupted_goes_first(void **state)
+{
+    static const int answers[] = {40, 25, 200, 200};
+    struct rig rig = rig_open((struct claas_device_options){.max_batch = 4});
+    claas_adapter_t *flood = adapter_new(&rig, 1);
+    struct job *jobs = jobs_new(7);
+
+    fake_close_gate(0);
+    for (int i = 3; i >= 0; i--) { /* the first is the youngest */
+        job_fill(&jobs[i], 20, 0, i, answers[i]);
+        submit_as(&rig, &jobs[i], flood);
+    }
+    fake_close_gate(20);
+    fake_wait_at_gate();
+    for (int i = 4; i < 7; i++) {
+        job_fill(&jobs[i], 20, 0, i, 200);
+        job_submit(&rig, &jobs[i]);
+    }
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 7, 40);
+    assert_true(jobs[1].ended && jobs[4].count > 0);
+    assert_int_equal(jobs[5].count, 0);
+    check_all(&rig, jobs, 7);
     claas_adapter_unref(&flood);
     rig_close(&rig);
 }
@@ -805,6 +832,7 @@ int main(void)
         cmocka_unit_test(test_preemption),
         cmocka_unit_test(test_chat_before_rollouts),
         cmocka_unit_test(test_flood_leaves_a_place),
+        cmocka_unit_test(test_interrupted_goes_first),
         cmocka_unit_test(test_floods_share),
         cmocka_unit_test(test_prompts_take_turns),
         cmocka_unit_test(test_flood_gives_blocks),
