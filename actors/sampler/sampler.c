@@ -13,6 +13,8 @@
 #include "claas/mem.h"
 #include "claas/metrics.h"
 
+#define EVENTS_MAX 64 /* of the device, handled in one go */
+
 static int handle_chat(void *self, claas_message_t *message)
 {
     struct sampler *sampler = self;
@@ -137,6 +139,8 @@ static void give_memory(struct sampler *sampler)
     claas_device_client_gave(sampler->client);
 }
 
+/* Some events at a time: a device with many chats has the next ones by then, and who asks for
+ * another chat would wait for all of them. */
 static void device_readable(void *self, int fd)
 {
     struct sampler *sampler = self;
@@ -145,7 +149,7 @@ static void device_readable(void *self, int fd)
     struct choice *choice;
 
     (void)fd;
-    while (claas_device_client_next(sampler->client, &event) == 1) {
+    for (int i = 0; i < EVENTS_MAX && claas_device_client_next(sampler->client, &event) == 1; i++) {
         if (event.kind == CLAAS_EVENT_FAILED && event.error == CLAAS_ERR_DEVICE_LOST)
             claas_actor_fail(sampler->actor, event.error, event.text);
         if (event.kind == CLAAS_EVENT_MEMORY)
