@@ -280,7 +280,8 @@ static int64_t blameless_delay(struct cycle_run *run, int code)
     for (int i = 0; i < run->job_count; i++) {
         struct job *job = run->jobs[i];
 
-        job->away = lost || run->step == 0 ? job->away + 1 : 0;
+        if (lost || !is_of_disk(code)) /* a look at a disk does not count */
+            job->away = lost || run->step == 0 ? job->away + 1 : 0;
         times = times > job->away ? times : job->away;
     }
     times = times > 0 ? times - 1 : 0;

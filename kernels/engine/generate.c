@@ -102,7 +102,8 @@ static void discard_answer(struct claas_sequence *seq)
 }
 
 /* Start-time fair queueing: an adapter's next prompt has its turn behind all tokens of its prompts
- * before, but not before the prompt that is being read now, so that no adapter saves up. */
+ * before, but not before the prompt that is being read now, so that no adapter saves up. What in
+ * the end is not read is given back. */
 static void start_running(claas_device_t *device, struct claas_sequence *seq)
 {
     struct claas_share *share = claas_generate_share(seq);
@@ -116,8 +117,20 @@ static void start_running(claas_device_t *device, struct claas_sequence *seq)
     insert_sorted(&device->running, seq);
 }
 
+/* Tokens of a running prompt that need not be read, or not by it. */
+static void give_back(const struct claas_sequence *seq, int tokens)
+{
+    if (seq->priority == CLAAS_PRIORITY_CHAT)
+        claas_generate_share(seq)->turn -= tokens;
+}
+
+/* While it still says how much of it is computed; its last token, if it was made, is not read yet.
+ */
 static void stop_running(claas_device_t *device, struct claas_sequence *seq)
 {
+    const int unread = seq->count - seq->computed - 1;
+
+    give_back(seq, unread > 0 ? unread : 0);
     if (seq->priority == CLAAS_PRIORITY_CHAT)
         claas_generate_share(seq)->running--;
     seq->turn = 0;
@@ -129,13 +142,13 @@ static void retire(struct claas_queue *queue, struct claas_sequence *seq)
 {
     claas_device_t *device = device_of(seq);
 
-    if (seq->priority == CLAAS_PRIORITY_ROLLOUT)
-        discard_answer(seq);
-    drop_blocks(seq);
     if (queue == &device->running)
         stop_running(device, seq);
     else
         stop_waiting(device, seq);
+    if (seq->priority == CLAAS_PRIORITY_ROLLOUT)
+        discard_answer(seq);
+    drop_blocks(seq);
     seq->request.last->prompt_tokens = (size_t)seq->prompt_count;
     seq->request.last->cached_tokens = (size_t)seq->cached;
     seq->request.last->generated_tokens = (size_t)(seq->count - seq->prompt_count);
@@ -172,9 +185,9 @@ static void preempt(struct claas_sequence *seq)
 {
     claas_device_t *device = device_of(seq);
 
+    stop_running(device, seq);
     drop_blocks(seq);
     seq->preempted = true;
-    stop_running(device, seq);
     claas_generate_enqueue(device, seq);
 }
 
@@ -320,20 +333,38 @@ static bool admit_if_fits(claas_device_t *device, struct claas_sequence *seq)
     return true;
 }
 
-/* Whether a chat of an adapter that has none running may take the victim's place: if that makes
- * room enough, and leaves the victim's adapter a chat and as many blocks as it takes. */
+/* Blocks that are the sequence's alone. */
+static int count_own(const claas_device_t *device, const struct claas_sequence *seq)
+{
+    int own = 0;
+
+    for (int i = 0; i < seq->block_count; i++)
+        own += claas_kv_is_alone(device->kv, seq->blocks[i]);
+    return own;
+}
+
+/* Whether a chat of an adapter that has none running may take places of the victim's adapter: if
+ * all but its first chat make room enough, and that one and as many blocks as are taken are left.
+ */
 static bool may_replace(const claas_device_t *device, const struct claas_sequence *seq,
                         const struct claas_sequence *victim)
 {
-    int held = 0;
+    const int needed = blocks_for(seq->count + 1);
+    const struct claas_sequence *first = NULL;
+    int freed = 0, room;
 
     if (claas_generate_share(seq)->running > 0 || claas_generate_share(victim)->running < 2)
         return false;
-    for (struct claas_request *r = device->running.first; r != NULL; r = r->next)
-        if (as_sequence(r)->adapter == victim->adapter)
-            held += as_sequence(r)->block_count;
-    return count_promised(device) + 2 * blocks_for(seq->count + 1) <=
-           claas_kv_available(device->kv) + held;
+    for (struct claas_request *r = device->running.first; r != NULL; r = r->next) {
+        if (as_sequence(r)->adapter != victim->adapter)
+            continue;
+        if (first == NULL)
+            first = as_sequence(r);
+        else
+            freed += count_own(device, as_sequence(r));
+    }
+    room = claas_kv_available(device->kv) - count_promised(device) + freed;
+    return needed <= room && 2 * needed <= room + first->block_count;
 }
 
 /* Preempts one for a chat, which does not wait for room that a rollout holds. */
@@ -467,14 +498,16 @@ static void add_planned(claas_device_t *device, int count, struct claas_sequence
 /* Chooses which sequences run how many tokens: device->planned[0 … ret). */
 static int plan(claas_device_t *device)
 {
-    int most, budget, count = 0;
+    int most, budget, found, count = 0;
 
     make_fit(device);
     most = budget = claas_budget_find(device);
     for (struct claas_request *r = device->running.first; r != NULL; r = r->next) {
         struct claas_sequence *seq = as_sequence(r);
 
-        count_found(seq, attach_found(seq));
+        found = attach_found(seq);
+        give_back(seq, found);
+        count_found(seq, found);
         seq->planned = is_led(seq) ? 0 : find_run(seq, budget);
         if (seq->planned <= 0 || !take_blocks(device, seq, seq->computed + seq->planned))
             continue;

@@ -183,6 +183,11 @@ void claas_kv_drop(claas_kv_t *kv, int32_t number)
         link_unused(kv, number);
 }
 
+bool claas_kv_is_alone(const claas_kv_t *kv, int32_t number)
+{
+    return kv->blocks[number].users == 1;
+}
+
 /* --- content --- */
 
 static int32_t look_up(claas_kv_t *kv, uint64_t chain, const int32_t *tokens)

@@ -29,6 +29,8 @@ int32_t claas_kv_take(claas_kv_t *kv);
 void claas_kv_drop(claas_kv_t *kv, int32_t block);
 /* Drops one use; if it was the last, the block is no longer found and is the next to be taken. */
 void claas_kv_discard(claas_kv_t *kv, int32_t block);
+/* Whether a block has one user, so that dropping that use makes it free. */
+bool claas_kv_is_alone(const claas_kv_t *kv, int32_t block);
 /* Blocks that claas_kv_take could hand out now. */
 int claas_kv_available(const claas_kv_t *kv);
 int claas_kv_total(const claas_kv_t *kv);

@@ -526,6 +526,67 @@ static void test_interrupted_goes_first(void **state)
     rig_close(&rig);
 }
 
+/* A chat that would not fit without the first one of the adapter that has most interrupts none. */
+static void test_none_is_interrupted_in_vain(void **state)
+{
+    struct rig rig = rig_open((struct claas_device_options){.kv_tokens = 512});
+    claas_adapter_t *flood = adapter_new(&rig, 1);
+    struct job *jobs = jobs_new(3);
+
+    fake_close_gate(0);
+    job_fill(&jobs[0], 300, 0, 0, 60);
+    submit_as(&rig, &jobs[0], flood);
+    job_fill(&jobs[1], 40, 0, 1, 60);
+    submit_as(&rig, &jobs[1], flood);
+    fake_close_gate(10);
+    fake_wait_at_gate();
+    job_fill(&jobs[2], 230, 0, 2, 20);
+    job_submit(&rig, &jobs[2]);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 3, 60);
+    assert_in_range(jobs[1].count, 55, 60);
+    check_all(&rig, jobs, 3);
+    claas_adapter_unref(&flood);
+    rig_close(&rig);
+}
+
+/* Prompts that were cancelled before they were read cost their adapter no turn. */
+static void test_unread_prompts_cost_nothing(void **state)
+{
+    struct rig rig =
+        rig_open((struct claas_device_options){.prefill_chunk = 64, .kv_tokens = 32768});
+    claas_adapter_t *adapter = adapter_new(&rig, 1);
+    struct job *jobs = jobs_new(17);
+
+    fake_close_gate(0);
+    for (int i = 9; i < 17; i++) {
+        job_fill(&jobs[i], 900, 0, i, 1);
+        submit_as(&rig, &jobs[i], adapter);
+    }
+    fake_close_gate(2);
+    fake_wait_at_gate();
+    for (int i = 9; i < 17; i++)
+        claas_device_cancel(rig.client, jobs[i].id);
+    for (int i = 1; i < 9; i++) {
+        job_fill(&jobs[i], 900, 0, i, 1);
+        job_submit(&rig, &jobs[i]);
+    }
+    fake_close_gate(20); /* the second of these is being read */
+    fake_wait_at_gate();
+    job_fill(&jobs[0], 100, 0, 0, 2);
+    submit_as(&rig, &jobs[0], adapter);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 17, 1);
+    assert_in_range(count_ended(jobs + 1, 8), 1, 3);
+    fake_open_gate();
+    jobs_wait(&rig, jobs, 17, -1);
+    for (int i = 0; i < 9; i++)
+        job_check(&jobs[i]);
+    free(jobs);
+    claas_adapter_unref(&adapter);
+    rig_close(&rig);
+}
+
 /* Two floods, one behind the other: the second one's chats end as fast as the first one's. */
 static void test_floods_share(void **state)
 {
@@ -833,6 +894,8 @@ int main(void)
         cmocka_unit_test(test_chat_before_rollouts),
         cmocka_unit_test(test_flood_leaves_a_place),
         cmocka_unit_test(test_interrupted_goes_first),
+        cmocka_unit_test(test_none_is_interrupted_in_vain),
+        cmocka_unit_test(test_unread_prompts_cost_nothing),
         cmocka_unit_test(test_floods_share),
         cmocka_unit_test(test_prompts_take_turns),
         cmocka_unit_test(test_flood_gives_blocks),
