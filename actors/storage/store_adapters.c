@@ -237,9 +237,8 @@ int store_adapter_versions(struct store *store, const struct claas_store_request
 /* A disk that fails for a moment damages nothing. Whatever it is, who asked is not to blame. */
 static int fail_damaged(const struct store *store, int code, int64_t version, const char *name)
 {
-    bool fails = code == CLAAS_ERR_IO || code == CLAAS_ERR_DENIED || code == CLAAS_ERR_NO_MEMORY ||
-                 code == CLAAS_ERR_OVERLOADED;
-    bool damaged = !fails;
+    bool damaged = code != CLAAS_ERR_IO && code != CLAAS_ERR_DENIED &&
+                   code != CLAAS_ERR_NO_MEMORY && code != CLAAS_ERR_OVERLOADED;
 
     if (code == CLAAS_ERR_DENIED)
         code = CLAAS_ERR_IO;

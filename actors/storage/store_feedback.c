@@ -163,6 +163,7 @@ static int insert_job(struct store *store, const char *principal, struct put *pu
         return rc;
     claas_random_hex(hex, JOB_ID_BYTES);
     snprintf(put->job.id, sizeof(put->job.id), "job-%s", hex);
+    snprintf(put->job.lora_id, sizeof(put->job.lora_id), "%s", put->adapter.name);
     rc = db_run(&store->writer,
                 "INSERT INTO jobs(job_id, principal, adapter, lora_id, state, training,"
                 " idempotency_key, body_hash, created, updated)"

@@ -36,8 +36,8 @@ int store_find_job(struct db *db, const char *id, struct store_job *ret)
 {
     DB_STATEMENT *statement = NULL;
     int rc = db_query(db, &statement,
-                      "SELECT seq, adapter, strikes, ended, job_id, state, principal FROM jobs"
-                      " WHERE job_id = ?",
+                      "SELECT seq, adapter, strikes, ended, job_id, state, principal, lora_id"
+                      " FROM jobs WHERE job_id = ?",
                       "t", id);
 
     if (rc == 0)
@@ -53,6 +53,7 @@ int store_find_job(struct db *db, const char *id, struct store_job *ret)
     snprintf(ret->id, sizeof(ret->id), "%s", db_text(statement, 4));
     snprintf(ret->state, sizeof(ret->state), "%s", db_text(statement, 5));
     snprintf(ret->principal, sizeof(ret->principal), "%s", db_text(statement, 6));
+    snprintf(ret->lora_id, sizeof(ret->lora_id), "%s", db_text(statement, 7));
     return 0;
 }
 
@@ -75,14 +76,10 @@ static void complete_event(cJSON *event, const char *job_id, int64_t seq, int64_
  * fail the change. */
 static void note_event(struct store *store, const struct store_job *job, const cJSON *event)
 {
-    DB_STATEMENT *statement = NULL;
     cJSON *body = cJSON_CreateObject();
 
     claas_json_set(body, "event", cJSON_Duplicate(event, true));
-    if (db_query(&store->writer, &statement, "SELECT lora_id FROM jobs WHERE seq = ?", "i",
-                 job->seq) == 0 &&
-        db_step(&store->writer, statement) > 0)
-        claas_json_set_string(body, "lora_id", db_text(statement, 0));
+    claas_json_set_string(body, "lora_id", job->lora_id);
     if (!store->events)
         store->events = cJSON_CreateArray();
     if (!cJSON_AddItemToArray(store->events, body))

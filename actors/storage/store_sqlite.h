@@ -120,6 +120,7 @@ struct store_job {
     bool ended;
     char id[65], state[17];
     char principal[65];
+    char lora_id[CLAAS_LORA_NAME_BYTES];
 };
 /* 0, or NOT_FOUND. */
 int store_find_job(struct db *db, const char *id, struct store_job *ret);
