@@ -277,18 +277,17 @@ static int64_t blameless_delay(struct cycle_run *run, int code)
     bool lost = run->step > 0 && (is_of_disk(code) || code == CLAAS_ERR_OVERLOADED);
     int times = 0;
 
+    if (is_of_disk(code) && !lost)
+        return RETRY_FULL_MS;
     for (int i = 0; i < run->job_count; i++) {
         struct job *job = run->jobs[i];
 
-        if (lost || !is_of_disk(code)) /* a look at a disk does not count */
-            job->away = lost || run->step == 0 ? job->away + 1 : 0;
+        job->away = lost || run->step == 0 ? job->away + 1 : 0;
         times = times > job->away ? times : job->away;
     }
     times = times > 0 ? times - 1 : 0;
     if (lost)
         return (int64_t)RETRY_FULL_MS << (times < LOST_MAX ? times : LOST_MAX);
-    if (is_of_disk(code))
-        return RETRY_FULL_MS;
     return (int64_t)RETRY_FIRST_MS << (times < AWAY_MAX ? times : AWAY_MAX);
 }
 

@@ -438,21 +438,29 @@ static void test_adapter_deleted_during_a_cycle(void **state)
     assert_true(calls_of(CLAAS_MSG_CYCLE_INPUT) <= 3);
 }
 
-static void test_adapter_deleted_while_jobs_wait(void **state)
+/* What a watcher of the job gets whose adapter is deleted while its input is asked for. dropped:
+ * storage no longer has the job either. */
+static void delete_unheard(struct rig *rig, bool dropped, struct question *watch)
 {
-    struct rig *rig = *state;
-    struct question watch = ask_feedback("me/a", "shorter", true);
-
     rig_start(rig);
     set_block(CLAAS_MSG_CYCLE_INPUT, true);
-    probe_ask(rig->probe, &watch);
+    probe_ask(rig->probe, watch);
     await_calls(CLAAS_MSG_CYCLE_INPUT, 1);
     pthread_mutex_lock(&world.lock);
     world.deleted = true;
     cJSON_Delete(add_event(&world.jobs[0], "cancelled", NULL));
+    if (dropped)
+        claas_copy_text(world.jobs[0].id, sizeof(world.jobs[0].id), "another");
     unlock();
     set_block(CLAAS_MSG_CYCLE_INPUT, false);
-    probe_await(rig->probe, &watch);
+    probe_await(rig->probe, watch);
+}
+
+static void test_adapter_deleted_while_jobs_wait(void **state)
+{
+    struct question watch = ask_feedback("me/a", "shorter", true);
+
+    delete_unheard(*state, false, &watch);
     assert_int_equal(watch.code, 0);
     assert_non_null(strstr(watch.reply, "\"state\":\"cancelled\""));
 }
@@ -460,20 +468,9 @@ static void test_adapter_deleted_while_jobs_wait(void **state)
 /* Nobody told the scheduler, and by now storage has dropped the job. */
 static void test_job_gone_with_its_adapter(void **state)
 {
-    struct rig *rig = *state;
     struct question watch = ask_feedback("me/a", "shorter", true);
 
-    rig_start(rig);
-    set_block(CLAAS_MSG_CYCLE_INPUT, true);
-    probe_ask(rig->probe, &watch);
-    await_calls(CLAAS_MSG_CYCLE_INPUT, 1);
-    pthread_mutex_lock(&world.lock);
-    world.deleted = true;
-    cJSON_Delete(add_event(&world.jobs[0], "cancelled", NULL));
-    claas_copy_text(world.jobs[0].id, sizeof(world.jobs[0].id), "another");
-    unlock();
-    set_block(CLAAS_MSG_CYCLE_INPUT, false);
-    probe_await(rig->probe, &watch);
+    delete_unheard(*state, true, &watch);
     assert_int_equal(watch.code, CLAAS_ERR_NOT_FOUND);
     assert_int_equal(calls_of(CLAAS_MSG_CYCLE_INPUT), 1);
 }
