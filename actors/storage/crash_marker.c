@@ -77,10 +77,7 @@ static int count(struct store *store, const char *what)
             rc = record(store, cJSON_GetArrayItem(job, 0)->valuestring, park ? "failed" : "queued",
                         text);
     }
-    if (rc == 0)
-        rc = store->base.ops->commit(&store->base);
-    else
-        store->base.ops->abort(&store->base);
+    rc = store_end(store, rc);
     if (rc == 0)
         store_warn(store, "the last process crashed (%s): a strike for %d jobs", what, many);
     return rc;
@@ -99,10 +96,7 @@ int store_requeue(struct store *store)
         if (rc == 0)
             rc = record(store, cJSON_GetArrayItem(job, 0)->valuestring, "queued", NULL);
     }
-    if (rc == 0)
-        return store->base.ops->commit(&store->base);
-    store->base.ops->abort(&store->base);
-    return rc;
+    return store_end(store, rc);
 }
 
 int store_count_crash(struct store *store)

@@ -45,11 +45,7 @@ static int expire(struct store *store, int64_t adapter, int64_t number, const ch
                     "ii", adapter, number);
     if (rc >= 0)
         rc = db_run(&store->writer, "INSERT OR IGNORE INTO trash(path) VALUES(?)", "t", path);
-    if (rc < 0) {
-        store->base.ops->abort(&store->base);
-        return rc;
-    }
-    rc = store->base.ops->commit(&store->base);
+    rc = store_end(store, rc);
     return rc < 0 ? rc : 1;
 }
 
@@ -195,11 +191,7 @@ static int for_each_due(struct store *store, const struct due *due,
         return rc;
     for (size_t i = 0; rc >= 0 && i < due->count; i++)
         rc = run(store, due->jobs[i]);
-    if (rc < 0) {
-        store->base.ops->abort(&store->base);
-        return rc;
-    }
-    rc = store->base.ops->commit(&store->base);
+    rc = store_end(store, rc);
     return rc < 0 ? rc : (int)due->count;
 }
 

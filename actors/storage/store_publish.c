@@ -295,11 +295,7 @@ static int write_catalogue(struct publication *publication)
     if (rc == 0)
         rc = db_run(&store->writer, "DELETE FROM trash WHERE path = ?", "t", publication->trash);
     at_point(publication, "before commit");
-    if (rc >= 0)
-        rc = store->base.ops->commit(&store->base);
-    else
-        store->base.ops->abort(&store->base);
-    return rc;
+    return store_end(store, rc);
 }
 
 static int note_intent(struct publication *publication)

@@ -106,6 +106,14 @@ static int sqlite_commit(claas_store_t *base)
     return rc;
 }
 
+int store_end(struct store *store, int rc)
+{
+    if (rc >= 0)
+        return sqlite_commit(&store->base);
+    leave(store);
+    return rc;
+}
+
 int store_settle(struct store *store)
 {
     int rc = store->doubtful ? store_commit_nothing(&store->writer) : 0;

@@ -62,6 +62,8 @@ int store_commit_nothing(struct db *db);
 /* --- store_sqlite.c -------------------------------------------------------------------- */
 /* The writer's transaction, for operations of kind ALONE. */
 int store_begin(struct store *store);
+/* Commits it, or takes it back if what was done in it failed (rc < 0). 0, or the failure. */
+int store_end(struct store *store, int rc);
 /* A COMMIT whose fsync failed is taken back here, but its pages are in the log, and the start after
  * a crash takes them for good. So before files change in a way that only one of the two worlds
  * allows, another commit has to take their place. 0 when there is no doubt any more. */
