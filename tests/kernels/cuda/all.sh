@@ -112,9 +112,13 @@ part_bench() {
 
 # kernel_times.c's tables, each before its step's line.
 part_profile() {
-    local library=$here/libkernel_times.so
+    local library=$here/libkernel_times.so log status=0
     [ -f "$library" ] || { echo "no $library in this folder"; return 1; }
-    CUDA_INJECTION64_PATH=$library part_bench step
+    log=$(mktemp)
+    CUDA_INJECTION64_PATH=$library part_bench step 2>&1 | tee "$log" || status=$?
+    grep -q '^a step: ' "$log" || { echo "no table: the driver did not load $library"; status=1; }
+    rm -f "$log"
+    return $status
 }
 
 # The arrays go to a folder of their own, which is too large to keep.

@@ -212,8 +212,8 @@ static void report(void)
     pthread_mutex_unlock(&launches.lock);
 }
 
-/* Called by the driver when it starts; 1: all is well. */
-int InitializeInjection(void);
+/* Called by the driver when it starts, if the library shows this name; 1: all is well. */
+__attribute__((visibility("default"))) int InitializeInjection(void);
 int InitializeInjection(void)
 {
     CUptiResult rc = cuptiActivityRegisterCallbacks(give_buffer, take_buffer);

@@ -1,5 +1,8 @@
 /* kernel_times.c on a CUPTI of the test's own: three steps of four launches each behind what counts
- * for nothing. */
+ * for nothing.
+ *
+ *   test_kernel_times [LIBRARY]     LIBRARY: what the driver would load */
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -154,12 +157,31 @@ static void without_steps_it_says_so(void **state)
     expect(text, "0 launches");
 }
 
-int main(void)
+static const char *library;
+
+static void the_driver_finds_its_function(void **state)
+{
+    void *handle;
+
+    (void)state;
+    if (!library)
+        skip();
+    handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+    if (!handle)
+        fail_msg("%s", dlerror());
+    assert_non_null(dlsym(handle, "InitializeInjection"));
+    dlclose(handle);
+}
+
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(steps_are_counted),
         cmocka_unit_test(without_steps_it_says_so),
+        cmocka_unit_test(the_driver_finds_its_function),
     };
+
+    library = argc > 1 ? argv[1] : NULL;
 
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
