@@ -95,6 +95,31 @@ static int by_time(const void *a, const void *b)
     return x->ns > y->ns ? -1 : x->ns < y->ns;
 }
 
+/* Appends the numbers among a template's arguments, <1,128>; `at` is behind the name (Itanium C++
+ * ABI: I, then L, a type, the number, E for each of them, E). */
+static void add_numbers(const char *at, char ret[NAME_MAX_ + 1])
+{
+    size_t length = strlen(ret);
+
+    if (*at++ != 'I')
+        return;
+    for (int count = 0; at[0] == 'L' && length < NAME_MAX_; count++) {
+        char *type;
+        long named = strtol(++at, &type, 10); /* an enumeration's name, or one letter */
+        size_t skip = type == at ? 1 : (size_t)named;
+        size_t digits;
+
+        if (skip > strlen(type))
+            break;
+        digits = strcspn(type + skip, "E");
+        length += (size_t)snprintf(ret + length, NAME_MAX_ + 1 - length, "%c%.*s",
+                                   count > 0 ? ',' : '<', (int)digits, type + skip);
+        at = type + skip + digits + 1;
+        if (at[0] != 'L' && length < NAME_MAX_)
+            snprintf(ret + length, NAME_MAX_ + 1 - length, ">");
+    }
+}
+
 /* A function's own name out of a mangled one (_Z4name…, _ZL4name…); others as they are, cut off. */
 static void short_name(const char *mangled, char ret[NAME_MAX_ + 1])
 {
@@ -106,10 +131,11 @@ static void short_name(const char *mangled, char ret[NAME_MAX_ + 1])
         at += at[2] == 'L' ? 3 : 2;
     length = strtol(at, &end, 10);
     if (at == mangled || end == at || length <= 0 || (size_t)length > strlen(end)) {
-        end = (char *)mangled;
-        length = (long)strlen(mangled);
+        snprintf(ret, NAME_MAX_ + 1, "%s", mangled);
+        return;
     }
     snprintf(ret, NAME_MAX_ + 1, "%.*s", (int)(length < NAME_MAX_ ? length : NAME_MAX_), end);
+    add_numbers(end + length, ret);
 }
 
 static struct row *row_of(struct row *rows, size_t *count, const char *name)

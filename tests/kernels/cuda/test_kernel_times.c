@@ -127,7 +127,8 @@ static void steps_are_counted(void **state)
         uint64_t at = 1000 + 1000 * step;
 
         launch("nvjet_tst_128x256", at, 300);
-        launch("_Z9loss_rowsIfLb0EEv", at + 200, 200); /* 100 us beside the first */
+        launch("_Z9loss_rowsIL14cuda_lora_form3ELi128EEv", at + 200, 200); /* 100 us beside the
+                                                                              first */
         launch("nvjet_tst_128x256", at + 500, 100);
         launch("_ZL11adamw_quadsILb1EEv10cuda_adamw", at + 600, 10);
     }
@@ -135,8 +136,8 @@ static void steps_are_counted(void **state)
     setenv("KERNEL_TIMES_STEPS", "2", 1);
     run(text, sizeof(text));
     expect(text, "nvjet_tst_128x256                              2.0     0.400    40.0    200.00");
-    expect(text, "loss_rows                                      1.0     0.200    20.0    200.00");
-    expect(text, "adamw_quads                                    1.0     0.010     1.0     10.00");
+    expect(text, "loss_rows<3,128>                               1.0     0.200    20.0    200.00");
+    expect(text, "adamw_quads<1>                                 1.0     0.010     1.0     10.00");
     expect(text, "a step: 1.000 ms, 4.0 launches; some kernel ran for 0.510, none for 0.490");
     assert_null(strstr(text, "warm"));
     assert_null(strstr(text, "floor"));
