@@ -66,6 +66,19 @@ static void place_infer_side(const struct cuda_step *step, struct cuda_arena *ar
                                          backend->context.act_bytes);
 }
 
+/* Rows of a chunk: as few chunks of at most `limit` rows as there must be, of nearly one size. */
+static size_t even_chunk(size_t rows, size_t limit)
+{
+    size_t chunks, chunk;
+
+    limit = wider(limit, LOSS_ROWS_MIN);
+    chunks = (rows + limit - 1) / limit;
+    if (chunks <= 1)
+        return rows;
+    chunk = (rows + chunks - 1) / chunks;
+    return (chunk + LOSS_ROWS_MIN - 1) / LOSS_ROWS_MIN * LOSS_ROWS_MIN;
+}
+
 static void place_head(const struct cuda_step *step, struct cuda_arena *arena, bool gradient,
                        struct cuda_step_space *space)
 {
@@ -74,8 +87,7 @@ static void place_head(const struct cuda_step *step, struct cuda_arena *arena, b
     size_t rows = LOSS_FLOATS / vocab, act = backend->context.act_bytes;
     size_t most = (size_t)step->plan.position_count;
 
-    rows = rows > LOSS_ROWS ? LOSS_ROWS : rows < LOSS_ROWS_MIN ? LOSS_ROWS_MIN : rows;
-    rows = rows > most ? most : rows;
+    rows = even_chunk(most, rows > LOSS_ROWS ? LOSS_ROWS : rows);
     space->chunk = (int)rows;
     space->head_xn = cuda_take(arena, rows * d * act);
     space->logits = cuda_take(arena, rows * vocab * sizeof(float));
@@ -115,26 +127,20 @@ static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, 
     }
 }
 
-static void place_train_side(const struct cuda_step *step, struct cuda_arena *arena,
-                             struct cuda_step_space *space)
+/* What the layers use on the way there or back and need no more at the head: it lies where the
+ * head's buffers do. */
+static void place_layers(const struct cuda_step *step, struct cuda_arena *arena, int rows,
+                         struct cuda_step_space *space)
 {
     const claas_backend_t *backend = step->backend;
     const struct cuda_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
     size_t act = backend->context.act_bytes, d = (size_t)c->hidden, f = (size_t)c->intermediate;
-    size_t nq = (size_t)model->nq, nqkv = (size_t)model->nqkv, s = 0, m, tail;
-    struct extent e = extent_of(&step->plan.student);
+    size_t nq = (size_t)model->nq, nqkv = (size_t)model->nqkv, m = (size_t)rows, s = 0;
 
-    set_lds(&step->plan.student, space->pass.lds);
-    m = (size_t)e.m;
-    tail = (size_t)e.tail;
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
         s = wider(s, (size_t)space->pass.lds[kind]);
-    cuda_place_pass(backend, arena, e.m, &space->pass);
-    space->tail_x = cuda_take(arena, tail * d * act);
-    space->tail_attn = cuda_take(arena, tail * nq * act);
-    place_saved(step, arena, e.m, space);
-    space->dx = cuda_take(arena, m * d * sizeof(float));
+    cuda_place_pass(backend, arena, rows, &space->pass);
     space->dx_spread = cuda_take(arena, m * d * sizeof(float));
     space->dy = cuda_take(arena, m * wider(d, nqkv) * act);
     space->dxn = cuda_take(arena, m * d * act);
@@ -144,6 +150,26 @@ static void place_train_side(const struct cuda_step *step, struct cuda_arena *ar
     space->dattn_spread = cuda_take(arena, m * nq * act);
     space->ds = cuda_take(arena, m * s * act);
     space->delta = cuda_take(arena, m * (size_t)c->heads * sizeof(float));
+}
+
+static void place_train_side(const struct cuda_step *step, struct cuda_arena *arena,
+                             struct cuda_step_space *space)
+{
+    const claas_backend_t *backend = step->backend;
+    size_t d = (size_t)backend->model.config.hidden, act = backend->context.act_bytes, shared, head;
+    struct extent e = extent_of(&step->plan.student);
+
+    set_lds(&step->plan.student, space->pass.lds);
+    space->tail_x = cuda_take(arena, (size_t)e.tail * d * act);
+    space->tail_attn = cuda_take(arena, (size_t)e.tail * (size_t)backend->model.nq * act);
+    place_saved(step, arena, e.m, space);
+    space->dx = cuda_take(arena, (size_t)e.m * d * sizeof(float));
+    shared = arena->used;
+    place_head(step, arena, true, space);
+    head = arena->used;
+    arena->used = shared;
+    place_layers(step, arena, e.m, space);
+    arena->used = wider(arena->used, head);
 }
 
 /* What lives through the whole step. */
@@ -175,16 +201,17 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
 
     arena->used = 0;
     place_kept(step, arena, space);
-    if (stage != CUDA_STAGE_TEACHER)
-        place_head(step, arena, train, space);
-    if (train)
+    if (train) {
         place_train_side(step, arena, space);
-    else
-        place_infer_side(step, arena,
-                         stage == CUDA_STAGE_TEACHER ? &plan->teacher
-                         : stage == CUDA_STAGE_BASE  ? &plan->base
-                                                     : &plan->student,
-                         space);
+        return;
+    }
+    if (stage != CUDA_STAGE_TEACHER)
+        place_head(step, arena, false, space);
+    place_infer_side(step, arena,
+                     stage == CUDA_STAGE_TEACHER ? &plan->teacher
+                     : stage == CUDA_STAGE_BASE  ? &plan->base
+                                                 : &plan->student,
+                     space);
 }
 
 /* Rounds down to a power of two or three quarters of one. Where batches end decides in which order

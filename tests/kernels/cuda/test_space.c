@@ -1,5 +1,6 @@
 /* The memory of a training step on a card of the test's own, which counts bytes and has none: which
- * batches keep their activations, what is tried when there is no room, how the region grows. */
+ * batches keep their activations, what is tried when there is no room, how the region grows, what
+ * lies where something else did. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -269,6 +270,38 @@ static void test_growth(void **state)
     assert_int_equal(card.refused, 0);
 }
 
+/* The bytes of a step of 500 tokens. */
+static size_t bytes_of(int positions, int intermediate)
+{
+    struct rig rig;
+
+    set_up(NULL);
+    card.bytes = (size_t)1 << 40;
+    backend.model.config.vocab = 151936;
+    backend.model.config.intermediate = intermediate;
+    rig_open(&rig, 500);
+    rig.step.plan.position_count = positions;
+    assert_int_equal(reserve(&rig), 0);
+    if (positions == 2048)
+        assert_int_equal(rig.step.space.chunk, 704); /* not 883, 883 and 282 */
+    if (positions == 883)
+        assert_int_equal(rig.step.space.chunk, 883);
+    return backend.step.bytes;
+}
+
+/* The head's buffers lie where those of the layers do: the larger of the two counts. */
+static void test_head(void **state)
+{
+    const size_t kept = 2 * HIDDEN + 2 * sizeof(float) + sizeof(struct cuda_loss_position) +
+                        sizeof(struct claas_loss_result);
+    const size_t head = (size_t)704 * 151936 * (4 + 4 + 2);
+
+    (void)state;
+    assert_int_equal(bytes_of(2048, 1 << 20) - bytes_of(0, 1 << 20), 2048 * kept);
+    assert_in_range(bytes_of(2048, 1) - bytes_of(0, 1), head, head + head / 100);
+    assert_true(bytes_of(883, 1) > bytes_of(2048, 1));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -277,6 +310,7 @@ int main(void)
         cmocka_unit_test_setup(test_small_batch, set_up),
         cmocka_unit_test_setup(test_no_room, set_up),
         cmocka_unit_test_setup(test_growth, set_up),
+        cmocka_unit_test_setup(test_head, set_up),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
