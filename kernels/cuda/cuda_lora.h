@@ -13,8 +13,8 @@
  *   few      packs of serving of at most CUDA_LORA_FEW rows, bound by reading A and B: up to 64
  *            rows in the frozen product's own launch (gemm_few.cu), or by lora_few.cu
  *   grouped  everything else: lora_grouped.cu, products on tensor cores over the list of tiles
- *   gemm     one adapter with many rows of a large model: cuBLASLt, a launch per part (unless
- *            CLAAS_CUDA_LORA=grouped)
+ *   gemm     S and dS of one adapter with many rows of a large model: cuBLASLt, for dS a launch per
+ *            part (unless CLAAS_CUDA_LORA=grouped)
  *
  * S and dS are rounded to act; y and dx are read, added to in float32 and rounded once per
  * operation. Element [i][j] of S lies at i*ld + j, the parts of a weight side by side. */
@@ -56,7 +56,7 @@ struct cuda_lora_rows {
     int tile_rows;               /* CUDA_LORA_FEW_ROWS or CUDA_LORA_TILE_ROWS */
     int rank;                    /* the largest */
     struct cuda_lora_group only; /* the group, if there is just one */
-    bool by_gemm;                /* there is one group, large enough for cuBLASLt */
+    bool by_gemm;                /* there is one group, large enough for cuBLASLt's S and dS */
 };
 
 /* A group of `adapter`'s rows; grad may be NULL. */
@@ -123,8 +123,8 @@ int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora)
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora);
 /* dS = dY (sB) */
 int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora);
-/* One launch for those wanted of dB += s dY^T S and dA += dS^T x (gradients), and dx += dS A
- * (input). */
+/* Those wanted of dB += s dY^T S and dA += dS^T x (gradients), one launch, and dx += dS A (input),
+ * another that runs beside it. */
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
                     bool input);
 /* Whether these rows go the few way, in which S depends on neither m nor the groups. In launches of
@@ -149,9 +149,10 @@ enum cuda_lora_form {
     CUDA_LORA_DA,
     CUDA_LORA_DX
 };
-#define CUDA_LORA_FORMS 3 /* the most in one launch; they must not depend on each other */
+#define CUDA_LORA_FORMS 2 /* the most in one launch: DB and DA */
+/* Launches early (launch.cuh). beside: DX directly behind DB and DA, while which it may run. */
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
-                      const enum cuda_lora_form *forms, int count);
+                      const enum cuda_lora_form *forms, int count, bool beside);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define GEMM_ROWS                                                                                  \
-    1024 /* of one adapter, from which on cuBLASLt's products are worth their launches */
+    1024 /* of one adapter, from which on cuBLASLt is faster at S and dS, or no slower */
 #define GEMM_SIZE 1024 /* the weight's smaller side, likewise */
 
 /* --- groups and tiles --- */
@@ -79,12 +79,12 @@ struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int c
         rows.rank = rows.rank > groups[i].rank ? rows.rank : groups[i].rank;
     if (count == 1)
         rows.only = groups[0];
-    rows.by_gemm = count == 1 && tile_rows == CUDA_LORA_TILE_ROWS && groups[0].count >= GEMM_ROWS &&
-                   !is_wished("grouped");
+    rows.by_gemm = count == 1 && tile_rows == CUDA_LORA_TILE_ROWS && !is_wished("grouped") &&
+                   (groups[0].count >= GEMM_ROWS || is_wished("gemm"));
     return rows;
 }
 
-/* --- cuBLASLt: one adapter with many rows --- */
+/* --- cuBLASLt: S and dS of one adapter with many rows --- */
 
 static bool is_by_gemm(const struct cuda_lora *lora)
 {
@@ -102,13 +102,6 @@ static const void *view_at(const struct cuda_context *context, const struct cuda
     const struct cuda_lora_group *group = &lora->rows->only;
 
     return cuda_at(context, group->view, (size_t)lora->layer * group->layer + place);
-}
-
-static float *grad_at(const struct cuda_lora *lora, size_t place)
-{
-    const struct cuda_lora_group *group = &lora->rows->only;
-
-    return group->grad + (size_t)lora->layer * group->layer + place;
 }
 
 /* The group's first row of an array of acts, and an element of it. */
@@ -136,39 +129,6 @@ static int gemm_shrink(struct cuda_context *context, const struct cuda_lora *lor
                                   .out_type = context->act,
                                   .alpha = 1,
                               });
-}
-
-static int gemm_expand(struct cuda_context *context, const struct cuda_lora *lora)
-{
-    const struct cuda_weight *weight = lora->weight;
-    const struct cuda_lora_group *group = &lora->rows->only;
-    int code = 0;
-
-    for (int i = 0; i < weight->part_count && code >= 0; i++) {
-        const struct cuda_part *part = &weight->parts[i];
-        int place = group->index[part->module];
-
-        if (place < 0)
-            continue;
-        code = cuda_gemm(
-            context,
-            &(struct cuda_gemm){
-                .form = CUDA_GEMM_NT,
-                .m = group->count,
-                .n = part->n,
-                .k = group->rank,
-                .a = row_at(context, lora, lora->s, lora->ld, (size_t)place * (size_t)group->rank),
-                .lda = lora->ld,
-                .b = view_at(context, lora, group->b[part->module]),
-                .ldb = group->rank,
-                .out = row_at(context, lora, lora->y, weight->n, (size_t)part->row),
-                .ldo = weight->n,
-                .out_type = context->act,
-                .alpha = 1,
-                .beta = 1,
-            });
-    }
-    return code;
 }
 
 static int gemm_outer(struct cuda_context *context, const struct cuda_lora *lora)
@@ -201,79 +161,6 @@ static int gemm_outer(struct cuda_context *context, const struct cuda_lora *lora
                          });
     }
     return code;
-}
-
-static int gemm_gradient_b(struct cuda_context *context, const struct cuda_lora *lora,
-                           const struct cuda_part *part)
-{
-    const struct cuda_lora_group *group = &lora->rows->only;
-    size_t place = (size_t)group->index[part->module] * (size_t)group->rank;
-
-    return cuda_gemm(context,
-                     &(struct cuda_gemm){
-                         .form = CUDA_GEMM_TN,
-                         .m = part->n,
-                         .n = group->rank,
-                         .k = group->count,
-                         .a = row_at(context, lora, lora->dy, lora->weight->n, (size_t)part->row),
-                         .lda = lora->weight->n,
-                         .b = row_at(context, lora, lora->s, lora->ld, place),
-                         .ldb = lora->ld,
-                         .out = grad_at(lora, group->b[part->module]),
-                         .ldo = group->rank,
-                         .out_type = CUDA_TYPE_F32,
-                         .alpha = group->scale,
-                         .beta = 1,
-                     });
-}
-
-static int gemm_gradients(struct cuda_context *context, const struct cuda_lora *lora)
-{
-    const struct cuda_weight *weight = lora->weight;
-    const struct cuda_lora_group *group = &lora->rows->only;
-    int code = 0;
-
-    for (int i = 0; i < weight->part_count && code >= 0; i++)
-        if (group->index[weight->parts[i].module] >= 0)
-            code = gemm_gradient_b(context, lora, &weight->parts[i]);
-    if (code < 0)
-        return code;
-    return cuda_gemm(context, &(struct cuda_gemm){
-                                  .form = CUDA_GEMM_TN,
-                                  .m = width_of(lora),
-                                  .n = weight->k,
-                                  .k = group->count,
-                                  .a = row_at(context, lora, lora->ds, lora->ld, 0),
-                                  .lda = lora->ld,
-                                  .b = row_at(context, lora, lora->x, weight->k, 0),
-                                  .ldb = weight->k,
-                                  .out = grad_at(lora, group->a[lora->kind]),
-                                  .ldo = weight->k,
-                                  .out_type = CUDA_TYPE_F32,
-                                  .alpha = 1,
-                                  .beta = 1,
-                              });
-}
-
-static int gemm_input(struct cuda_context *context, const struct cuda_lora *lora)
-{
-    int k = lora->weight->k;
-
-    return cuda_gemm(context, &(struct cuda_gemm){
-                                  .form = CUDA_GEMM_NN,
-                                  .m = lora->rows->only.count,
-                                  .n = k,
-                                  .k = width_of(lora),
-                                  .a = row_at(context, lora, lora->ds, lora->ld, 0),
-                                  .lda = lora->ld,
-                                  .b = view_at(context, lora, lora->rows->only.a[lora->kind]),
-                                  .ldb = k,
-                                  .out = row_at(context, lora, lora->dx, k, 0),
-                                  .ldo = k,
-                                  .out_type = context->act,
-                                  .alpha = 1,
-                                  .beta = 1,
-                              });
 }
 
 /* --- operations --- */
@@ -320,7 +207,7 @@ int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora)
         return cuda_lora_few_shrink(context, lora);
     if (is_by_gemm(lora))
         return gemm_shrink(context, lora);
-    return cuda_lora_grouped(context, lora, &form, 1);
+    return cuda_lora_grouped(context, lora, &form, 1, false);
 }
 
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
@@ -331,9 +218,7 @@ int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora)
         return 0;
     if (cuda_lora_is_few(context, lora))
         return cuda_lora_few_expand(context, lora);
-    if (is_by_gemm(lora))
-        return gemm_expand(context, lora);
-    return cuda_lora_grouped(context, lora, &form, 1);
+    return cuda_lora_grouped(context, lora, &form, 1, false);
 }
 
 int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
@@ -343,27 +228,18 @@ int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora)
     if (is_absent(lora))
         return 0;
     return is_by_gemm(lora) ? gemm_outer(context, lora)
-                            : cuda_lora_grouped(context, lora, &form, 1);
+                            : cuda_lora_grouped(context, lora, &form, 1, false);
 }
 
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
                     bool input)
 {
-    enum cuda_lora_form forms[CUDA_LORA_FORMS];
-    int count = 0, code = 0;
+    const enum cuda_lora_form both[] = {CUDA_LORA_DB, CUDA_LORA_DA}, dx = CUDA_LORA_DX;
+    int code = 0;
 
     if (is_absent(lora))
         return 0;
-    if (is_by_gemm(lora)) {
-        if (gradients)
-            code = gemm_gradients(context, lora);
-        return input && code >= 0 ? gemm_input(context, lora) : code;
-    }
-    if (gradients) {
-        forms[count++] = CUDA_LORA_DB;
-        forms[count++] = CUDA_LORA_DA;
-    }
-    if (input)
-        forms[count++] = CUDA_LORA_DX;
-    return count > 0 ? cuda_lora_grouped(context, lora, forms, count) : 0;
+    if (gradients)
+        code = cuda_lora_grouped(context, lora, both, CUDA_LORA_FORMS, false);
+    return input && code >= 0 ? cuda_lora_grouped(context, lora, &dx, 1, gradients) : code;
 }

@@ -27,6 +27,7 @@ struct lora_section {
     unsigned first; /* block */
     int columns;
     int splits; /* parts of k: 1, or one for each chunk */
+    int span;   /* Y, DX: tiles of columns that a block takes */
 };
 struct lora_args {
     const struct cuda_lora_group *groups;
@@ -74,12 +75,13 @@ static __host__ __device__ __forceinline__ int lora_tiles_of(int size)
     return (size + LORA_TILE - 1) / LORA_TILE;
 }
 
-/* A LORA_TILE x LORA_TILE piece of a product. */
+/* A LORA_TILE x LORA_TILE piece of a product, or a row of such. */
 template <typename T> struct lora_problem {
     enum cuda_lora_form form;
     const T *left, *right;
     size_t ld_left, ld_right;
     int m, n, i, j;      /* all of the product; where the piece begins */
+    int j_end;           /* where the last piece of the row ends, or n before it */
     int k_first, k_end;  /* the terms to sum */
     void *out;           /* of (0, 0): act; DB, DA: float32 */
     size_t out_i, out_j; /* strides */
@@ -172,7 +174,7 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
     const struct cuda_lora_group *group = &args.groups[tile.group];
 
     if (section.form == CUDA_LORA_Y) {
-        part = lora_part_of(args, LORA_TILE, 1, &x);
+        part = lora_part_of(args, LORA_TILE * section.span, 1, &x);
     } else if (section.form == CUDA_LORA_DS) {
         const int per = lora_tiles_of(args.rank) * section.splits;
 
@@ -190,7 +192,8 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
     p->form = section.form;
     p->m = tile.count;
     p->i = 0;
-    p->j = x * LORA_TILE;
+    p->j = x * LORA_TILE * section.span;
+    p->j_end = p->j + LORA_TILE * section.span;
     p->k_first = 0;
     p->out_j = 1;
     p->scale = 1.0f;

@@ -1,0 +1,206 @@
+/* LoRA's forms with many terms: S, dS, dB and dA (lora_problem.cuh).
+ *
+ * A block makes a 64 x 64 piece of one product. Its two teams take half of the terms each, of every
+ * chunk of LORA_CHUNK the first 256 and the last 256: so a sum of few pieces waits half as often.
+ * Operands come in pieces of 64 terms by cp.async, three of each team in flight. Both teams' sums of a
+ * chunk, begun at zero, are added, and those of all chunks in order. Where there are few tiles and
+ * many terms, each chunk is a block's, and join_kernel adds up the same numbers in the same order. So
+ * a row's bits depend on neither the number of rows nor the other groups.
+ *
+ *   x and dY are read once for S and dS (a second time where parts*R > 64), once more for the
+ *   gradients; A and B once per 64 rows, from the L2 as a rule.
+ *   Shared memory: 2 teams x 3 x 16 KB and 16 KB for the exchange, two blocks on an SM. */
+#ifndef CLAAS_CUDA_LORA_SUMS_CUH
+#define CLAAS_CUDA_LORA_SUMS_CUH
+
+#include "cuda/launch.cuh"
+#include "cuda/lora_pieces.cuh"
+
+#define TEAMS        2
+#define SUM_THREADS  (TEAMS * TEAM)
+#define SUM_SWAP     (TEAMS * STAGES * 2 * PIECE) /* where the exchange lies, in bf16 */
+#define SUM_BYTES    (SUM_SWAP * sizeof(bf16) + SUM_THREADS * 16 * sizeof(float))
+#define CHUNK_PIECES (LORA_CHUNK / TEAMS / STEP) /* of a team */
+#define JOIN_BLOCKS  8                           /* of a tile */
+
+static __device__ __forceinline__ int team_of(void)
+{
+    return (int)threadIdx.x / TEAM;
+}
+
+/* The first term of the team's i-th piece; how many pieces the first team has, which are no fewer
+ * than the second's. */
+static __device__ __forceinline__ int team_term(const lora_problem<bf16> &p, int i)
+{
+    return p.k_first + i / CHUNK_PIECES * LORA_CHUNK + team_of() * (LORA_CHUNK / TEAMS) +
+           i % CHUNK_PIECES * STEP;
+}
+static __device__ __forceinline__ int team_pieces(const lora_problem<bf16> &p)
+{
+    const int terms = p.k_end - p.k_first, rest = (terms % LORA_CHUNK + STEP - 1) / STEP;
+
+    return terms / LORA_CHUNK * CHUNK_PIECES + min(rest, CHUNK_PIECES);
+}
+
+/* A team's share of the 64 x 64 result: the first team has rows 0 … 15 of each warp's 32, the second
+ * the others. */
+typedef float share_sums[4][4];
+
+/* Leaves the other team its share of a chunk's sums. swap: [2 teams][16][TEAM]. */
+static __device__ __forceinline__ void give_share(const warp_sums &sum, float *swap)
+{
+    const int team = team_of();
+
+    swap += team * 16 * TEAM + team_thread();
+#pragma unroll
+    for (int e = 0; e < 16; e++)
+        swap[e * TEAM] = team == 0 ? sum[1][e / 4][e % 4] : sum[0][e / 4][e % 4];
+}
+
+/* After a barrier: adds both teams' sums of the own share to the total. */
+static __device__ __forceinline__ void take_share(share_sums &total, warp_sums &sum,
+                                                  const float *swap)
+{
+    const int team = team_of();
+
+    swap += (1 - team) * 16 * TEAM + team_thread();
+#pragma unroll
+    for (int e = 0; e < 16; e++) {
+        const float own = team == 0 ? sum[0][e / 4][e % 4] : sum[1][e / 4][e % 4];
+
+        total[e / 4][e % 4] += own + swap[e * TEAM];
+        sum[0][e / 4][e % 4] = sum[1][e / 4][e % 4] = 0.0f;
+    }
+}
+
+/* total = the team's share of the product's piece at (i, j). */
+template <bool TURNED_LEFT, bool TURNED_RIGHT>
+static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_problem<bf16> &p,
+                                                 bf16 *shared)
+{
+    bf16 *tiles = shared + team_of() * STAGES * 2 * PIECE;
+    float *swap = (float *)(shared + SUM_SWAP);
+    const int pieces = team_pieces(p);
+    warp_sums sum = {};
+
+    for (int i = 0, stage = 0; i < pieces + STAGES; i++) {
+        bf16 *left = tiles + stage * 2 * PIECE, *right = left + PIECE;
+        const int at = i - STAGES; /* the piece that was asked for so many turns ago */
+
+        if (at >= 0) {
+            const bool last = at % CHUNK_PIECES == CHUNK_PIECES - 1 || at == pieces - 1;
+
+            copies_wait_but<STAGES - 1>();
+            __syncthreads(); /* also: all have taken their share of the chunk before */
+            if (team_term(p, at) < p.k_end)
+                multiply_pieces<TURNED_LEFT, TURNED_RIGHT>(sum, left, right, STEP);
+            if (last)
+                give_share(sum, swap);
+            __syncthreads(); /* all warps are done with the stage */
+            if (last)
+                take_share(total, sum, swap);
+        }
+        if (i < pieces && team_term(p, i) < p.k_end) {
+            load_left<TURNED_LEFT>(left, p, team_term(p, i));
+            load_right<TURNED_RIGHT>(right, p, p.j, team_term(p, i));
+        }
+        copies_commit();
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+}
+
+/* --- results --- */
+
+/* S, dS: rounded, or float32 where k is split. n is a multiple of 8, so pairs are whole. */
+static __device__ __forceinline__ void store_sums(const lora_problem<bf16> &p,
+                                                  const share_sums &sum)
+{
+#pragma unroll
+    for (int nt = 0; nt < 4; nt++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = p.i + pair_row(team_of(), half), j = p.j + pair_column(nt);
+            const float low = sum[nt][2 * half], high = sum[nt][2 * half + 1];
+            const size_t at = (size_t)i * p.out_i + (size_t)j;
+
+            if (i < p.m && j < p.n && p.partial)
+                *(float2 *)(p.partial + at) = make_float2(low, high);
+            else if (i < p.m && j < p.n)
+                *(uint32_t *)((bf16 *)p.out + at) = pack_pair(low, high);
+        }
+}
+
+/* dB, dA: all reads before the writes, so that they are under way together. */
+static __device__ __forceinline__ void add_gradients(const lora_problem<bf16> &p,
+                                                     const share_sums &sum)
+{
+    float *out = (float *)p.out, old[16];
+
+#pragma unroll
+    for (int e = 0; e < 16; e++) {
+        const int i = p.i + pair_row(team_of(), e / 2 % 2), j = p.j + pair_column(e / 4) + e % 2;
+
+        old[e] = i < p.m && j < p.n ? out[(size_t)i * p.out_i + (size_t)j * p.out_j] : 0.0f;
+    }
+#pragma unroll
+    for (int e = 0; e < 16; e++) {
+        const int i = p.i + pair_row(team_of(), e / 2 % 2), j = p.j + pair_column(e / 4) + e % 2;
+
+        if (i < p.m && j < p.n)
+            out[(size_t)i * p.out_i + (size_t)j * p.out_j] =
+                fmaf(p.scale, sum[e / 4][e % 4], old[e]);
+    }
+}
+
+/* --- the kernels --- */
+
+/* FORM: S, DS, or DB for both gradients, beside which the launch of dx may run: it begins when this
+ * one's blocks know that what was queued before them is done. */
+template <enum cuda_lora_form FORM>
+static __global__ void __launch_bounds__(SUM_THREADS, 2) sum_kernel(const struct lora_args args)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    lora_problem<bf16> p;
+    share_sums total = {};
+    const bool found = lora_find(args, &p);
+
+    launch_wait();
+    launch_next();
+    if (!found)
+        return;
+    sum_terms<FORM == CUDA_LORA_DB, FORM != CUDA_LORA_S>(total, p, (bf16 *)shared);
+    if (FORM == CUDA_LORA_DB)
+        add_gradients(p, total);
+    else
+        store_sums(p, total);
+}
+
+/* Adds up the chunks of S or dS in order, the group's width of them, four elements a thread;
+ * JOIN_BLOCKS blocks a tile of rows. */
+static __global__ void __launch_bounds__(TEAM)
+    join_kernel(const struct lora_args args, int splits, bf16 *out)
+{
+    const struct cuda_lora_tile tile = args.tiles[blockIdx.x / JOIN_BLOCKS];
+    const struct cuda_lora_group *group = &args.groups[tile.group];
+    const int width = group->parts[args.kind] * group->rank;
+    const int first = ((int)(blockIdx.x % JOIN_BLOCKS) * TEAM + (int)threadIdx.x) * 4;
+    const size_t sums = (size_t)args.m * (size_t)args.ld;
+
+    launch_next();
+    launch_wait();
+    for (int e = first; e < tile.count * width; e += JOIN_BLOCKS * TEAM * 4) {
+        const size_t at = (size_t)(tile.first + e / width) * (size_t)args.ld + (size_t)(e % width);
+        float4 total = {};
+
+#pragma unroll 8
+        for (int i = 0; i < splits; i++) {
+            const float4 x = *(const float4 *)(args.partial + (size_t)i * sums + at);
+
+            total = make_float4(total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w);
+        }
+        *(uint2 *)(out + at) =
+            make_uint2(pack_pair(total.x, total.y), pack_pair(total.z, total.w));
+    }
+}
+
+#endif
