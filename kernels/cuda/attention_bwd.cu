@@ -8,7 +8,8 @@
  * Two kernels, so that every sum has one owner and one order and nothing is added atomically: P and
  * dP are computed twice, seven products of a tile instead of five.
  *
- * row_deltas: a warp per row and head.
+ * row_deltas: a lane has 8 elements of a row and head, a power of two of lanes the whole, of two of
+ *   them; the sum goes from element to element, then from lane to lane.
  * grad_keys: a block takes a window of 64 key rows of one kv head (run after run of those in the
  *   window), a warp 16 of them, and walks over the queries that see them: tiles of 64 / group
  *   queries with all heads of the group, first of the run itself, from the diagonal on, then of its
@@ -26,38 +27,48 @@
  *
  * Source: Dao, FlashAttention-2 (2023), section 3.1.2. */
 #include "cuda/attention_grad.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/row_chunks.cuh"
 
-#define ROWS 64 /* of a tile */
+#define ROWS       64 /* of a tile */
+#define DELTA_ROWS 2  /* of a lane of row_deltas, so that more is on its way at once */
 
 /* --- delta --- */
 
-static __device__ __forceinline__ float2 pair_at(const float *x)
+/* A block is lanes (x) by rows (y). VECTOR: out and dout are aligned to 16 bytes. What is not there
+ * is read elsewhere and left out, since a branch would keep the second row's loads behind the first
+ * row's. */
+template <typename T, bool VECTOR>
+static __global__ __launch_bounds__(THREADS) void row_deltas(size_t count, int d, const T *out,
+                                                             const T *dout, float *delta)
 {
-    return *(const float2 *)x;
-}
-static __device__ __forceinline__ float2 pair_at(const bf16 *x)
-{
-    return __bfloat1622float2(*(const __nv_bfloat162 *)x);
-}
+    const size_t first = (size_t)blockIdx.x * DELTA_ROWS * blockDim.y + threadIdx.y;
+    const int lane = (int)threadIdx.x, from = lane * CHUNK < d ? lane * CHUNK : 0;
+    float x[DELTA_ROWS][CHUNK], y[DELTA_ROWS][CHUNK];
 
-template <typename T>
-static __global__ __launch_bounds__(ATTN_THREADS) void row_deltas(size_t count, int d, const T *out,
-                                                                  const T *dout, float *delta)
-{
-    const size_t at = (size_t)blockIdx.x * ATTN_WARPS + threadIdx.x / 32;
-    float sum = 0;
+    launch_next();
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; r++) {
+        const size_t at = min(first + (size_t)r * blockDim.y, count - 1) * (size_t)d + (size_t)from;
 
-    if (at >= count)
-        return;
-    for (int j = 2 * ((int)threadIdx.x % 32); j < d; j += 64) {
-        const float2 x = pair_at(out + at * d + j), y = pair_at(dout + at * d + j);
-
-        sum = fmaf(x.y, y.y, fmaf(x.x, y.x, sum));
+        load8<VECTOR>(out + at, CHUNK, x[r]);
+        load8<VECTOR>(dout + at, CHUNK, y[r]);
     }
-    for (int step = 16; step > 0; step /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % 32 == 0)
-        delta[at] = sum;
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; r++) {
+        const size_t at = first + (size_t)r * blockDim.y;
+        float sum = 0;
+
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++)
+            sum = fmaf(x[r][j], y[r][j], sum);
+        if (lane * CHUNK >= d)
+            sum = 0;
+        for (int step = (int)blockDim.x / 2; step > 0; step /= 2)
+            sum += __shfl_xor_sync(ALL_LANES, sum, step);
+        if (lane == 0 && at < count)
+            delta[at] = sum;
+    }
 }
 
 /* --- keys and values --- */
@@ -288,11 +299,18 @@ template <typename T>
 static int launch_deltas(struct cuda_context *context, const struct cuda_attention_bwd *args)
 {
     const struct cuda_attention *a = &args->forward;
+    const bool vector = aligned16(a->out) && aligned16(args->dout);
     const size_t count = (size_t)a->m * (size_t)a->heads;
+    unsigned lanes = 1, rows;
 
-    row_deltas<T>
-        <<<(unsigned)((count + ATTN_WARPS - 1) / ATTN_WARPS), ATTN_THREADS, 0, context->stream>>>(
-            count, a->head_dim, (const T *)a->out, (const T *)args->dout, args->delta);
+    static_assert(32 * CHUNK >= 256, "the lanes of a warp hold a head that attn_check accepts");
+    while (lanes * CHUNK < (unsigned)a->head_dim)
+        lanes *= 2;
+    rows = THREADS / lanes;
+    (vector ? row_deltas<T, true> : row_deltas<T, false>)<<<
+        (unsigned)((count + DELTA_ROWS * rows - 1) / (DELTA_ROWS * rows)), dim3(lanes, rows), 0,
+        context->stream>>>(count, a->head_dim, (const T *)a->out, (const T *)args->dout,
+                           args->delta);
     return cuda_check_launch(context, "attention's deltas");
 }
 
