@@ -79,7 +79,7 @@ int cuda_attention_reach(int furthest);
 
 /* dqkv act [m][ldqkv] from dout act [m][Nq]; delta: scratch float [m][H]. The gradient of a shared
  * prompt's keys and values sums over the queries of its own run, then over its children's in
- * order. */
+ * order; on sm_90a, over every second tile of these, then the others. */
 struct cuda_attention_bwd {
     struct cuda_attention forward; /* as it was, out and lse filled; training only */
     const int32_t *children;

@@ -25,6 +25,7 @@ struct query_walk {
     int shift;     /* position in its sequence of a key = the key's row + shift */
     int limit;     /* a child sees the keys before this position; 0: the run itself, causal */
     int next, end; /* children to come */
+    int before;    /* tiles of the run and its children before this one's, seen or not */
 };
 
 static __device__ __forceinline__ struct query_walk
@@ -39,6 +40,7 @@ walk_begin(const struct grad_args &args, const struct cuda_attn_run &run, int ke
     walk.limit = 0;
     walk.next = run.child_from;
     walk.end = run.child_end;
+    walk.before = 0;
     return walk;
 }
 
@@ -50,6 +52,7 @@ static __device__ __forceinline__ bool walk_next(const struct grad_args &args,
         return true;
     while (walk.next < walk.end) {
         walk.run = args.a.runs[args.children[walk.next++]];
+        walk.before += walk.tiles;
         walk.tile = 0;
         walk.tiles = (walk.run.count + args.queries - 1) / args.queries;
         walk.shift = -walk.run.parent_first;
@@ -58,6 +61,15 @@ static __device__ __forceinline__ bool walk_next(const struct grad_args &args,
             return true;
     }
     return false;
+}
+
+/* Which of two blocks that share a walk takes the tile: each every second one of the run and its
+ * children. Tiles are counted from the run's first, not from where the walk begins, and those of
+ * children that do not see the walk's keys are counted, too: so it follows from the sequences alone
+ * and not from where in the pack they lie. */
+static __device__ __forceinline__ int walk_rank(const struct query_walk &walk)
+{
+    return (walk.before + walk.tile) & 1;
 }
 
 /* Whether some query of the tile does not see some key up to the row last_row. */

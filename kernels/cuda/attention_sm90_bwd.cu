@@ -1,10 +1,13 @@
 /* Causal attention, backward, on sm_90a: what grad_keys and grad_queries of attention_bwd.cu do
  * (formulas there), by warpgroup products.
  *
- * grad_keys_wide: a block takes a window of 128 key rows of one kv head, each of its two warpgroups
- *   64 of them, and walks over the queries that see them in tiles of 64 rows (64 / group queries
- *   with all heads of the group). Of a tile: S^T = K Q^T and dP^T = V dO^T from shared memory; P^T
- *   and dS^T, in registers, are the left operands of dV += P^T dO and dK += dS^T Q.
+ * grad_keys_wide: a cluster of two blocks takes a window of 128 key rows of one kv head, each of a
+ *   block's two warpgroups 64 of them, and walks over the queries that see them in tiles of 64 rows
+ *   (64 / group queries with all heads of the group), of which each block takes every second one
+ *   (walk_rank): the longest walk is what the whole launch waits for. Of a tile: S^T = K Q^T and
+ *   dP^T = V dO^T from shared memory; P^T and dS^T, in registers, are the left operands of dV +=
+ *   P^T dO and dK += dS^T Q. At the end block 0 is sent the other's sums of dK and stores dK, block
+ *   1 dV (mbarrier.cuh); they come to lie where the tiles were.
  * grad_queries_wide: a block takes a window of 128 rows (query, head of the group) and walks over
  *   the keys in tiles of 64 positions: S = Q K^T, dP = dO V^T, dQ += dS K.
  *
@@ -13,9 +16,12 @@
  * Shared memory, D = 128: 2 x 32 KB and 3 x 32 KB; registers: dK 64, dV 64, S 32, dP 32, operands
  * 32.
  *
- * Every sum has one owner and one order, and tiles begin where those of attention_bwd.cu do. */
+ * Every sum has one order: a key's is that of the tiles of block 0, plus that of block 1's. Tiles
+ * begin where those of attention_bwd.cu do. */
 #include "cuda/attention_grad.cuh"
 #include "cuda/attention_sm90.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mbarrier.cuh"
 
 #define WG      2
 #define THREADS (128 * WG)
@@ -23,6 +29,7 @@
 #define TILE    64        /* rows of a tile walked over */
 #define NT      (TILE / 8)
 #define STAGES  3
+#define PAIR    2 /* blocks of a cluster that share the walks of a window */
 
 /* The result of a product over a tile as the left operand of the next. */
 typedef uint32_t operand[NT / 2][4];
@@ -31,9 +38,15 @@ typedef uint32_t operand[NT / 2][4];
 
 template <int D> struct key_block {
     bf16 k[ROWS * D], v[ROWS * D];
-    bf16 q[STAGES][TILE * D], dout[STAGES][TILE * D];
+    union {
+        struct {
+            bf16 q[STAGES][TILE * D], dout[STAGES][TILE * D];
+        };
+        float4 sums[D / 8][THREADS]; /* of the cluster's other block, as its threads held them */
+    };
     float lse[STAGES][TILE], delta[STAGES][TILE];
     int limit[STAGES][TILE]; /* sees the keys up to this position */
+    uint64_t counted;        /* mbarrier: the sums' bytes; a phase for each segment */
 };
 
 /* Starts the copy of the walk's tile. Beyond the last query all is zero, and so is what it adds. */
@@ -148,11 +161,23 @@ add_queries(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&p)[NT][4], flo
     wgmma_close();
 }
 
-/* The gradient of the run's keys and values in rows key_row … key_row+count-1, count <= 128. */
+/* Moves on to a tile of the block, unless the walk stands at one; false at the end. */
+static __device__ __forceinline__ bool walk_to(const struct grad_args &args,
+                                               struct query_walk &walk, int key_row, int rank)
+{
+    while (walk_rank(walk) != rank)
+        if (!walk_next(args, walk, key_row))
+            return false;
+    return true;
+}
+
+/* Adds up the block's tiles, perhaps none, of the run's walk over the keys in rows key_row …
+ * key_row+count-1. */
 template <int D>
 static __device__ __forceinline__ void
-grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run, int g, int key_row,
-                  int count, struct key_block<D> *shared)
+walk_tiles(const struct grad_args &args, const struct cuda_attn_run &run, int g, int rank,
+           int key_row, int count, float (&dk)[D / 8][4], float (&dv)[D / 8][4],
+           struct key_block<D> *shared)
 {
     const struct cuda_attention &a = args.a;
     const size_t k_at = (size_t)(a.heads + g) * D, v_at = k_at + (size_t)a.kv_heads * D;
@@ -160,10 +185,12 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
     const int row0 = (int)threadIdx.x / 128 * 64, row = (int)threadIdx.x / 32 * 16;
     const int inverse = wide_inverse(args.group);
     struct query_walk walk = walk_begin(args, run, key_row);
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {}, p[NT][4], dp[NT][4];
+    float p[NT][4], dp[NT][4];
     operand left_p, left_s;
     int stage = 0;
 
+    if (!walk_to(args, walk, key_row, rank))
+        return;
     wide_rows<D, ROWS, THREADS>(shared->k, (const bf16 *)a.qkv + k_at, ld, key_row, count, 1,
                                 65536);
     wide_rows<D, ROWS, THREADS>(shared->v, (const bf16 *)a.qkv + v_at, ld, key_row, count, 1,
@@ -175,7 +202,7 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
 
         wide_arrived<0>(); /* the next stage was read two tiles ago */
         ask_scores<D>(p, dp, shared->k, shared->v, row0, shared->q[stage], shared->dout[stage]);
-        more = walk_next(args, walk, key_row);
+        more = walk_next(args, walk, key_row) && walk_to(args, walk, key_row, rank);
         if (more)
             load_walk<D>(args, walk, g, inverse, shared, next);
         add_queries<D>(dk, dv, p, dp, left_p, left_s, shared, stage, key, masked, args.scale2);
@@ -184,28 +211,99 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
     wgmma_wait<0>();
     wgmma_settle(dk);
     wgmma_settle(dv);
-    __syncthreads();
-    stage_rows<D, ROWS>(shared->k, row, dk, a.scale, a.scale);
-    store_rows<D, ROWS>(args.dqkv + k_at, ld, key_row, 1, shared->k, row, count);
-    stage_rows<D, ROWS>(shared->v, row, dv, 1, 1);
-    store_rows<D, ROWS>(args.dqkv + v_at, ld, key_row, 1, shared->v, row, count);
-    __syncthreads();
+}
+
+/* Sends sums to the cluster's other block: each thread to the one that holds the same elements. By
+ * the warps that have keys. */
+template <int D>
+static __device__ __forceinline__ void push_sums(const float (&c)[D / 8][4], int to,
+                                                 const struct key_block<D> *shared)
+{
+    const uint32_t at = cluster_address(&shared->sums[0][threadIdx.x], to);
+    const uint32_t counted = cluster_address(&shared->counted, to);
+
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+        push_16(at + (uint32_t)(n * THREADS * (int)sizeof(float4)),
+                make_float4(c[n][0], c[n][1], c[n][2], c[n][3]), counted);
+}
+
+/* Adds what was sent. Where a warp has no keys nothing was, and what it adds is not stored. */
+template <int D>
+static __device__ __forceinline__ void add_sums(float (&c)[D / 8][4],
+                                                const struct key_block<D> *shared)
+{
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+        const float4 x = shared->sums[n][threadIdx.x];
+
+        c[n][0] += x.x;
+        c[n][1] += x.y;
+        c[n][2] += x.z;
+        c[n][3] += x.w;
+    }
+}
+
+/* The gradient of the run's keys and values in rows key_row … key_row+count-1, count <= 128. By all
+ * threads of both blocks, whether a block has tiles or not; phase: counts the segments. */
+template <int D>
+static __device__ __forceinline__ void
+grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run, int g, int rank,
+                  int key_row, int count, int phase, struct key_block<D> *shared)
+{
+    const struct cuda_attention &a = args.a;
+    const size_t k_at = (size_t)(a.heads + g) * D, v_at = k_at + (size_t)a.kv_heads * D;
+    const size_t ld = (size_t)a.ldqkv;
+    const int row = (int)threadIdx.x / 32 * 16;
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+
+    walk_tiles<D>(args, run, g, rank, key_row, count, dk, dv, shared);
+    if (threadIdx.x == 0)
+        mbarrier_expect(&shared->counted, (count + 15) / 16 * 16 * D * (int)sizeof(float));
+    __syncwarp();
+    cluster_arrive(); /* this warp's products have read their tiles */
+    cluster_wait();   /* those of all warps of both blocks have */
+    if (rank == 0) {
+        if (row < count)
+            push_sums<D>(dv, 1, shared);
+        mbarrier_wait(&shared->counted, phase & 1);
+        add_sums<D>(dk, shared);
+        stage_rows<D, ROWS>(shared->k, row, dk, a.scale, a.scale);
+        store_rows<D, ROWS>(args.dqkv + k_at, ld, key_row, 1, shared->k, row, count);
+    } else {
+        if (row < count)
+            push_sums<D>(dk, 0, shared);
+        mbarrier_wait(&shared->counted, phase & 1);
+        add_sums<D>(dv, shared);
+        stage_rows<D, ROWS>(shared->v, row, dv, 1, 1);
+        store_rows<D, ROWS>(args.dqkv + v_at, ld, key_row, 1, shared->v, row, count);
+    }
+    __syncthreads(); /* the next segment's tiles come to lie where the sums are */
 }
 
 template <int D>
 static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct grad_args args)
 {
     extern __shared__ __align__(1024) uint8_t memory[];
+    struct key_block<D> *shared = (struct key_block<D> *)memory;
+    const int rank = cluster_rank();
+
+    static_assert(ROWS == CUDA_KEY_WINDOW, "a cluster takes a window");
+    static_assert(sizeof(shared->sums) <= sizeof(shared->q) + sizeof(shared->dout),
+                  "the sums have room where the tiles were");
+    if (threadIdx.x == 0)
+        mbarrier_init(&shared->counted);
+    launch_wait();
+
     const int window = args.key_order ? (int)args.key_order[blockIdx.y] : (int)blockIdx.y;
     const int begin = window * ROWS, end = min(begin + ROWS, args.a.m);
 
-    static_assert(ROWS == CUDA_KEY_WINDOW, "a block takes a window");
-    for (int row = begin; row < end;) {
+    for (int row = begin, phase = 0; row < end; phase++) {
         const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
         const int stop = min(end, run.first + run.count);
 
-        grad_keys_segment<D>(args, run, (int)blockIdx.x, row, stop - row,
-                             (struct key_block<D> *)memory);
+        grad_keys_segment<D>(args, run, (int)blockIdx.x / PAIR, rank, row, stop - row, phase,
+                             shared);
         row = stop;
     }
 }
@@ -306,6 +404,8 @@ grad_queries_wide(const struct grad_args args, const struct wide_order order)
     const int begin = wide_window(order, (int)blockIdx.y) * queries;
     const int end = min(begin + queries, args.a.m);
 
+    launch_next();
+    launch_wait();
     for (int row = begin; row < end;) {
         const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
         const int stop = min(end, run.first + run.count);
@@ -333,14 +433,13 @@ static int launch_wide(struct cuda_context *context, const struct grad_args &arg
     err = allow_shared(context, grad_queries_wide<D>, bytes, &queries_ready);
     if (err < 0)
         return err;
-    grad_keys_wide<D><<<dim3(groups, (unsigned)((args.a.m + ROWS - 1) / ROWS)), THREADS, keys_bytes,
-                        context->stream>>>(args);
-    err = cuda_check_launch(context, "attention's gradient of keys");
+    err = launch_clusters(context, "attention's gradient of keys", grad_keys_wide<D>,
+                          dim3(PAIR * groups, (unsigned)((args.a.m + ROWS - 1) / ROWS)),
+                          dim3(THREADS), keys_bytes, PAIR, args);
     if (err < 0)
         return err;
-    grad_queries_wide<D>
-        <<<wide_grid(order, &args.a), THREADS, bytes, context->stream>>>(args, order);
-    return cuda_check_launch(context, "attention's gradient of queries");
+    return launch(context, "attention's gradient of queries", grad_queries_wide<D>,
+                  wide_grid(order, &args.a), dim3(THREADS), bytes, args, order);
 }
 
 int cuda_attention_bwd_sm90(struct cuda_context *context, const struct grad_args &args)

@@ -6,7 +6,8 @@
 
 /* --- groups of cases --- */
 
-static const shape tiled_shapes[] = {{4, 2, 64}, {2, 2, 128}, {8, 2, 128}, {9, 3, 64}, {7, 1, 64}};
+static const shape tiled_shapes[] = {{4, 2, 64}, {2, 2, 128}, {8, 2, 128},
+                                     {9, 3, 64}, {7, 1, 64},  {8, 1, 128}};
 static const shape plain_shapes[] = {{2, 1, 16}, {3, 3, 80}, {4, 2, 256}, {4, 2, 64}};
 
 static void test_rows(cuda_context *context, shape s, const char *name)
@@ -57,6 +58,40 @@ static void test_shared(cuda_context *context, shape s, const char *name)
 
         check_runs(context, &r, unit == 70 ? 16 : 0);
     }
+    check_end();
+}
+
+/* What two blocks share in the gradient of keys: walks of one, two and three tiles of queries, of
+ * many runs in one window; and a prompt some of whose keys a child does not see, so that where
+ * the prompt lies decides whether a window's walk passes over that child. Which block has the tiles
+ * behind it must not change with that. */
+static void test_walks(cuda_context *context, shape s)
+{
+    const int tile = 64 / (s.heads / s.kv_heads), prompt = 200;
+    runs r = runs_new(s.heads, s.kv_heads, s.d, false);
+
+    if (check_elsewhere())
+        return;
+    check_begin("walks: %s, %d of %d heads of %d", check_name(context->act), s.heads, s.kv_heads,
+                s.d);
+    for (int i = 0; i < 20; i++)
+        add_run(&r, 1, 0, -1);
+    for (int tiles : {1, 2, 3})
+        for (int rows : {tiles * tile - 1, tiles * tile, tiles * tile + 1})
+            add_run(&r, rows, 0, -1);
+    list_children(&r);
+    check_runs(context, &r, 0);
+    r = runs_new(s.heads, s.kv_heads, s.d, false);
+    add_run(&r, 70, 0, -1);
+    add_run(&r, prompt, 0, -1);
+    add_run(&r, 2 * tile + 1, 40, 1); /* three tiles that most of the prompt is spared */
+    add_run(&r, tile, prompt, 1);
+    add_run(&r, 1, 150, 1);
+    add_run(&r, 1, prompt, 1);
+    add_run(&r, 2 * tile + 1, prompt, 1);
+    list_children(&r);
+    check_runs(context, &r, 0);
+    check_company(context, &r, {1, 2, 3, 4, 5, 6});
     check_end();
 }
 
@@ -216,6 +251,17 @@ static void times(cuda_context *context)
     time_training(context, "16 x 256, 32/8 heads of 128", &r);
     r = equal_runs(large, false, 4, 1024, 0);
     time_training(context, "4 x 1024, 32/8 heads of 128", &r);
+    for (int rows : {350, 1024}) {
+        char name[64];
+
+        snprintf(name, sizeof(name), "1 x %d, 32/8 heads of 128", rows);
+        r = equal_runs(large, false, 1, rows, 0);
+        time_training(context, name, &r);
+    }
+    r = equal_runs({16, 8, 128}, false, 4, 1024, 0);
+    time_training(context, "4 x 1024, 16/8 heads of 128", &r);
+    r = equal_runs(small, false, 4, 256, 0);
+    time_training(context, "4 x 256, 9/3 heads of 64", &r);
     r = equal_runs(large, false, 1, 4096, 0);
     time_training(context, "1 x 4096, 32/8 heads of 128", &r);
     for (int i = 0; i < 8; i++)
@@ -239,6 +285,7 @@ static void test_type(enum cuda_type type)
             test_shared(&context, s, "tiled");
             test_paged(&context, s, "tiled");
             test_company(&context, s);
+            test_walks(&context, s);
         }
         test_large(&context, {4, 2, 64});
         test_large(&context, {4, 1, 128});
