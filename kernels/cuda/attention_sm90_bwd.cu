@@ -9,7 +9,8 @@
  *   P^T dO and dK += dS^T Q. At the end block 0 is sent the other's sums of dK and stores dK, block
  *   1 dV (mbarrier.cuh); they come to lie where the tiles were.
  * grad_queries_wide: a block takes a window of 128 rows (query, head of the group) and walks over
- *   the keys in tiles of 64 positions: S = Q K^T, dP = dO V^T, dQ += dS K.
+ *   the keys in tiles of 64 positions: S = Q K^T, dP = dO V^T, dQ += dS K. It needs nothing of
+ *   grad_keys_wide and begins where that leaves multiprocessors idle (launch.cuh).
  *
  * The exponentials of a tile run beside dP, the differences beside dV, and the last product beside
  * the next tile's first: tiles come in three stages, so that the one before stays until it is read.
@@ -281,6 +282,8 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
     __syncthreads(); /* the next segment's tiles come to lie where the sums are */
 }
 
+/* grad_queries_wide may begin when all blocks of this have. Each waits first for row_deltas, an
+ * ordinary launch, whose deltas grad_queries_wide reads as well. */
 template <int D>
 static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct grad_args args)
 {
@@ -294,6 +297,7 @@ static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct
     if (threadIdx.x == 0)
         mbarrier_init(&shared->counted);
     launch_wait();
+    launch_next();
 
     const int window = args.key_order ? (int)args.key_order[blockIdx.y] : (int)blockIdx.y;
     const int begin = window * ROWS, end = min(begin + ROWS, args.a.m);
@@ -395,6 +399,9 @@ grad_queries_segment(const struct grad_args &args, const struct cuda_attn_run &r
     __syncthreads();
 }
 
+/* Begins beside grad_keys_wide, whose blocks have all begun by then. It reads nothing that that one
+ * writes, nor writes what that one reads, so only its end has to wait: one of its blocks does, the
+ * last, since a block that waits keeps its multiprocessor from those to come. */
 template <int D>
 static __global__ __launch_bounds__(THREADS, 1) void
 grad_queries_wide(const struct grad_args args, const struct wide_order order)
@@ -405,7 +412,6 @@ grad_queries_wide(const struct grad_args args, const struct wide_order order)
     const int end = min(begin + queries, args.a.m);
 
     launch_next();
-    launch_wait();
     for (int row = begin; row < end;) {
         const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
         const int stop = min(end, run.first + run.count);
@@ -414,6 +420,8 @@ grad_queries_wide(const struct grad_args args, const struct wide_order order)
                                 (struct query_block<D> *)memory);
         row = stop;
     }
+    if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1)
+        launch_wait();
 }
 
 /* --- host --- */

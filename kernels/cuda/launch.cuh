@@ -7,7 +7,10 @@
  * reads or writes. What it reads must not be declared __restrict__ and const, which would say that
  * nobody writes it while the kernel lives. It calls launch_next when the next kernel may begin to
  * do the same. launch_wait returns when all of that work is done and seen, since each kernel of the
- * chain waits itself. Below sm_90 both are nothing and launches are the ordinary ones. */
+ * chain waits itself. A kernel that needs nothing of the one before it, and only what was done when
+ * that called launch_next, may do its work first and let one block wait, at its end: so it has not
+ * ended before that other one either (attention_sm90_bwd.cu). Below sm_90 both are nothing and
+ * launches are the ordinary ones. */
 #ifndef CLAAS_CUDA_LAUNCH_CUH
 #define CLAAS_CUDA_LAUNCH_CUH
 
