@@ -13,10 +13,14 @@
  *      buckets (top K)
  *   4  gradient a x + c es, corrected at the K selected and at the token
  *
- * and the scalars between them are doubles of thread 0. From log(T/S) = ut - us + log(sum es / sum
- * et) = g both logarithms of Jensen-Shannon follow with one: log(M/S) = log((1-a) + a e^g),
- * log(M/T) = log(M/S) - g. An error of g does not matter to first order: the divergence is
- * stationary in it.
+ * and the scalars between them are doubles of the first warp, whose lanes take one logarithm,
+ * quotient or exponential each. Over the whole vocabulary a cluster has one row after another, and
+ * the next one comes into shared memory while the gradient is written: a thread that is done with
+ * four elements asks for their successors.
+ *
+ * From log(T/S) = ut - us + log(sum es / sum et) = g both logarithms of Jensen-Shannon follow with
+ * one: log(M/S) = log((1-a) + a e^g), log(M/T) = log(M/S) - g. An error of g does not matter to
+ * first order: the divergence is stationary in it.
  *
  * Membership in the top K is a comparison with the K-th largest key, so no list of the K exists.
  * What concerns buckets is done in double, in logarithms, as in sdpo/buckets.c. A term whose factor
@@ -46,11 +50,15 @@ struct loss_args {
     struct claas_loss_result *results;
     float mass_scale;
     bool quads, quads_out; /* rows are aligned for groups of four */
+    bool ahead;            /* a cluster has several rows, and fetches the next one early */
+    int rows;
 };
 
-/* The row's scalars, made by thread 0. */
+/* The row's scalars, written by thread 0. */
 struct loss_scalars {
-    double s, t, s_us, t_ut_less, s_less; /* sums of pass 2 */
+    double s, t;                 /* sum es, sum et */
+    double us, gap_t, gap_s;     /* sum es us / s, sum et (ut - us) / t, sum es (us - ut) / s */
+    double inverse_s, inverse_t; /* 1 / s, 1 / t */
     double log_s, log_t, lse, lse_t;
     double divergence;
     /* the gradient of D: a x + c es; `center`, mass_s and mass_t belong to the members' patch */
@@ -61,9 +69,12 @@ struct loss_scalars {
     double kept, weight;
 };
 
+#define POSITIONS 4 /* a power of two */
+
 struct alignas(16) loss_shared {
     struct row_shared row;
     struct loss_scalars scalars;
+    struct cuda_loss_position positions[POSITIONS]; /* of the row and of the next two, by turns */
 };
 
 /* A row as a thread sees it. */
@@ -72,7 +83,6 @@ struct loss_row {
     struct loss_scalars *scalars;
     struct row_slice z, zt;
     float max, max_t;
-    bool stored;     /* z and zt now hold es and x */
     row_key_t bound; /* members' keys are no smaller */
 };
 
@@ -135,15 +145,57 @@ static __device__ __forceinline__ void add_terms(const struct loss_row *row, flo
     sums->sum[2] += (double)s_less;
 }
 
+#define LOSS_FOLD (FOLD_MASS | FOLD_SUM | FOLD_MORE)
+
+/* By the first warp. Even lanes have to do with s, odd ones with t. */
+static __device__ __forceinline__ void set_scalars(const struct loss_row *row,
+                                                   const struct row_sums &sums, float scale)
+{
+    struct loss_scalars *ret = row->scalars;
+    int lane = (int)threadIdx.x & 31;
+    /* A NaN among the terms is a NaN in these sums, and integers do not show it. */
+    double s = from_mass(sums.mass[0], scale, isnan(sums.sum[0]));
+    double t = from_mass(sums.mass[1], scale, isnan(sums.sum[1]));
+    double whole = lane & 1 ? t : s, logarithm = log(whole);
+    double above = lane == 0   ? sums.sum[0]
+                   : lane == 1 ? sums.sum[1]
+                   : lane == 2 ? sums.sum[2]
+                               : 1.0;
+    double quotient = above / whole; /* lanes 3 and 4: inverses */
+
+    if (lane == 0) {
+        ret->s = s;
+        ret->us = quotient;
+        ret->log_s = logarithm;
+        ret->lse = (double)row->max + logarithm;
+        ret->a = ret->c = ret->at_token = ret->center = 0;
+        ret->mass_s = ret->mass_t = 0;
+        ret->held = false;
+    }
+    if (lane == 1) {
+        ret->t = t;
+        ret->gap_t = quotient;
+        ret->log_t = logarithm;
+        ret->lse_t = (double)row->max_t + logarithm;
+    }
+    if (lane == 2)
+        ret->gap_s = quotient;
+    if (lane == 3)
+        ret->inverse_t = quotient;
+    if (lane == 4)
+        ret->inverse_s = quotient;
+    __syncwarp();
+}
+
 /* Where the slice lies in shared memory and the form is forward or reverse KL, es and x replace the
  * logits there: the gradient needs no exponentials then. */
+template <bool TOP_K, bool RESIDENT>
 static __device__ __forceinline__ void measure(struct loss_row *row, const struct loss_args *args)
 {
-    enum loss_form form = args->form;
-    bool store = args->plan.resident && (form == FORM_FORWARD || form == FORM_REVERSE);
+    enum loss_form form = TOP_K ? FORM_NONE : args->form;
+    bool store = RESIDENT && (form == FORM_FORWARD || form == FORM_REVERSE);
     float scale = args->mass_scale;
     struct row_sums sums = row_nothing();
-    struct loss_scalars *ret = row->scalars;
 
     for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x) {
         float4 z4 = row_quad(&row->z, i), zt4 = row_quad(&row->zt, i);
@@ -155,30 +207,17 @@ static __device__ __forceinline__ void measure(struct loss_row *row, const struc
             *(float4 *)(row->zt.values + i) = make_float4(zt[0], zt[1], zt[2], zt[3]);
         }
     }
-    row->stored = store;
-    sums = row_fold(&row->block, sums, FOLD_MASS | FOLD_SUM | FOLD_MORE);
-    if (threadIdx.x == 0) {
-        /* A NaN among the terms is a NaN in these sums, and integers do not show it. */
-        ret->s = from_mass(sums.mass[0], scale, isnan(sums.sum[0]));
-        ret->t = from_mass(sums.mass[1], scale, isnan(sums.sum[1]));
-        ret->s_us = sums.sum[0];
-        ret->t_ut_less = sums.sum[1];
-        ret->s_less = sums.sum[2];
-        ret->log_s = log(ret->s);
-        ret->log_t = log(ret->t);
-        ret->lse = (double)row->max + ret->log_s;
-        ret->lse_t = (double)row->max_t + ret->log_t;
-        ret->a = ret->c = ret->at_token = ret->center = 0;
-        ret->mass_s = ret->mass_t = 0;
-        ret->held = false;
-    }
-    __syncthreads();
+    row_send(&row->block, &sums, LOSS_FOLD);
+    if (threadIdx.x < 32)
+        set_scalars(row, row_take(&row->block, LOSS_FOLD), scale);
+    if (form == FORM_NONE || form == FORM_JSD)
+        __syncthreads(); /* a pass with them comes next */
 }
 
 /* KL(T||S) = sum T (log T - log S), the logs split into row and constant parts. */
 static __device__ double forward_kl(const struct loss_scalars *s)
 {
-    return s->t_ut_less / s->t - s->log_t + s->log_s;
+    return s->gap_t - s->log_t + s->log_s;
 }
 
 /* --- the whole vocabulary --- */
@@ -207,8 +246,8 @@ static __device__ __forceinline__ float jsd_term(const struct jsd_scalars *jsd,
 }
 
 /* Where the slice lies in shared memory, es and es log(S/M) replace the logits there. */
-static __device__ __forceinline__ void jensen_shannon_rows(struct loss_row *row, float alpha,
-                                                           bool resident)
+template <bool RESIDENT>
+static __device__ __forceinline__ void jensen_shannon_rows(struct loss_row *row, float alpha)
 {
     struct jsd_scalars jsd = jsd_of(row, alpha);
     struct row_sums sums = row_nothing();
@@ -230,47 +269,51 @@ static __device__ __forceinline__ void jensen_shannon_rows(struct loss_row *row,
         }
         sums.sum[0] += (double)x_sum;
         sums.sum[1] += (double)t_sum;
-        if (resident) {
+        if (RESIDENT) {
             *(float4 *)(row->z.values + i) = make_float4(z[0], z[1], z[2], z[3]);
             *(float4 *)(row->zt.values + i) = make_float4(zt[0], zt[1], zt[2], zt[3]);
         }
     }
-    row->stored = resident;
-    sums = row_fold(&row->block, sums, FOLD_SUM);
-    if (threadIdx.x == 0) {
-        double keep = 1.0 - (double)alpha;
+    row_send(&row->block, &sums, FOLD_SUM);
+    if (threadIdx.x < 32) {
+        double keep = 1.0 - (double)alpha, part_s, part_t;
+        bool odd = threadIdx.x & 1;
 
-        ret->divergence = keep * (sums.sum[0] / ret->s) + (double)alpha * (sums.sum[1] / ret->t);
-        ret->a = keep / ret->s;
-        ret->c = -ret->a * (sums.sum[0] / ret->s);
+        sums = row_take(&row->block, FOLD_SUM);
+        part_s = (odd ? sums.sum[1] : sums.sum[0]) / (odd ? ret->t : ret->s);
+        part_t = __shfl_sync(WHOLE_WARP, part_s, 1);
+        if (threadIdx.x == 0) {
+            ret->divergence = keep * part_s + (double)alpha * part_t;
+            ret->a = keep * ret->inverse_s;
+            ret->c = -ret->a * part_s;
+        }
     }
-    __syncthreads();
 }
 
-/* Over the whole vocabulary:
+/* Over the whole vocabulary, the scalars by thread 0:
  *   alpha = 0: dD/dz = S - T
  *   alpha = 1: dD/dz = S (log(S/T) - KL(S||T))
  *   else       dD/dz = (1-alpha) S (log(S/M) - KL(S||M)) */
+template <bool RESIDENT>
 static __device__ __forceinline__ void full_vocabulary(struct loss_row *row,
                                                        const struct loss_args *args)
 {
     struct loss_scalars *ret = row->scalars;
 
     if (args->form == FORM_JSD) {
-        jensen_shannon_rows(row, args->config.alpha, args->plan.resident);
+        jensen_shannon_rows<RESIDENT>(row, args->config.alpha);
         return;
     }
     if (threadIdx.x == 0 && args->form == FORM_FORWARD) {
         ret->divergence = forward_kl(ret);
-        ret->a = -1.0 / ret->t;
-        ret->c = 1.0 / ret->s;
+        ret->a = -ret->inverse_t;
+        ret->c = ret->inverse_s;
     }
     if (threadIdx.x == 0 && args->form == FORM_REVERSE) {
-        ret->divergence = ret->s_less / ret->s - ret->log_s + ret->log_t;
-        ret->a = 1.0 / ret->s;
-        ret->c = -ret->a * (ret->s_less / ret->s);
+        ret->divergence = ret->gap_s - ret->log_s + ret->log_t;
+        ret->a = ret->inverse_s;
+        ret->c = -ret->a * ret->gap_s;
     }
-    __syncthreads();
 }
 
 /* --- the top K, as buckets --- */
@@ -454,16 +497,41 @@ static __device__ double clamp_log_ratio(double x)
     return x > LOG_RATIO_MAX ? LOG_RATIO_MAX : x < -LOG_RATIO_MAX ? -LOG_RATIO_MAX : x;
 }
 
-static __device__ void weigh_ratio(const struct claas_loss_config *config, float rollout,
-                                   struct claas_loss_result *ret)
-{
-    double ratio;
+/* What the loss needs of log S_y: the exponentials of its differences to the log-probs at sampling
+ * and under the base, clamped and (k3's derivative) not. */
+struct loss_ratios {
+    double x, clamped; /* k3's argument */
+    double ratio, exp_clamped, exp_x;
+};
 
+/* By a warp: a lane each. */
+static __device__ __forceinline__ struct loss_ratios
+ratios_of(const struct claas_loss_config *config, const struct cuda_loss_position *position,
+          float logprob)
+{
+    struct loss_ratios ret = {};
+    double sign = config->reference_k3 ? 1.0 : -1.0, mine;
+    int lane = (int)threadIdx.x & 31;
+
+    ret.x = sign * ((double)logprob - (double)position->base);
+    ret.clamped = clamp_log_ratio(ret.x);
+    mine = clamp_log_ratio((double)logprob - (double)position->rollout);
+    if (config->is_clip == 0 && !(config->kl_weight > 0))
+        return ret;
+    mine = exp(lane == 0 ? mine : lane == 1 ? ret.clamped : ret.x);
+    ret.ratio = __shfl_sync(WHOLE_WARP, mine, 0);
+    ret.exp_clamped = __shfl_sync(WHOLE_WARP, mine, 1);
+    ret.exp_x = __shfl_sync(WHOLE_WARP, mine, 2);
+    return ret;
+}
+
+static __device__ void weigh_ratio(const struct claas_loss_config *config, float rollout,
+                                   double ratio, struct claas_loss_result *ret)
+{
     ret->ratio = 1.0F;
     ret->clipped = 0.0F;
     if (config->is_clip == 0 || isnan(rollout))
         return;
-    ratio = exp(clamp_log_ratio((double)ret->logprob - (double)rollout));
     if (ratio >= (double)config->is_clip) {
         ratio = (double)config->is_clip;
         ret->clipped = 1.0F;
@@ -472,43 +540,47 @@ static __device__ void weigh_ratio(const struct claas_loss_config *config, float
 }
 
 /* k3 and its derivative by log S_y; outside of the clamp the value is constant. */
-static __device__ double kl_to_base(const struct claas_loss_config *config, float base,
-                                    struct claas_loss_result *ret)
+static __device__ double kl_to_base(const struct claas_loss_config *config,
+                                    const struct loss_ratios *by, struct claas_loss_result *ret)
 {
     double sign = config->reference_k3 ? 1.0 : -1.0;
-    double x = sign * ((double)ret->logprob - (double)base);
-    double clamped = clamp_log_ratio(x);
 
     ret->kl_base = 0.0F;
     if (!(config->kl_weight > 0))
         return 0.0;
-    ret->kl_base = (float)(exp(clamped) - 1.0 - clamped);
-    return x != clamped && !isnan(x) ? 0.0 : sign * (exp(x) - 1.0);
+    ret->kl_base = (float)(by->exp_clamped - 1.0 - by->clamped);
+    return by->x != by->clamped && !isnan(by->x) ? 0.0 : sign * (by->exp_x - 1.0);
 }
 
-/* By thread 0 of each block: the result, and what the gradient needs. */
+/* By the first warp of each block, whose thread 0 may have set scalars last: what the gradient
+ * needs and, for thread 0, the result. */
 static __device__ void finish(const struct loss_row *row, const struct claas_loss_config *config,
                               const struct cuda_loss_position *position, float z_token,
                               struct claas_loss_result *ret)
 {
     struct loss_scalars *s = row->scalars;
+    struct loss_ratios by;
     double slope_k3;
 
+    __syncwarp();
     ret->logprob = z_token - row_lse(row->max, s->log_s);
-    ret->entropy = (float)(s->log_s - s->s_us / s->s);
+    by = ratios_of(config, position, ret->logprob);
+    if (threadIdx.x != 0)
+        return;
+    ret->entropy = (float)(s->log_s - s->us);
     ret->forward_kl = (float)forward_kl(s);
     /* Masked terms must not hide a NaN or infinity in the logits. */
     if (!isfinite(s->lse) || !isfinite(s->lse_t))
         s->divergence = (double)NAN;
-    weigh_ratio(config, position->rollout, ret);
-    slope_k3 = kl_to_base(config, position->base, ret);
+    weigh_ratio(config, position->rollout, by.ratio, ret);
+    slope_k3 = kl_to_base(config, &by, ret);
     ret->divergence = position->teacher ? (float)s->divergence : NAN;
     ret->loss =
         (float)((double)ret->ratio * s->divergence +
                 (config->kl_weight > 0 ? (double)config->kl_weight * (double)ret->kl_base : 0.0));
     s->weight = (double)position->weight * (double)ret->ratio;
     slope_k3 *= (double)position->weight * (double)config->kl_weight;
-    s->kept = -slope_k3 / s->s;
+    s->kept = -slope_k3 * s->inverse_s;
     s->grad_a = (float)(s->weight * s->a);
     s->grad_c = (float)(s->weight * s->c + s->kept);
     s->grad_token = (float)(s->weight * s->at_token + slope_k3);
@@ -537,7 +609,7 @@ static __device__ __forceinline__ void put_quad(__nv_bfloat16 *to, const float v
     *(uint2 *)to = word;
 }
 
-/* es, and the x that goes with it. */
+/* es, and the x that goes with it, of logits. */
 static __device__ __forceinline__ float gradient_term(const struct loss_row *row,
                                                       enum loss_form form,
                                                       const struct jsd_scalars *jsd, float z,
@@ -546,10 +618,6 @@ static __device__ __forceinline__ float gradient_term(const struct loss_row *row
     struct loss_term term;
     float t_log;
 
-    if (row->stored) {
-        *x = zt;
-        return z;
-    }
     term.us = z - row->max;
     term.es = expf(term.us);
     *x = 0;
@@ -563,32 +631,46 @@ static __device__ __forceinline__ float gradient_term(const struct loss_row *row
     return term.es;
 }
 
-/* `out`: the block's part of the gradient's row. */
-template <typename Act>
+/* Four elements of the next row, unless it is NULL, in place of those that are done with. */
+static __device__ __forceinline__ void fetch_quad(const struct row_slice *slice, const float *next,
+                                                  int i)
+{
+    if (next)
+        copy_16(slice->values + i, next + i, true);
+}
+
+/* `out`: the block's part of the gradient's row; next_z, next_zt: of the next row, or NULL. Of the
+ * whole vocabulary, shared memory has es and x by now. */
+template <bool TOP_K, bool RESIDENT, typename Act>
 static __device__ __forceinline__ void
-write_gradient(const struct loss_row *row, const struct loss_args *args, int token, Act *out)
+write_gradient(const struct loss_row *row, const struct loss_args *args, int token, Act *out,
+               const float *next_z, const float *next_zt)
 {
     float a = row->scalars->grad_a, c = row->scalars->grad_c, extra = row->scalars->grad_token;
     struct jsd_scalars jsd = jsd_of(row, args->config.alpha);
-    enum loss_form form = args->form;
+    enum loss_form form = TOP_K ? FORM_NONE : args->form;
+    constexpr bool stored = RESIDENT && !TOP_K;
 
     token -= row->block.begin;
     for (int i = 4 * (int)threadIdx.x; i < row->block.count; i += 4 * (int)blockDim.x) {
-        float4 z4 = row_quad(&row->z, i), zt4 = form == FORM_NONE ? z4 : row_quad(&row->zt, i);
+        float4 z4 = row_quad(&row->z, i), zt4 = TOP_K ? z4 : row_quad(&row->zt, i);
         float z[4] = {z4.x, z4.y, z4.z, z4.w}, zt[4] = {zt4.x, zt4.y, zt4.z, zt4.w}, grad[4];
 
         for (int k = 0; k < 4; k++) {
-            float x, es = gradient_term(row, form, &jsd, z[k], zt[k], &x);
+            float x = zt[k], es = z[k];
 
-            grad[k] = form == FORM_NONE ? c * es : a * x + c * es;
+            if (!stored)
+                es = gradient_term(row, form, &jsd, z[k], zt[k], &x);
+            grad[k] = TOP_K ? c * es : a * x + c * es;
             grad[k] += i + k == token ? extra : 0.0F;
         }
-        if (args->quads_out) {
+        if (args->quads_out)
             put_quad(out + i, grad);
-            continue;
-        }
-        for (int k = 0; k < 4 && i + k < row->block.count; k++)
-            put(out + i + k, grad[k]);
+        else
+            for (int k = 0; k < 4 && i + k < row->block.count; k++)
+                put(out + i + k, grad[k]);
+        fetch_quad(&row->z, next_z, i);
+        fetch_quad(&row->zt, next_zt, i);
     }
 }
 
@@ -625,23 +707,23 @@ static __device__ void patch_members(const struct loss_row *row, const struct lo
 
 /* --- kernels --- */
 
-/* Sets the slices of student and teacher up; without a teacher the student stands in. */
+/* Sets the slices of student and teacher up, in shared memory if RESIDENT, and starts the copy. z,
+ * zt: the block's part of them. */
+template <bool RESIDENT>
 static __device__ __forceinline__ void fetch(struct loss_row *row, const struct loss_args *args,
                                              const float *z, const float *zt, float *memory)
 {
     const struct row_block *block = &row->block;
-    bool resident = args->plan.resident;
 
     row->z.begin = row->zt.begin = block->begin;
     row->z.count = row->zt.count = block->count;
-    row->z.quads = row->zt.quads = resident || args->quads;
-    row->z.values = resident ? memory : (float *)(z + block->begin);
-    row->zt.values = resident ? memory + args->plan.slice : (float *)(zt + block->begin);
-    if (!resident)
+    row->z.quads = row->zt.quads = RESIDENT || args->quads;
+    row->z.values = RESIDENT ? memory : (float *)z;
+    row->zt.values = RESIDENT ? memory + args->plan.slice : (float *)zt;
+    if (!RESIDENT)
         return;
-    row_fetch(z + block->begin, block->count, args->quads, row->z.values);
-    row_fetch(zt + block->begin, block->count, args->quads, row->zt.values);
-    row_fetched();
+    row_fetch(z, block->count, args->quads, row->z.values);
+    row_fetch(zt, block->count, args->quads, row->zt.values);
 }
 
 /* Whether the top K have a patch: not in the forms that teach only the token, or nothing. */
@@ -651,47 +733,110 @@ static __device__ __forceinline__ bool has_patch(const struct claas_loss_config 
            (config->alpha > 0 && config->alpha < 1);
 }
 
-/* Two kernels, by TOP_K, so that the doubles that the second one needs do not cost the first one
- * registers. */
-template <typename Act, bool TOP_K>
+#define POSITION_WORDS (int)(sizeof(struct cuda_loss_position) / 4)
+
+/* Starts the copy of a row's position, if there is such a row. By all threads. */
+static __device__ __forceinline__ void fetch_position(const struct loss_args *args, int index,
+                                                      struct cuda_loss_position *to)
+{
+    const int32_t *from = (const int32_t *)(args->positions + index);
+    int word = (int)threadIdx.x;
+
+    if (word < POSITION_WORDS && index < args->rows)
+        __pipeline_memcpy_async((int32_t *)to + word, from + word, 4);
+}
+
+/* The block's part of a row of the student or, where the position has one, of the teacher: where it
+ * has none the student stands in. */
+static __device__ __forceinline__ const float *
+part_of(const struct loss_args *args, const struct row_block *block, int index, bool taught)
+{
+    return (taught ? args->teacher : args->student) + (size_t)index * (size_t)args->plan.vocab +
+           block->begin;
+}
+
+/* The n-th row of a cluster, number `index`, from copy to result. next: the number of the next one,
+ * or 0 if none is fetched ahead. Ends with a barrier. */
+template <bool TOP_K, bool RESIDENT>
+static __device__ __forceinline__ void lose(struct loss_row *row, const struct loss_args *args,
+                                            int index, int next, int n, struct loss_shared *shared)
+{
+    const struct cuda_loss_position *position = &shared->positions[n % POSITIONS];
+    struct claas_loss_result result;
+    float z_token = NAN, zt_token = NAN;
+    int token;
+
+    row_fetched();
+    if (next && threadIdx.x == blockDim.x - 1) {
+        bool taught = shared->positions[(n + 1) % POSITIONS].teacher;
+
+        row_prefetch(part_of(args, &row->block, next, false), row->block.count);
+        if (taught)
+            row_prefetch(part_of(args, &row->block, next, true), row->block.count);
+    }
+    if (next) /* of the row after that; behind a barrier: its place was an earlier one's */
+        fetch_position(args, next + next - index, &shared->positions[(n + 2) % POSITIONS]);
+    token = position->token;
+    if (threadIdx.x < 32 && token >= 0 && token < args->plan.vocab) {
+        int at = token - row->block.begin;
+
+        z_token = part_of(args, &row->block, index, false)[at];
+        zt_token = TOP_K ? part_of(args, &row->block, index, position->teacher)[at] : NAN;
+    }
+    find_maxima(row);
+    measure<TOP_K, RESIDENT>(row, args);
+    if constexpr (TOP_K)
+        top_k(row, args, token, z_token, zt_token, (struct digit_bins<unsigned> *)(shared + 1));
+    else
+        full_vocabulary<RESIDENT>(row, args);
+    if (threadIdx.x < 32)
+        finish(row, &args->config, position, z_token, &result);
+    if (threadIdx.x == 0 && row->block.rank == 0)
+        args->results[index] = result;
+    row_fetched(); /* the position */
+}
+
+/* A cluster takes every step-th row, step the number of clusters: the next one begins where the
+ * last one's gradient is written, without the start of a cluster, and comes from the L2, which has
+ * been asked for it a row ahead. That is so with args.ahead; else each row has a cluster, and there
+ * is no next one. Kernels by TOP_K, so that the doubles that it needs do not cost the others
+ * registers, and RESIDENT, so that shared memory is known to be that. */
+template <typename Act, bool TOP_K, bool RESIDENT>
 static __global__ void __launch_bounds__(1024, 1) loss_rows(const struct loss_args args)
 {
     extern __shared__ __align__(16) unsigned char row_memory[];
     struct loss_shared *shared = (struct loss_shared *)row_memory;
     struct digit_bins<unsigned> *bins = (struct digit_bins<unsigned> *)(shared + 1);
-    size_t index = blockIdx.x / (unsigned)args.plan.blocks;
-    size_t first = index * (size_t)args.plan.vocab;
-    const struct cuda_loss_position position = args.positions[index];
-    const float *z = args.student + first, *zt = position.teacher ? args.teacher + first : z;
-    bool known = position.token >= 0 && position.token < args.plan.vocab;
-    float z_token = known ? z[position.token] : NAN;
-    struct claas_loss_result result;
+    const int step = (int)gridDim.x / args.plan.blocks;
+    int index = (int)blockIdx.x / args.plan.blocks;
     struct loss_row row = {};
 
     row.block = row_open(&args.plan, row_memory);
     row.scalars = &shared->scalars;
-    fetch(&row, &args, z, zt, TOP_K ? (float *)(bins + 1) : (float *)bins);
-    find_maxima(&row);
-    measure(&row, &args);
-    if constexpr (TOP_K)
-        top_k(&row, &args, position.token, z_token, known ? zt[position.token] : NAN, bins);
-    else
-        full_vocabulary(&row, &args);
-    if (threadIdx.x == 0) {
-        finish(&row, &args.config, &position, z_token, &result);
-        if (row.block.rank == 0)
-            args.results[index] = result;
-    }
-    __syncthreads();
-    if (args.dlogits) {
-        Act *out = (Act *)args.dlogits + first + row.block.begin;
+    fetch_position(&args, index, shared->positions);
+    fetch_position(&args, index + step, shared->positions + 1);
+    fetch<RESIDENT>(&row, &args, part_of(&args, &row.block, index, false),
+                    part_of(&args, &row.block, index, args.positions[index].teacher),
+                    (float *)(TOP_K ? bins + 1 : bins));
+    row_meet(&row.block);
+    row_fetched(); /* the next one's position is looked at */
+    for (int n = 0, next = 0; n == 0 || next; n++, index = next) {
+        next = !TOP_K && RESIDENT && args.ahead && index + step < args.rows ? index + step : 0;
+        lose<TOP_K, RESIDENT>(&row, &args, index, next, n, shared);
+        if (!args.dlogits)
+            continue;
+        Act *out = (Act *)args.dlogits + (size_t)index * (size_t)args.plan.vocab + row.block.begin;
+        const int token = shared->positions[n % POSITIONS].token;
+        const bool taught = next && shared->positions[(n + 1) % POSITIONS].teacher;
 
-        write_gradient(&row, &args, position.token, out);
+        write_gradient<TOP_K, RESIDENT>(&row, &args, token, out,
+                                        next ? part_of(&args, &row.block, next, false) : NULL,
+                                        next ? part_of(&args, &row.block, next, taught) : NULL);
         if constexpr (TOP_K)
             if (has_patch(&args.config))
-                patch_members(&row, &args, position.token, out);
+                patch_members(&row, &args, token, out);
     }
-    if (row.block.blocks > 1)
+    if (TOP_K && row.block.blocks > 1)
         row_sync(&row.block); /* a block's shared memory must outlive its readers */
 }
 
@@ -704,6 +849,7 @@ struct logprob_args {
     bool quads;
 };
 
+template <bool RESIDENT>
 static __global__ void __launch_bounds__(1024, 1) logprob_rows(const struct logprob_args args)
 {
     extern __shared__ __align__(16) unsigned char row_memory[];
@@ -715,18 +861,17 @@ static __global__ void __launch_bounds__(1024, 1) logprob_rows(const struct logp
     float max;
     double log_sum;
 
-    if (args.plan.resident) {
+    if (RESIDENT) {
         slice.values = (float *)(row_memory + sizeof(struct row_shared));
         slice.quads = true;
         row_fetch(z + block.begin, block.count, args.quads, slice.values);
         row_fetched();
     }
+    row_meet(&block);
     log_sum = row_measure(&block, &slice, args.mass_scale, &max);
     if (block.rank == 0 && threadIdx.x == 0)
         args.out[index] =
             token >= 0 && token < args.plan.vocab ? z[token] - row_lse(max, log_sum) : NAN;
-    if (block.blocks > 1)
-        row_sync(&block);
 }
 
 /* --- host --- */
@@ -759,15 +904,23 @@ size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows,
     return 0;
 }
 
-/* One kernel on its rows, planned for its shared memory. */
-static int lose_rows(struct cuda_context *context, void (*kernel)(const struct loss_args),
-                     struct loss_args *args, int rows)
+/* The rows by the kernel that their plan asks for. */
+template <typename Act, bool TOP_K>
+static int lose_rows(struct cuda_context *context, struct loss_args *args)
 {
-    size_t fixed =
-        sizeof(struct loss_shared) + (args->top_k > 0 ? sizeof(struct digit_bins<unsigned>) : 0);
+    void (*kernel)(const struct loss_args) = loss_rows<Act, TOP_K, true>;
+    size_t fixed = sizeof(struct loss_shared) + (TOP_K ? sizeof(struct digit_bins<unsigned>) : 0);
+    int clusters = args->rows;
     int code = row_plan(context, (const void *)kernel, args->plan.vocab, 2, fixed, 1, &args->plan);
 
-    return code < 0 ? code : row_launch(context, kernel, &args->plan, rows, args, "the loss");
+    if (code < 0)
+        return code;
+    if (!args->plan.resident)
+        kernel = loss_rows<Act, TOP_K, false>;
+    args->ahead = args->plan.resident && !TOP_K && args->quads && args->dlogits;
+    if (args->ahead)
+        code = row_clusters(context, (const void *)kernel, &args->plan, &clusters);
+    return code < 0 ? code : row_launch(context, kernel, &args->plan, clusters, args, "the loss");
 }
 
 int cuda_loss(struct cuda_context *context, const struct claas_loss_config *config, int vocab,
@@ -782,6 +935,7 @@ int cuda_loss(struct cuda_context *context, const struct claas_loss_config *conf
     if (code < 0 || rows <= 0)
         return code;
     args.plan.vocab = vocab;
+    args.rows = rows;
     args.config = *config;
     choose_form(&args);
     args.student = student;
@@ -793,24 +947,23 @@ int cuda_loss(struct cuda_context *context, const struct claas_loss_config *conf
     args.quads = vocab % 4 == 0 && is_aligned(student, 16) && is_aligned(teacher, 16);
     args.quads_out = vocab % 4 == 0 && is_aligned(dlogits, 4 * context->act_bytes);
     if (context->act == CUDA_TYPE_BF16)
-        return lose_rows(context,
-                         args.top_k > 0 ? loss_rows<__nv_bfloat16, true>
-                                        : loss_rows<__nv_bfloat16, false>,
-                         &args, rows);
-    return lose_rows(context, args.top_k > 0 ? loss_rows<float, true> : loss_rows<float, false>,
-                     &args, rows);
+        return args.top_k > 0 ? lose_rows<__nv_bfloat16, true>(context, &args)
+                              : lose_rows<__nv_bfloat16, false>(context, &args);
+    return args.top_k > 0 ? lose_rows<float, true>(context, &args)
+                          : lose_rows<float, false>(context, &args);
 }
 
 int cuda_logprobs(struct cuda_context *context, int vocab, int rows, const float *logits,
                   const int32_t *tokens, float *out)
 {
+    void (*kernel)(const struct logprob_args) = logprob_rows<true>;
     struct logprob_args args = {};
     int code;
 
     if (rows <= 0)
         return 0;
-    code = row_plan(context, (const void *)logprob_rows, vocab, 1, sizeof(struct row_shared), 1,
-                    &args.plan);
+    code =
+        row_plan(context, (const void *)kernel, vocab, 1, sizeof(struct row_shared), 1, &args.plan);
     if (code < 0)
         return code;
     args.logits = logits;
@@ -818,5 +971,6 @@ int cuda_logprobs(struct cuda_context *context, int vocab, int rows, const float
     args.out = out;
     args.mass_scale = row_mass_scale(vocab);
     args.quads = vocab % 4 == 0 && is_aligned(logits, 16);
-    return row_launch(context, logprob_rows, &args.plan, rows, &args, "log-probs");
+    kernel = args.plan.resident ? kernel : logprob_rows<false>;
+    return row_launch(context, kernel, &args.plan, rows, &args, "log-probs");
 }

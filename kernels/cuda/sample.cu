@@ -101,7 +101,7 @@ static __device__ int find_element(struct row_block *block, const struct row_val
 {
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
     int first = 0, left = p->count;
-    mass_t *shares = &block->shared->warps[0].mass[0];
+    mass_t *shares = &block->shared->warps[0][0].mass[0];
     int stride = (int)(sizeof(struct row_sums) / sizeof(mass_t));
 
     while (left > 1) {
@@ -125,19 +125,19 @@ static __device__ int find_element(struct row_block *block, const struct row_val
 }
 
 /* The first index at which the sum of masses exceeds u times the whole. Comes after a fold of them,
- * whose `own` still has the share of each block. */
+ * whose slots still have the share of each block. */
 static __device__ int draw_in_order(struct row_block *block, const struct row_values *p,
                                     float scale, mass_t wanted)
 {
     struct row_shared *shared = block->shared;
-    struct row_sums *own = &shared->own[(block->folds - 1) & 1];
+    const struct row_sums *slots = shared->slots[(block->folds - 1) & 1];
     int owner;
 
     if (threadIdx.x == 0) {
         mass_t shares[ROW_BLOCKS_MAX];
 
         for (int rank = 0; rank < block->blocks; rank++)
-            shares[rank] = row_remote(own, rank, block->blocks)->mass[0];
+            shares[rank] = slots[rank].mass[0];
         shared->owner = find_share(shares, block->blocks, 1, &wanted);
         shared->wanted = wanted;
     }
@@ -288,6 +288,7 @@ static __global__ void __launch_bounds__(1024, 1) sample_rows(const struct sampl
         row_fetch(row + block.begin, block.count, args.quads, memory);
         row_fetched();
     }
+    row_meet(&block);
     sample_row(&block, &args, &z, resident ? memory + args.plan.slice : NULL, row, &shared->bins,
                &args.samples[index]);
     if (block.blocks > 1)

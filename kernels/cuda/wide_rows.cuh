@@ -4,10 +4,10 @@
  * Block r of C (1, 2, 4, 8, 16) has the elements [r slice, (r+1) slice). They are copied into
  * shared memory once (cp.async, the whole slice in flight at a time) and every pass over the row
  * reads them there: a row comes from memory once, although maximum, sums and gradient need three
- * passes or more. Sums go thread -> warp -> block -> cluster, the last by distributed shared
- * memory, in an order that depends on V and the card alone. Without clusters (below sm_90) one
- * block has the row; where its slice does not fit into shared memory the passes read global memory
- * again.
+ * passes or more. Sums go thread -> warp -> block -> cluster, in an order that depends on V and
+ * the card alone; for the last step each block sends its sums to every block (mbarrier.cuh), and
+ * all add them in the same order. Without clusters (below sm_90) one block has the row; where its
+ * slice does not fit into shared memory the passes read global memory again.
  *
  * Masses, that is sums of exp(z - max), are integers: each term is rounded to a multiple of
  * 2^-(62 - log2 V), so that the sum depends on the terms only, not on their order. A log-prob
@@ -21,6 +21,7 @@
 #define CLAAS_CUDA_WIDE_ROWS_CUH
 
 #include "cuda/context.h"
+#include "cuda/mbarrier.cuh"
 
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
@@ -47,20 +48,24 @@ typedef unsigned long long row_key_t;
 /* Which fields of row_sums are folded; FOLD_SUM is sum[0] and sum[1], FOLD_MORE the other two. */
 enum { FOLD_MAX = 1, FOLD_KEY = 2, FOLD_MASS = 4, FOLD_SUM = 8, FOLD_MORE = 16 };
 
+/* Eight words of 8 bytes: four lanes of a warp take one each. */
 struct row_sums {
     float max[2];
     row_key_t key; /* the largest */
     mass_t mass[2];
     double sum[4];
 };
+#define SUMS_WORDS 8
+static_assert(sizeof(struct row_sums) == SUMS_WORDS * 8 && SUMS_WORDS * 4 == 32, "a warp's lanes");
 
-/* What follows it in shared memory is read four floats at a time, hence the alignment. */
+/* What follows it in shared memory is read four floats at a time, hence the alignment. Sums have
+ * two places by turns: what a fold left is overwritten two folds later. */
 struct alignas(16) row_shared {
-    struct row_sums warps[ROW_WARPS_MAX];
-    struct row_sums own[2]; /* of this block; read by the other blocks of the cluster */
-    struct row_sums total;
-    unsigned long long digit, above, inside; /* select_key */
-    unsigned long long wanted;               /* sample.cu: draw_in_order */
+    struct row_sums warps[2][ROW_WARPS_MAX];
+    struct row_sums slots[2][ROW_BLOCKS_MAX]; /* of each block of the cluster, sent by it */
+    uint64_t arrived[2];                      /* count what comes into the slots */
+    unsigned long long digit, above, inside;  /* select_key */
+    unsigned long long wanted;                /* sample.cu: draw_in_order */
     int owner, token;
 };
 
@@ -82,6 +87,7 @@ template <typename T> static __device__ __forceinline__ T *row_remote(T *mine, i
     return mine;
 }
 
+/* With the fences that reads of other blocks' memory need; folds do without. */
 static __device__ __forceinline__ void row_sync(const struct row_block *block)
 {
 #if __CUDA_ARCH__ >= 900
@@ -101,62 +107,223 @@ static __device__ __forceinline__ struct row_sums row_nothing(void)
     return nothing;
 }
 
-/* Every lane gets the same bits: at each step both partners add the same two numbers. */
-static __device__ __forceinline__ void warp_fold(struct row_sums *s, unsigned what)
+/* A float as an integer of the same order, and back. */
+static __device__ __forceinline__ int in_order(int bits)
 {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-        if (what & FOLD_MAX)
-            for (int k = 0; k < 2; k++) /* fmaxf passes over NaN */
-                s->max[k] = fmaxf(s->max[k], __shfl_xor_sync(WHOLE_WARP, s->max[k], step));
-        if (what & FOLD_KEY) {
-            row_key_t other = __shfl_xor_sync(WHOLE_WARP, s->key, step);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
 
-            s->key = other > s->key ? other : s->key;
-        }
-        if (what & FOLD_MASS)
-            for (int k = 0; k < 2; k++)
-                s->mass[k] += __shfl_xor_sync(WHOLE_WARP, s->mass[k], step);
-        if (what & FOLD_SUM)
-            for (int k = 0; k < 2; k++)
-                s->sum[k] += __shfl_xor_sync(WHOLE_WARP, s->sum[k], step);
-        if (what & FOLD_MORE)
-            for (int k = 2; k < 4; k++)
-                s->sum[k] += __shfl_xor_sync(WHOLE_WARP, s->sum[k], step);
+/* Of a warp. No x is NaN: fmaxf passed over them. */
+static __device__ __forceinline__ float warp_max(float x)
+{
+    int max = __reduce_max_sync(WHOLE_WARP, in_order(__float_as_int(x)));
+
+    return __int_as_float(in_order(max));
+}
+
+static __device__ __forceinline__ row_key_t warp_key(row_key_t key)
+{
+    unsigned high = (unsigned)(key >> 32), top = __reduce_max_sync(WHOLE_WARP, high);
+    unsigned low = __reduce_max_sync(WHOLE_WARP, high == top ? (unsigned)key : 0u);
+
+    return (row_key_t)top << 32 | low;
+}
+
+/* In pieces of 27 bits, 32 of which fit into 32 bits. */
+static __device__ __forceinline__ mass_t warp_mass(mass_t mass)
+{
+    const unsigned piece = (1u << 27) - 1;
+    unsigned low = __reduce_add_sync(WHOLE_WARP, (unsigned)mass & piece);
+    unsigned middle = __reduce_add_sync(WHOLE_WARP, (unsigned)(mass >> 27) & piece);
+    unsigned high = __reduce_add_sync(WHOLE_WARP, (unsigned)(mass >> 54));
+
+    return low + ((mass_t)middle << 27) + ((mass_t)high << 54);
+}
+
+/* The lower half of 2 * step lanes gets the sums of x, the upper half those of y. */
+static __device__ __forceinline__ double halve(double x, double y, int step)
+{
+    bool upper = (int)threadIdx.x & step;
+    double other = __shfl_xor_sync(WHOLE_WARP, upper ? x : y, step);
+
+    return (upper ? y : x) + other;
+}
+
+/* sum[n] over the warp: to the lanes 8n to 8n + 7 or, of two sums, 16n to 16n + 15, all of which
+ * get the same bits. 12 or 10 shuffles instead of 40 or 20, and the order of a butterfly's. */
+static __device__ __forceinline__ double warp_sums(const double sum[4], bool four)
+{
+    double x;
+
+    if (four) {
+        x = halve(halve(sum[0], sum[2], 16), halve(sum[1], sum[3], 16), 8);
+    } else {
+        x = halve(sum[0], sum[1], 16);
+        x += __shfl_xor_sync(WHOLE_WARP, x, 8);
     }
+#pragma unroll
+    for (int step = 4; step > 0; step /= 2)
+        x += __shfl_xor_sync(WHOLE_WARP, x, step);
+    return x;
+}
+
+/* Stores the warp's sums. */
+static __device__ __forceinline__ void warp_fold(const struct row_sums *s, unsigned what,
+                                                 struct row_sums *to)
+{
+    int lane = (int)threadIdx.x & 31, shift = what & FOLD_MORE ? 3 : 4;
+
+    if (what & FOLD_MAX) {
+        float max[2] = {warp_max(s->max[0]), warp_max(s->max[1])};
+
+        if (lane == 0)
+            *(float2 *)to->max = make_float2(max[0], max[1]);
+    }
+    if (what & FOLD_KEY) {
+        row_key_t key = warp_key(s->key);
+
+        if (lane == 0)
+            to->key = key;
+    }
+    if (what & FOLD_MASS) {
+        mass_t mass[2] = {warp_mass(s->mass[0]), warp_mass(s->mass[1])};
+
+        if (lane < 2)
+            to->mass[lane] = lane ? mass[1] : mass[0];
+    }
+    if (what & (FOLD_SUM | FOLD_MORE)) {
+        double sum = warp_sums(s->sum, what & FOLD_MORE);
+
+        if ((lane & ((1 << shift) - 1)) == 0)
+            to->sum[lane >> shift] = sum;
+    }
+}
+
+/* The words of row_sums that `what` is, as bits. */
+static __device__ __forceinline__ unsigned words_of(unsigned what)
+{
+    return (what & FOLD_MAX ? 1u : 0u) | (what & FOLD_KEY ? 2u : 0u) |
+           (what & FOLD_MASS ? 0xcu : 0u) | (what & (FOLD_SUM | FOLD_MORE) ? 0x30u : 0u) |
+           (what & FOLD_MORE ? 0xc0u : 0u);
+}
+
+/* Two of a word as one. */
+static __device__ __forceinline__ uint64_t join_words(uint64_t x, uint64_t y, int word,
+                                                      unsigned what)
+{
+    uint64_t ret = x + y; /* masses */
+
+    if (what & FOLD_MAX && word == 0) {
+        float low = fmaxf(__uint_as_float((unsigned)x), __uint_as_float((unsigned)y));
+        float high =
+            fmaxf(__uint_as_float((unsigned)(x >> 32)), __uint_as_float((unsigned)(y >> 32)));
+
+        ret = (uint64_t)__float_as_uint(high) << 32 | __float_as_uint(low);
+    }
+    if (what & FOLD_KEY && word == 1)
+        ret = x > y ? x : y;
+    if (what & (FOLD_SUM | FOLD_MORE) && word >= 4)
+        ret = (uint64_t)__double_as_longlong(__longlong_as_double((long long)x) +
+                                             __longlong_as_double((long long)y));
+    return ret;
+}
+
+/* By a warp: word l / 4 of the sum of all `count`, for lane l. Lane p of a word's four adds p,
+ * p + 4, p + 8, … in order; then the four become one, in an order of their own. */
+static __device__ __forceinline__ uint64_t fold_words(const struct row_sums *all, int count,
+                                                      unsigned what)
+{
+    int lane = (int)threadIdx.x & 31, word = lane / 4;
+    const uint64_t *at = (const uint64_t *)all + word;
+    uint64_t sum = word == 0 ? 0xff800000ff800000ULL : 0; /* -inf, -inf */
+
+    count = words_of(what) >> word & 1 ? count : 0;
+#pragma unroll 4
+    for (int i = lane % 4; i < count; i += 4)
+        sum = join_words(sum, at[i * SUMS_WORDS], word, what);
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+        sum = join_words(sum, __shfl_xor_sync(WHOLE_WARP, sum, step), word, what);
+    return sum;
+}
+
+/* By all threads, once, with the copy of the row under way: the other blocks may be sent to. */
+static __device__ __forceinline__ void row_meet(const struct row_block *block)
+{
+    if (block->blocks > 1)
+        cluster_wait(); /* row_open arrived */
+}
+
+/* A fold's first half: each block's sums into its slot of every block. That a slot is free again
+ * needs no message: a block that sends in fold k + 2 has received all of fold k + 1, and what a
+ * block sent then it sent behind a barrier of its own, at which all its threads had read fold k's.
+ * The same holds for the slots' mbarriers. No fence is needed either. */
+static __device__ __forceinline__ void row_send(struct row_block *block,
+                                                const struct row_sums *mine, unsigned what)
+{
+    struct row_shared *shared = block->shared;
+    int turn = block->folds++ & 1, blocks = block->blocks;
+    int lane = (int)threadIdx.x & 31, word = lane / 4;
+    const unsigned words = words_of(what);
+    struct row_sums *slot = &shared->slots[turn][block->rank];
+
+    if (blocks > 1 && threadIdx.x == 0)
+        mbarrier_expect(&shared->arrived[turn], 8 * __popc(words) * blocks);
+    warp_fold(mine, what, &shared->warps[turn][threadIdx.x / 32]);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        uint64_t sum = fold_words(shared->warps[turn], (int)blockDim.x / 32, what);
+        uint64_t *place = (uint64_t *)slot + word;
+
+        if (blocks == 1 && lane % 4 == 0 && words >> word & 1)
+            *place = sum;
+        if (blocks > 1 && words >> word & 1)
+#pragma unroll 4
+            for (int rank = lane % 4; rank < blocks; rank += 4)
+                push_8(cluster_address(place, rank), __uint_as_float((unsigned)sum),
+                       __uint_as_float((unsigned)(sum >> 32)),
+                       cluster_address(&shared->arrived[turn], rank));
+    }
+    if (blocks == 1)
+        __syncthreads();
+}
+
+/* The second half, by whole warps: the sums over all threads of the row's blocks, the same bits for
+ * every thread. A warp that leaves it out meets one that did not at a barrier before its next. */
+static __device__ __forceinline__ struct row_sums row_take(const struct row_block *block,
+                                                           unsigned what)
+{
+    struct row_shared *shared = block->shared;
+    int turn = (block->folds - 1) & 1;
+    struct row_sums sums = row_nothing();
+    uint64_t word;
+
+    if (block->blocks > 1)
+        mbarrier_wait(&shared->arrived[turn], (block->folds - 1) / 2 & 1);
+    word = fold_words(shared->slots[turn], block->blocks, what);
+    if (what & FOLD_MAX) {
+        uint64_t max = __shfl_sync(WHOLE_WARP, word, 0);
+
+        sums.max[0] = __uint_as_float((unsigned)max);
+        sums.max[1] = __uint_as_float((unsigned)(max >> 32));
+    }
+    if (what & FOLD_KEY)
+        sums.key = __shfl_sync(WHOLE_WARP, word, 4);
+#pragma unroll
+    for (int k = 0; what & FOLD_MASS && k < 2; k++)
+        sums.mass[k] = __shfl_sync(WHOLE_WARP, word, 4 * (2 + k));
+#pragma unroll
+    for (int k = 0; what & (FOLD_SUM | FOLD_MORE) && k < (what & FOLD_MORE ? 4 : 2); k++)
+        sums.sum[k] = __shfl_sync(WHOLE_WARP, __longlong_as_double((long long)word), 4 * (4 + k));
+    return sums;
 }
 
 /* The sums over all threads of the row's blocks; every thread gets them. */
 static __device__ __forceinline__ struct row_sums row_fold(struct row_block *block,
                                                            struct row_sums mine, unsigned what)
 {
-    struct row_shared *shared = block->shared;
-    struct row_sums *own = &shared->own[block->folds & 1];
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
-
-    warp_fold(&mine, what);
-    if (lane == 0)
-        shared->warps[warp] = mine;
-    __syncthreads();
-    if (warp == 0) {
-        mine = lane < warps ? shared->warps[lane] : row_nothing();
-        warp_fold(&mine, what);
-        if (lane == 0)
-            *own = mine;
-    }
-    if (block->blocks > 1) {
-        row_sync(block);
-        if (warp == 0) {
-            mine = lane < block->blocks ? *row_remote(own, lane, block->blocks) : row_nothing();
-            warp_fold(&mine, what);
-        }
-    }
-    if (threadIdx.x == 0)
-        shared->total = mine;
-    /* *own is written again two folds later: after a barrier at which all blocks have read it. */
-    block->folds++;
-    __syncthreads();
-    return shared->total;
+    row_send(block, &mine, what);
+    return row_take(block, what);
 }
 
 /* --- a slice of a row --- */
@@ -188,6 +355,18 @@ static __device__ __forceinline__ void row_fetched(void)
     __pipeline_commit();
     __pipeline_wait_prior(0);
     __syncthreads();
+}
+
+/* By one thread: a slice that is wanted soon, to the L2; as row_fetch's quads. */
+static __device__ __forceinline__ void row_prefetch(const float *from, int count)
+{
+#if __CUDA_ARCH__ >= 900
+    if (count > 0)
+        asm volatile(
+            "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+            "r"(count * (int)sizeof(float))
+            : "memory");
+#endif
 }
 
 /* Elements i to i+3; -inf beyond the end. */
@@ -222,7 +401,10 @@ static __device__ __forceinline__ mass_t to_mass(float e, float scale)
 /* The sum of exp(z - max); bad: a term was NaN, which integers cannot hold. */
 static __device__ __forceinline__ double from_mass(mass_t mass, float scale, bool bad)
 {
-    return bad ? (double)NAN : (double)mass / (double)scale;
+    /* A power of two, of which the inverse is exact too: the quotient's bits. */
+    float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
+
+    return bad ? (double)NAN : (double)mass * (double)inverse;
 }
 
 /* The one expression behind every log-prob (claas_logsumexp's). */
@@ -507,7 +689,41 @@ static inline int row_plan(struct cuda_context *context, const void *kernel, int
     return 0;
 }
 
-/* Launches kernel(args) for `rows` rows. */
+/* Lowers *ret, a number of clusters, to what the card holds at a time, two blocks on a
+ * multiprocessor at most: more would only wait for the end of others. After row_plan(), which has
+ * allowed the larger clusters. */
+static inline int row_clusters(struct cuda_context *context, const void *kernel,
+                               const struct row_plan *plan, int *ret)
+{
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+    int held = 0, most = 2 * context->multiprocessors / plan->blocks, code;
+
+    code = cuda_check(
+        context,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)plan->bytes),
+        "shared memory");
+    if (code < 0)
+        return code;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = (unsigned)plan->blocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)*ret * (unsigned)plan->blocks);
+    config.blockDim = dim3((unsigned)plan->threads);
+    config.dynamicSmemBytes = plan->bytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    held = most;
+    if (plan->blocks > 1)
+        code =
+            cuda_check(context, cudaOccupancyMaxActiveClusters(&held, kernel, &config), "clusters");
+    held = held < most ? held : most;
+    held = held > 1 ? held : 1;
+    *ret = held < *ret ? held : *ret;
+    return code;
+}
+
+/* Launches kernel(args) by `rows` clusters: one for each row, as a rule. */
 template <typename Args>
 static int row_launch(struct cuda_context *context, void (*kernel)(const Args),
                       const struct row_plan *plan, int rows, const Args *args, const char *what)
@@ -534,7 +750,8 @@ static int row_launch(struct cuda_context *context, void (*kernel)(const Args),
     return cuda_check(context, cudaLaunchKernelEx(&config, kernel, *args), what);
 }
 
-/* The block's part of row blockIdx.x / blocks; `shared` is its memory. */
+/* The block's part of a row, the cluster's first being blockIdx.x / blocks; `shared` is its memory.
+ * By all threads; row_meet() before the first fold. */
 static __device__ __forceinline__ struct row_block row_open(const struct row_plan *plan,
                                                             unsigned char *shared)
 {
@@ -546,6 +763,14 @@ static __device__ __forceinline__ struct row_block row_open(const struct row_pla
     block.begin = block.rank * plan->slice;
     block.count = min(plan->slice, plan->vocab - block.begin);
     block.count = block.count > 0 ? block.count : 0;
+    if (block.blocks > 1) {
+        if (threadIdx.x == 0) {
+            mbarrier_init(&block.shared->arrived[0]);
+            mbarrier_init(&block.shared->arrived[1]);
+        }
+        __syncwarp(); /* the arrival is a warp's */
+        cluster_arrive();
+    }
     return block;
 }
 

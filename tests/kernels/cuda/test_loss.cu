@@ -1,6 +1,6 @@
 /* cuda/loss.cu against the C code of kernels/sdpo, which has the golden values behind it, and for
  * the whole vocabulary against doubles: all variants, shapes that fit nothing, ties, one-hot rows,
- * -inf and NaN, rows without teacher, clusters of blocks and single blocks.
+ * -inf and NaN, rows without teacher, clusters of blocks and single blocks, one row after another.
  *
  * To be linked with kernels/sdpo, rows.c there once per instruction set. */
 #include "cuda_check.h"
@@ -575,6 +575,42 @@ static void test_paths(struct cuda_context *context)
     }
 }
 
+/* On a card of two multiprocessors a cluster has several rows in turn. They get the bits that they
+ * get when each has a cluster to itself; the third row has no teacher. */
+static void test_turns(struct cuda_context *context)
+{
+    static const int vocabs[] = {52, 4096, 16000, 49152, 151936}, rows[] = {14, 9, 6, 6, 4};
+    int multiprocessors = context->multiprocessors;
+
+    check_begin("rows in turn, %s", check_name(context->act));
+    for (int i = 0; i < 5 * ALPHAS; i++) {
+        struct claas_loss_config config = a_config(0, alphas[i / 5], 7);
+        int vocab = vocabs[i % 5], count = rows[i % 5];
+        struct check_array grad;
+        struct batch b;
+
+        if (leaves_out_alpha(i / 5) || check_leaves_out((double)vocab * count, CHECK_SMALL_ROWS) ||
+            check_elsewhere())
+            continue;
+        b = batch_new(vocab, count, 2.0F);
+        run_reference(&config, &b);
+        context->multiprocessors = 2;
+        run_device(context, &config, &b, true);
+        context->multiprocessors = multiprocessors;
+        compare_results(&b);
+        compare_gradients(&b, check_limit(context->act));
+        memcpy(b.want, b.got, (size_t)count * sizeof(*b.got));
+        grad = b.dlogits;
+        run_device(context, &config, &b, true);
+        check_same("one at a time", b.got, b.want, (size_t)count * sizeof(*b.got));
+        check_same("its gradient", b.dlogits.host, grad.host, b.student.count * sizeof(float));
+        check_free(&grad, "dlogits");
+        check_free(&b.dlogits, "dlogits");
+        batch_free(&b);
+    }
+    check_end();
+}
+
 static void test_arguments(struct cuda_context *context)
 {
     struct batch b = batch_new(9, 1, 1.0F);
@@ -673,6 +709,7 @@ int main(int argc, char **argv)
         test_logprobs(&context);
         test_bits(&context);
         test_paths(&context);
+        test_turns(&context);
         test_arguments(&context);
         for (int i = 0; type && !fast && i < 2; i++) {
             time_loss(&context, 0, 0.0F, vocabs[i], 1024);
