@@ -296,6 +296,7 @@ static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct
                   "the sums have room where the tiles were");
     if (threadIdx.x == 0)
         mbarrier_init(&shared->counted);
+    __syncthreads(); /* a block without tiles has no other barrier of its own before it waits */
     launch_wait();
     launch_next();
 

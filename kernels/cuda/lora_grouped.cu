@@ -128,21 +128,42 @@ static int splits_of(const struct cuda_context *context, const struct lora_args 
     return chunks;
 }
 
+/* Into how many spans the gradients' rows are split: 1, unless there are too few blocks. */
+static int spans_of(const struct cuda_context *context, const struct lora_args *args, int blocks)
+{
+    const int spans = (args->m + LORA_SPAN - 1) / LORA_SPAN;
+    const size_t bytes =
+        (size_t)spans * (size_t)args->group_count * lora_gradient_size(*args) * sizeof(float);
+
+    return blocks < context->multiprocessors && bytes <= context->lt_space_bytes ? spans : 1;
+}
+
+static int launch_join(struct cuda_context *context, const struct lora_args *args, unsigned blocks)
+{
+    const struct lora_section *section = &args->sections[0];
+    const size_t size = lora_gradient_size(*args);
+    const unsigned quads = (unsigned)((size + 4 * TEAM - 1) / (4 * TEAM));
+
+    if (section->splits == 1)
+        return 0;
+    if (section->form == CUDA_LORA_DB)
+        return launch(context, "LoRA's spans", join_gradients,
+                      dim3(quads, (unsigned)args->group_count), dim3(TEAM), 0, *args, size);
+    return launch(context, "LoRA's chunks", join_kernel,
+                  dim3(blocks / (unsigned)section->columns * JOIN_BLOCKS), dim3(TEAM), 0, *args,
+                  section->splits, (bf16 *)(section->form == CUDA_LORA_S ? args->s : args->ds));
+}
+
 template <enum cuda_lora_form FORM>
 static int launch_sums(struct cuda_context *context, const struct lora_args *args, unsigned blocks)
 {
-    const struct lora_section *section = &args->sections[0];
     static bool allowed;
     int code = allow_shared(context, sum_kernel<FORM>, SUM_BYTES, &allowed);
 
     if (code >= 0)
         code = launch(context, "LoRA's sums", sum_kernel<FORM>, dim3(blocks), dim3(SUM_THREADS),
                       SUM_BYTES, *args);
-    if (code < 0 || section->splits == 1)
-        return code;
-    return launch(context, "LoRA's chunks", join_kernel,
-                  dim3(blocks / (unsigned)section->columns * JOIN_BLOCKS), dim3(TEAM), 0, *args,
-                  section->splits, (bf16 *)(FORM == CUDA_LORA_S ? args->s : args->ds));
+    return code < 0 ? code : launch_join(context, args, blocks);
 }
 
 template <bool TURNED>
@@ -192,30 +213,46 @@ static int launch_sections(struct cuda_context *context, const struct lora_args 
     }
 }
 
+/* Numbers the sections' blocks; returns how many there are. */
+static unsigned number_blocks(struct lora_args *args, int groups, int tiles)
+{
+    unsigned blocks = 0;
+
+    for (int i = 0; i < args->section_count; i++) {
+        struct lora_section *section = &args->sections[i];
+        const bool whole = section->form == CUDA_LORA_DB || section->form == CUDA_LORA_DA;
+
+        section->first = blocks;
+        section->columns = columns_of(args, section->form, section->span) * section->splits;
+        blocks += (unsigned)section->columns * (unsigned)(whole ? groups : tiles);
+    }
+    return blocks;
+}
+
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
                       const enum cuda_lora_form *forms, int count, bool beside)
 {
-    struct lora_args args = lora_args_of(lora);
+    const int groups = lora->rows->group_count, tiles = lora->rows->tile_count;
     const bool even = cuda_lora_is_even(context, lora);
-    unsigned blocks = 0;
+    struct lora_args args = lora_args_of(lora);
+    int blocks, splits = 1;
 
     args.section_count = count;
-    for (int i = 0; i < count; i++) {
-        struct lora_section *section = &args.sections[i];
-        const bool whole = forms[i] == CUDA_LORA_DB || forms[i] == CUDA_LORA_DA;
-        const int lines = whole ? lora->rows->group_count : lora->rows->tile_count;
-
-        section->form = forms[i];
-        section->first = blocks;
-        section->splits = 1;
-        section->span = even ? span_of(context, &args, forms[i], lines) : 1;
-        section->columns = columns_of(&args, forms[i], section->span);
-        if (even && count == 1)
-            section->splits = splits_of(context, &args, forms[i], section->columns * lines);
-        section->columns *= section->splits;
-        blocks += (unsigned)section->columns * (unsigned)lines;
-        if (section->splits > 1)
-            args.partial = (float *)context->lt_space;
+    for (int i = 0; i < count; i++)
+        args.sections[i] = (struct lora_section){
+            .form = forms[i],
+            .splits = 1,
+            .span = even ? span_of(context, &args, forms[i], tiles) : 1,
+        };
+    blocks = (int)number_blocks(&args, groups, tiles);
+    if (even)
+        splits = count > 1 ? spans_of(context, &args, blocks)
+                           : splits_of(context, &args, forms[0], blocks);
+    for (int i = 0; i < count && splits > 1; i++)
+        args.sections[i].splits = splits;
+    if (splits > 1) {
+        args.partial = (float *)context->lt_space;
+        blocks = (int)number_blocks(&args, groups, tiles);
     }
-    return launch_sections(context, &args, blocks, even, beside);
+    return launch_sections(context, &args, (unsigned)blocks, even, beside);
 }

@@ -21,23 +21,25 @@
 
 #define LORA_TILE  64  /* of i and of j */
 #define LORA_CHUNK 512 /* of k: sums of so many terms are added in order, whichever block made them */
+#define LORA_SPAN  1024 /* of the gradients' rows: likewise */
 
 struct lora_section {
     enum cuda_lora_form form;
     unsigned first; /* block */
     int columns;
-    int splits; /* parts of k: 1, or one for each chunk */
+    int splits; /* parts of k: 1, or one for each chunk; DB, DA: for each span */
     int span;   /* Y, DX: tiles of columns that a block takes */
 };
 struct lora_args {
     const struct cuda_lora_group *groups;
     const struct cuda_lora_tile *tiles;
-    int m, layer, kind, n, k, ld;
+    int group_count, m, layer, kind, n, k, ld;
     int part_count, row[CUDA_PARTS_MAX], part_n[CUDA_PARTS_MAX], module[CUDA_PARTS_MAX];
     int rank; /* the largest, for sizes of grids */
     const void *x, *dy;
     void *s, *y, *ds, *dx;
-    float *partial; /* [splits][m][ld], or NULL: k is not split */
+    float *partial; /* [splits][m][ld]; DB, DA: [splits][groups][lora_gradient_size()]; NULL: k is not
+                       split */
     int section_count;
     struct lora_section sections[CUDA_LORA_FORMS];
 };
@@ -48,6 +50,7 @@ static inline struct lora_args lora_args_of(const struct cuda_lora *lora)
 
     args.groups = lora->rows->groups;
     args.tiles = lora->rows->tiles;
+    args.group_count = lora->rows->group_count;
     args.m = lora->rows->m;
     args.layer = lora->layer;
     args.kind = lora->kind;
@@ -73,6 +76,13 @@ static inline struct lora_args lora_args_of(const struct cuda_lora *lora)
 static __host__ __device__ __forceinline__ int lora_tiles_of(int size)
 {
     return (size + LORA_TILE - 1) / LORA_TILE;
+}
+
+/* Elements of a group's dA, then dB of all of the weight's rows, before they are added to the
+ * gradient. */
+static __host__ __device__ __forceinline__ size_t lora_gradient_size(const struct lora_args &args)
+{
+    return (size_t)args.ld * (size_t)args.k + (size_t)args.n * (size_t)args.rank;
 }
 
 /* A LORA_TILE x LORA_TILE piece of a product, or a row of such. */
@@ -209,57 +219,104 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
     return p->j < p->n && p->k_end > 0;
 }
 
-/* Forms over all rows of a group. */
+/* Where a group's gradient has element `at` of lora_gradient_size(), and what it is multiplied by;
+ * NULL: nowhere. */
+static __device__ __forceinline__ float *lora_gradient_at(const struct lora_args &args,
+                                                          const struct cuda_lora_group *group,
+                                                          size_t at, float *scale)
+{
+    const size_t of_a = (size_t)args.ld * (size_t)args.k, rank = (size_t)group->rank;
+    const size_t width = (size_t)(group->parts[args.kind] * group->rank);
+    float *grad = group->grad + (size_t)args.layer * group->layer;
+
+    *scale = 1.0f;
+    if (!group->grad)
+        return NULL;
+    if (at < of_a)
+        return at < width * (size_t)args.k ? grad + group->a[args.kind] + at : NULL;
+    at -= of_a;
+    *scale = group->scale;
+    for (int part = 0; part < args.part_count; part++) {
+        const size_t first = (size_t)args.row[part] * rank, size = (size_t)args.part_n[part] * rank;
+
+        if (at >= first && at < first + size)
+            return group->index[args.module[part]] >= 0
+                       ? grad + group->b[args.module[part]] + (at - first)
+                       : NULL;
+    }
+    return NULL;
+}
+
+/* Operands and result of a gradient over a group's rows; x becomes the piece's number. false:
+ * nothing to do. */
+template <typename T>
+static __device__ bool lora_set_gradient(const struct lora_args &args,
+                                         const struct cuda_lora_group *group, float *partial, int *x,
+                                         struct lora_problem<T> *p)
+{
+    const size_t first = (size_t)group->first, layer = (size_t)args.layer * group->layer;
+    int part, place;
+
+    if (p->form == CUDA_LORA_DA) {
+        p->left = (const T *)args.x + first * (size_t)args.k;
+        p->ld_left = (size_t)args.k;
+        p->right = (const T *)args.ds + first * (size_t)args.ld;
+        p->m = args.k;
+        p->n = group->parts[args.kind] * group->rank;
+        p->out = group->grad + layer + group->a[args.kind];
+        p->out_i = 1;
+        p->out_j = (size_t)args.k;
+        p->scale = 1.0f;
+        p->partial = partial;
+        return true;
+    }
+    part = lora_part_of(args, LORA_TILE, lora_tiles_of(args.rank), x);
+    place = group->index[args.module[part]];
+    if (place < 0)
+        return false;
+    p->left = (const T *)args.dy + first * (size_t)args.n + (size_t)args.row[part];
+    p->ld_left = (size_t)args.n;
+    p->right = (const T *)args.s + first * (size_t)args.ld + (size_t)place * (size_t)group->rank;
+    p->m = args.part_n[part];
+    p->n = group->rank;
+    p->out = group->grad + layer + group->b[args.module[part]];
+    p->out_i = (size_t)group->rank;
+    p->out_j = 1;
+    p->scale = group->scale;
+    p->partial = partial ? partial + (size_t)args.ld * (size_t)args.k +
+                               (size_t)args.row[part] * (size_t)group->rank
+                         : NULL;
+    return true;
+}
+
+/* Forms over all rows of a group, or a span of them. */
 template <typename T>
 static __device__ bool lora_group_problem(const struct lora_args &args,
                                           const struct lora_section &section, int x, int y,
                                           struct lora_problem<T> *p)
 {
     const struct cuda_lora_group *group = &args.groups[y];
-    const size_t first = (size_t)group->first, layer = (size_t)args.layer * group->layer;
-    const int width = group->parts[args.kind] * group->rank;
+    const int per = lora_tiles_of(section.form == CUDA_LORA_DB ? args.rank : args.ld);
+    const int span = x % section.splits;
+    float *partial = NULL;
 
-    if (!group->grad || group->count == 0)
+    if (!group->grad)
         return false;
+    x /= section.splits;
     p->form = section.form;
-    p->k_first = 0;
+    p->k_first = span * LORA_SPAN;
     p->k_end = group->count;
-    p->partial = NULL;
-    if (section.form == CUDA_LORA_DB) {
-        const int per = lora_tiles_of(args.rank), part = lora_part_of(args, LORA_TILE, per, &x);
-        const int place = group->index[args.module[part]];
+    if (section.splits > 1) {
+        const size_t at = (size_t)span * (size_t)args.group_count + (size_t)y;
 
-        if (place < 0)
-            return false;
-        p->left = (const T *)args.dy + first * (size_t)args.n + (size_t)args.row[part];
-        p->ld_left = (size_t)args.n;
-        p->right =
-            (const T *)args.s + first * (size_t)args.ld + (size_t)place * (size_t)group->rank;
-        p->ld_right = (size_t)args.ld;
-        p->m = args.part_n[part];
-        p->n = group->rank;
-        p->i = x / per * LORA_TILE;
-        p->j = x % per * LORA_TILE;
-        p->out = group->grad + layer + group->b[args.module[part]];
-        p->out_i = (size_t)group->rank;
-        p->out_j = 1;
-        p->scale = group->scale;
-        return p->j < p->n;
+        partial = args.partial + at * lora_gradient_size(args);
+        p->k_end = p->k_end < p->k_first + LORA_SPAN ? p->k_end : p->k_first + LORA_SPAN;
     }
-    p->left = (const T *)args.x + first * (size_t)args.k;
-    p->ld_left = (size_t)args.k;
-    p->right = (const T *)args.ds + first * (size_t)args.ld;
+    if (p->k_first >= p->k_end || !lora_set_gradient(args, group, partial, &x, p))
+        return false;
     p->ld_right = (size_t)args.ld;
-    p->m = args.k;
-    p->n = width;
-    const int per = lora_tiles_of(args.ld);
-
     p->i = x / per * LORA_TILE;
     p->j = x % per * LORA_TILE;
-    p->out = group->grad + layer + group->a[args.kind];
-    p->out_i = 1;
-    p->out_j = (size_t)args.k;
-    p->scale = 1.0f;
     return p->j < p->n;
 }
 

@@ -6,6 +6,8 @@
  * chunk, begun at zero, are added, and those of all chunks in order. Where there are few tiles and
  * many terms, each chunk is a block's, and join_kernel adds up the same numbers in the same order. So
  * a row's bits depend on neither the number of rows nor the other groups.
+ * The gradients' terms are rows: their chunks are added up in spans of LORA_SPAN rows, then the
+ * spans in order; where there are few tiles each span is a block's, and join_gradients adds them.
  *
  *   x and dY are read once for S and dS (a second time where parts*R > 64), once more for the
  *   gradients; A and B once per 64 rows, from the L2 as a rule.
@@ -22,6 +24,7 @@
 #define SUM_BYTES    (SUM_SWAP * sizeof(bf16) + SUM_THREADS * 16 * sizeof(float))
 #define CHUNK_PIECES (LORA_CHUNK / TEAMS / STEP) /* of a team */
 #define JOIN_BLOCKS  8                           /* of a tile */
+#define SPAN_CHUNKS  (LORA_SPAN / LORA_CHUNK)
 
 static __device__ __forceinline__ int team_of(void)
 {
@@ -73,8 +76,17 @@ static __device__ __forceinline__ void take_share(share_sums &total, warp_sums &
     }
 }
 
+static __device__ __forceinline__ void add_span(share_sums &total, share_sums &span)
+{
+#pragma unroll
+    for (int e = 0; e < 16; e++) {
+        total[e / 4][e % 4] += span[e / 4][e % 4];
+        span[e / 4][e % 4] = 0.0f;
+    }
+}
+
 /* total = the team's share of the product's piece at (i, j). */
-template <bool TURNED_LEFT, bool TURNED_RIGHT>
+template <bool TURNED_LEFT, bool TURNED_RIGHT, bool SPANS>
 static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_problem<bf16> &p,
                                                  bf16 *shared)
 {
@@ -82,13 +94,14 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
     float *swap = (float *)(shared + SUM_SWAP);
     const int pieces = team_pieces(p);
     warp_sums sum = {};
+    share_sums span = {};
 
     for (int i = 0, stage = 0; i < pieces + STAGES; i++) {
         bf16 *left = tiles + stage * 2 * PIECE, *right = left + PIECE;
         const int at = i - STAGES; /* the piece that was asked for so many turns ago */
 
         if (at >= 0) {
-            const bool last = at % CHUNK_PIECES == CHUNK_PIECES - 1 || at == pieces - 1;
+            const bool end = at == pieces - 1, last = end || (at + 1) % CHUNK_PIECES == 0;
 
             copies_wait_but<STAGES - 1>();
             __syncthreads(); /* also: all have taken their share of the chunk before */
@@ -98,7 +111,9 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
                 give_share(sum, swap);
             __syncthreads(); /* all warps are done with the stage */
             if (last)
-                take_share(total, sum, swap);
+                take_share(SPANS ? span : total, sum, swap);
+            if (SPANS && (end || (at + 1) % (SPAN_CHUNKS * CHUNK_PIECES) == 0))
+                add_span(total, span);
         }
         if (i < pieces && team_term(p, i) < p.k_end) {
             load_left<TURNED_LEFT>(left, p, team_term(p, i));
@@ -130,25 +145,27 @@ static __device__ __forceinline__ void store_sums(const lora_problem<bf16> &p,
         }
 }
 
-/* dB, dA: all reads before the writes, so that they are under way together. */
+/* dB, dA: all reads before the writes, so that they are under way together. Of a span: its sums. */
 static __device__ __forceinline__ void add_gradients(const lora_problem<bf16> &p,
                                                      const share_sums &sum)
 {
-    float *out = (float *)p.out, old[16];
+    float *out = p.partial ? p.partial : (float *)p.out, old[16];
 
 #pragma unroll
     for (int e = 0; e < 16; e++) {
         const int i = p.i + pair_row(team_of(), e / 2 % 2), j = p.j + pair_column(e / 4) + e % 2;
+        const bool read = i < p.m && j < p.n && !p.partial;
 
-        old[e] = i < p.m && j < p.n ? out[(size_t)i * p.out_i + (size_t)j * p.out_j] : 0.0f;
+        old[e] = read ? out[(size_t)i * p.out_i + (size_t)j * p.out_j] : 0.0f;
     }
 #pragma unroll
     for (int e = 0; e < 16; e++) {
         const int i = p.i + pair_row(team_of(), e / 2 % 2), j = p.j + pair_column(e / 4) + e % 2;
+        const float x = sum[e / 4][e % 4];
 
         if (i < p.m && j < p.n)
             out[(size_t)i * p.out_i + (size_t)j * p.out_j] =
-                fmaf(p.scale, sum[e / 4][e % 4], old[e]);
+                p.partial ? x : fmaf(p.scale, x, old[e]);
     }
 }
 
@@ -168,7 +185,8 @@ static __global__ void __launch_bounds__(SUM_THREADS, 2) sum_kernel(const struct
     launch_next();
     if (!found)
         return;
-    sum_terms<FORM == CUDA_LORA_DB, FORM != CUDA_LORA_S>(total, p, (bf16 *)shared);
+    sum_terms<FORM == CUDA_LORA_DB, FORM != CUDA_LORA_S, FORM == CUDA_LORA_DB>(total, p,
+                                                                               (bf16 *)shared);
     if (FORM == CUDA_LORA_DB)
         add_gradients(p, total);
     else
@@ -201,6 +219,33 @@ static __global__ void __launch_bounds__(TEAM)
         *(uint2 *)(out + at) =
             make_uint2(pack_pair(total.x, total.y), pack_pair(total.z, total.w));
     }
+}
+
+/* Adds the spans of a group's dB and dA to its gradient, in order: four elements a thread, a group
+ * for each y of the grid. */
+static __global__ void __launch_bounds__(TEAM)
+    join_gradients(const struct lora_args args, size_t size)
+{
+    const struct cuda_lora_group *group = &args.groups[blockIdx.y];
+    const size_t at = ((size_t)blockIdx.x * TEAM + threadIdx.x) * 4;
+    const float *from = args.partial + (size_t)blockIdx.y * size + at;
+    const int spans = (group->count + LORA_SPAN - 1) / LORA_SPAN;
+    float scale, *to = lora_gradient_at(args, group, at, &scale);
+    float4 sum = {};
+
+    launch_next();
+    launch_wait();
+    if (at >= size || !to)
+        return;
+    for (int i = 0; i < spans; i++) {
+        const float4 x = *(const float4 *)(from + (size_t)i * (size_t)args.group_count * size);
+
+        sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    const float4 old = *(const float4 *)to;
+
+    *(float4 *)to = make_float4(fmaf(scale, sum.x, old.x), fmaf(scale, sum.y, old.y),
+                                fmaf(scale, sum.z, old.z), fmaf(scale, sum.w, old.w));
 }
 
 #endif

@@ -9,6 +9,7 @@
 #define LOSS_FLOATS   ((size_t)128 << 20)
 #define LOSS_ROWS     2048
 #define LOSS_ROWS_MIN 64
+#define CHUNK_STEP    256 /* whole tiles of the head's products: 704 rows take as long as 768 */
 /* Share of the free memory that saved activations may take: the rest is the stage's other buffers.
  */
 #define SAVED_SHARE      0.6
@@ -66,7 +67,8 @@ static void place_infer_side(const struct cuda_step *step, struct cuda_arena *ar
                                          backend->context.act_bytes);
 }
 
-/* Rows of a chunk: as few chunks of at most `limit` rows as there must be, of nearly one size. */
+/* Rows of a chunk: as few chunks of at most `limit` rows as there must be, of nearly one size but
+ * for the last. */
 static size_t even_chunk(size_t rows, size_t limit)
 {
     size_t chunks, chunk;
@@ -76,7 +78,8 @@ static size_t even_chunk(size_t rows, size_t limit)
     if (chunks <= 1)
         return rows;
     chunk = (rows + chunks - 1) / chunks;
-    return (chunk + LOSS_ROWS_MIN - 1) / LOSS_ROWS_MIN * LOSS_ROWS_MIN;
+    chunk = (chunk + CHUNK_STEP - 1) / CHUNK_STEP * CHUNK_STEP;
+    return chunk < limit ? chunk : limit;
 }
 
 static void place_head(const struct cuda_step *step, struct cuda_arena *arena, bool gradient,

@@ -164,13 +164,15 @@ static void check_alone(struct rig *r, int g, int count, bool few)
     free(grad);
 }
 
-/* Sums over k in one block have the bits of those cut into chunks: a card of one multiprocessor has
- * enough blocks without. */
+/* Sums in one block have the bits of those cut into chunks of k or spans of rows: a card of one
+ * multiprocessor has enough blocks without. */
 static void check_uncut(struct rig *r)
 {
     const int multiprocessors = r->context->multiprocessors;
-    float *y = copy_floats(&r->y), *dx = copy_floats(&r->dx);
+    float *y = copy_floats(&r->y), *dx = copy_floats(&r->dx), *grads[GROUPS_MAX];
 
+    for (int g = 0; g < r->count; g++)
+        grads[g] = r->grads[g].host ? copy_floats(&r->grads[g]) : NULL;
     restore(r);
     r->context->multiprocessors = 1;
     run_forward(r);
@@ -178,6 +180,12 @@ static void check_uncut(struct rig *r)
     r->context->multiprocessors = multiprocessors;
     check_same("y uncut", r->y.host, y, r->y.count * sizeof(float));
     check_same("dx uncut", r->dx.host, dx, r->dx.count * sizeof(float));
+    for (int g = 0; g < r->count; g++) {
+        if (grads[g])
+            check_same("gradient uncut", r->grads[g].host, grads[g],
+                       r->grads[g].count * sizeof(float));
+        free(grads[g]);
+    }
     free(y);
     free(dx);
 }
@@ -235,6 +243,7 @@ static void test_type(enum cuda_type act)
 {
     static const struct spec shared[] = {{32, ALL, 0, 64}};
     static const struct spec long_ones[] = {{32, ALL, 1, 130}, {16, SOME, 0, 200}};
+    static const struct spec spans[] = {{8, ALL, 3, 1025}, {24, SOME, 0, 2100}, {5, ALL, 1, 1024}};
     static struct spec many[GROUPS_MAX];
     const struct dims *const all[] = {&tiny, &smol, &odd};
     struct cuda_context context;
@@ -257,6 +266,7 @@ static void test_type(enum cuda_type act)
             run_case(&context, &large, "several", several, 5, few);
     }
     run_case(&context, &smol, "two of many rows", long_ones, 2, false);
+    run_case(&context, &tiny, "spans of rows", spans, 3, false);
     cuda_context_close(&context);
 }
 
