@@ -157,12 +157,13 @@ static int launch_join(struct cuda_context *context, const struct lora_args *arg
 template <enum cuda_lora_form FORM>
 static int launch_sums(struct cuda_context *context, const struct lora_args *args, unsigned blocks)
 {
+    const size_t bytes = sum_bytes(STAGES_OF(context->arch));
     static bool allowed;
-    int code = allow_shared(context, sum_kernel<FORM>, SUM_BYTES, &allowed);
+    int code = allow_shared(context, sum_kernel<FORM>, bytes, &allowed);
 
     if (code >= 0)
         code = launch(context, "LoRA's sums", sum_kernel<FORM>, dim3(blocks), dim3(SUM_THREADS),
-                      SUM_BYTES, *args);
+                      bytes, *args);
     return code < 0 ? code : launch_join(context, args, blocks);
 }
 

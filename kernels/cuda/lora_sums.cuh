@@ -2,7 +2,7 @@
  *
  * A block makes a 64 x 64 piece of one product. Its two teams take half of the terms each, of every
  * chunk of LORA_CHUNK the first 256 and the last 256: so a sum of few pieces waits half as often.
- * Operands come in pieces of 64 terms by cp.async, three of each team in flight. Both teams' sums of a
+ * Operands come in pieces of 64 terms by cp.async, three of each team in flight (two below sm_90). Both teams' sums of a
  * chunk, begun at zero, are added, and those of all chunks in order. Where there are few tiles and
  * many terms, each chunk is a block's, and join_kernel adds up the same numbers in the same order. So
  * a row's bits depend on neither the number of rows nor the other groups.
@@ -11,7 +11,7 @@
  *
  *   x and dY are read once for S and dS (a second time where parts*R > 64), once more for the
  *   gradients; A and B once per 64 rows, from the L2 as a rule.
- *   Shared memory: 2 teams x 3 x 16 KB and 16 KB for the exchange, two blocks on an SM. */
+ *   Shared memory: 2 teams x 3 (2) x 16 KB and 16 KB for the exchange, two blocks on an SM. */
 #ifndef CLAAS_CUDA_LORA_SUMS_CUH
 #define CLAAS_CUDA_LORA_SUMS_CUH
 
@@ -20,11 +20,19 @@
 
 #define TEAMS        2
 #define SUM_THREADS  (TEAMS * TEAM)
-#define SUM_SWAP     (TEAMS * STAGES * 2 * PIECE) /* where the exchange lies, in bf16 */
-#define SUM_BYTES    (SUM_SWAP * sizeof(bf16) + SUM_THREADS * 16 * sizeof(float))
 #define CHUNK_PIECES (LORA_CHUNK / TEAMS / STEP) /* of a team */
 #define JOIN_BLOCKS  8                           /* of a tile */
 #define SPAN_CHUNKS  (LORA_SPAN / LORA_CHUNK)
+
+/* Shared memory: both teams' stages, then the exchange. */
+static __host__ __device__ constexpr size_t sum_stages(int stages)
+{
+    return (size_t)(TEAMS * stages * 2 * PIECE); /* bf16 */
+}
+static constexpr size_t sum_bytes(int stages)
+{
+    return sum_stages(stages) * sizeof(bf16) + SUM_THREADS * 16 * sizeof(float);
+}
 
 static __device__ __forceinline__ int team_of(void)
 {
@@ -91,7 +99,7 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
                                                  bf16 *shared)
 {
     bf16 *tiles = shared + team_of() * STAGES * 2 * PIECE;
-    float *swap = (float *)(shared + SUM_SWAP);
+    float *swap = (float *)(shared + sum_stages(STAGES));
     const int pieces = team_pieces(p);
     warp_sums sum = {};
     share_sums span = {};
