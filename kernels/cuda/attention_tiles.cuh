@@ -243,7 +243,7 @@ static int allow_shared(struct cuda_context *context, K kernel, size_t bytes, bo
     err = cuda_check(
         context,
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
-        "shared memory of attention");
+        "a kernel's shared memory");
     *done = err == 0;
     return err;
 }

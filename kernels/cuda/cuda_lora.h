@@ -114,8 +114,8 @@ struct cuda_lora {
     float *sums;                 /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
     struct cuda_lora_pair *pair; /* few, beside the product, in place of s; or NULL */
 };
-/* The few way reads the lists of rows and the adapters before launch_wait: so what wrote them must
- * be followed on the stream by a copy to the device, as at the beginning of every pass. */
+/* Groups and tiles are read before launch_wait, and the few way's adapters too: so what wrote them
+ * must be followed on the stream by a copy to the device, as at the beginning of every pass. */
 
 /* S = x A^T */
 int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora);

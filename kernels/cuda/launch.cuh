@@ -9,7 +9,9 @@
  * do the same. launch_wait returns when all of that work is done and seen, since each kernel of the
  * chain waits itself. A kernel that needs nothing of the one before it, and only what was done when
  * that called launch_next, may do its work first and let one block wait, at its end: so it has not
- * ended before that other one either (attention_sm90_bwd.cu). Below sm_90 both are nothing and
+ * ended before that other one either (attention_sm90_bwd.cu, lora_adds.cuh). What it needs must come
+ * from grids that were complete when it began, which the one before it has to see to: it calls
+ * launch_next behind its launch_wait, not before. Below sm_90 both are nothing and
  * launches are the ordinary ones. */
 #ifndef CLAAS_CUDA_LAUNCH_CUH
 #define CLAAS_CUDA_LAUNCH_CUH

@@ -57,7 +57,8 @@ int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_ro
 }
 
 /* Whether CLAAS_CUDA_LORA asks for this way, to measure and to compare: grouped (cuBLASLt is not
- * used even for one large adapter) or apart (nothing is done beside the frozen products). */
+ * used even for one large adapter), gemm (it is for a small one too) or apart (nothing is done
+ * beside the frozen products). */
 static bool is_wished(const char *way)
 {
     const char *wish = getenv("CLAAS_CUDA_LORA");

@@ -118,8 +118,8 @@ static __device__ __forceinline__ void add_columns(const lora_problem<bf16> &p, 
     }
 }
 
-/* beside: the launch before it is of the gradients, and what this one needs was complete before that
- * one let it begin; only its end waits, by its last block (launch.cuh). */
+/* beside: it comes behind the gradients' sum_kernel (and join_gradients), which let it begin only
+ * when all that it needs was complete; so only its end waits, by its last block (launch.cuh). */
 template <bool TURNED>
 static __global__ void __launch_bounds__(TEAM, 5)
     add_kernel(const struct lora_args args, bool beside)

@@ -157,7 +157,7 @@ static int launch_join(struct cuda_context *context, const struct lora_args *arg
 template <enum cuda_lora_form FORM>
 static int launch_sums(struct cuda_context *context, const struct lora_args *args, unsigned blocks)
 {
-    const size_t bytes = sum_bytes(STAGES_OF(context->arch));
+    const size_t bytes = sum_bytes(SUM_STAGES(context->warpgroups));
     static bool allowed;
     int code = allow_shared(context, sum_kernel<FORM>, bytes, &allowed);
 

@@ -13,13 +13,6 @@
 #define TEAM   128 /* threads */
 #define STEP   64  /* terms of a piece */
 #define PIECE  (64 * STEP)
-/* Pieces in flight in a sum: two where a block may have 99 KB of shared memory alone. */
-#define STAGES_OF(arch) ((arch) < 90 ? 2 : 3)
-#if defined(__CUDA_ARCH__)
-#define STAGES STAGES_OF(__CUDA_ARCH__ / 10)
-#else
-#define STAGES 0 /* the host compiles the kernels' text and nothing else */
-#endif
 
 static __device__ __forceinline__ int team_thread(void)
 {

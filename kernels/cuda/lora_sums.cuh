@@ -2,7 +2,7 @@
  *
  * A block makes a 64 x 64 piece of one product. Its two teams take half of the terms each, of every
  * chunk of LORA_CHUNK the first 256 and the last 256: so a sum of few pieces waits half as often.
- * Operands come in pieces of 64 terms by cp.async, three of each team in flight (two below sm_90). Both teams' sums of a
+ * Operands come in pieces of 64 terms by cp.async, three of each team in flight (two but in sm_90a's code). Both teams' sums of a
  * chunk, begun at zero, are added, and those of all chunks in order. Where there are few tiles and
  * many terms, each chunk is a block's, and join_kernel adds up the same numbers in the same order. So
  * a row's bits depend on neither the number of rows nor the other groups.
@@ -11,7 +11,8 @@
  *
  *   x and dY are read once for S and dS (a second time where parts*R > 64), once more for the
  *   gradients; A and B once per 64 rows, from the L2 as a rule.
- *   Shared memory: 2 teams x 3 (2) x 16 KB and 16 KB for the exchange, two blocks on an SM. */
+ *   Shared memory: 2 teams x 3 (2) x 16 KB and 16 KB for the exchange: two blocks on an SM of sm_90,
+ *   and less than the 99 KB that a block of 8.6, 8.9 or 12.0 may have. */
 #ifndef CLAAS_CUDA_LORA_SUMS_CUH
 #define CLAAS_CUDA_LORA_SUMS_CUH
 
@@ -24,6 +25,14 @@
 #define JOIN_BLOCKS  8                           /* of a tile */
 #define SPAN_CHUNKS  (LORA_SPAN / LORA_CHUNK)
 
+/* Pieces in flight. */
+#define SUM_STAGES(sm90a) ((sm90a) ? 3 : 2)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define STAGES SUM_STAGES(true)
+#else
+#define STAGES SUM_STAGES(false)
+#endif
+
 /* Shared memory: both teams' stages, then the exchange. */
 static __host__ __device__ constexpr size_t sum_stages(int stages)
 {
@@ -33,6 +42,8 @@ static constexpr size_t sum_bytes(int stages)
 {
     return sum_stages(stages) * sizeof(bf16) + SUM_THREADS * 16 * sizeof(float);
 }
+static_assert(sum_bytes(SUM_STAGES(true)) <= 113 * 1024, "two blocks on an SM");
+static_assert(sum_bytes(SUM_STAGES(false)) <= 99 * 1024, "a block of any card has as much");
 
 static __device__ __forceinline__ int team_of(void)
 {
@@ -179,8 +190,9 @@ static __device__ __forceinline__ void add_gradients(const lora_problem<bf16> &p
 
 /* --- the kernels --- */
 
-/* FORM: S, DS, or DB for both gradients, beside which the launch of dx may run: it begins when this
- * one's blocks know that what was queued before them is done. */
+/* FORM: S, DS, or DB for both gradients, beside which the launch of dx may run. That one does not
+ * wait for what it reads (dS, and dx of the frozen product): it relies on this kernel's blocks
+ * letting the next kernel begin only when they have waited themselves. */
 template <enum cuda_lora_form FORM>
 static __global__ void __launch_bounds__(SUM_THREADS, 2) sum_kernel(const struct lora_args args)
 {

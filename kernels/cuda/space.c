@@ -82,13 +82,16 @@ static size_t even_chunk(size_t rows, size_t limit)
     return chunk < limit ? chunk : limit;
 }
 
-static void place_head(const struct cuda_step *step, struct cuda_arena *arena, bool gradient,
+/* For the batches of a side. The chunk's size is one of those things that decide which algorithm a
+ * product has, and so the last bits of logits: it follows from the largest batch alone. */
+static void place_head(const struct cuda_step *step, struct cuda_arena *arena,
+                       const struct claas_plan_side *side, bool gradient,
                        struct cuda_step_space *space)
 {
     const claas_backend_t *backend = step->backend;
     size_t vocab = (size_t)backend->model.config.vocab, d = (size_t)backend->model.config.hidden;
     size_t rows = LOSS_FLOATS / vocab, act = backend->context.act_bytes;
-    size_t most = (size_t)step->plan.position_count;
+    size_t most = (size_t)extent_of(side).scored;
 
     rows = even_chunk(most, rows > LOSS_ROWS ? LOSS_ROWS : rows);
     space->chunk = (int)rows;
@@ -168,7 +171,7 @@ static void place_train_side(const struct cuda_step *step, struct cuda_arena *ar
     place_saved(step, arena, e.m, space);
     space->dx = cuda_take(arena, (size_t)e.m * d * sizeof(float));
     shared = arena->used;
-    place_head(step, arena, true, space);
+    place_head(step, arena, &step->plan.student, true, space);
     head = arena->used;
     arena->used = shared;
     place_layers(step, arena, e.m, space);
@@ -200,6 +203,9 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
                         struct cuda_step_space *space)
 {
     const struct claas_plan *plan = &step->plan;
+    const struct claas_plan_side *side = stage == CUDA_STAGE_TEACHER ? &plan->teacher
+                                         : stage == CUDA_STAGE_BASE  ? &plan->base
+                                                                     : &plan->student;
     bool train = stage == CUDA_STAGE_STUDENT && plan->request->update;
 
     arena->used = 0;
@@ -209,12 +215,8 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
         return;
     }
     if (stage != CUDA_STAGE_TEACHER)
-        place_head(step, arena, false, space);
-    place_infer_side(step, arena,
-                     stage == CUDA_STAGE_TEACHER ? &plan->teacher
-                     : stage == CUDA_STAGE_BASE  ? &plan->base
-                                                 : &plan->student,
-                     space);
+        place_head(step, arena, side, false, space);
+    place_infer_side(step, arena, side, space);
 }
 
 /* Rounds down to a power of two or three quarters of one. Where batches end decides in which order

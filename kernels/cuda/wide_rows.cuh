@@ -250,8 +250,10 @@ static __device__ __forceinline__ uint64_t fold_words(const struct row_sums *all
 /* By all threads, once, with the copy of the row under way: the other blocks may be sent to. */
 static __device__ __forceinline__ void row_meet(const struct row_block *block)
 {
-    if (block->blocks > 1)
-        cluster_wait(); /* row_open arrived */
+    if (block->blocks <= 1)
+        return;
+    __syncwarp(); /* the wait is a warp's */
+    cluster_wait(); /* row_open arrived */
 }
 
 /* A fold's first half: each block's sums into its slot of every block. That a slot is free again

@@ -112,6 +112,8 @@ static void add_numbers(const char *at, char ret[NAME_MAX_ + 1])
         if (skip > strlen(type))
             break;
         digits = strcspn(type + skip, "E");
+        if (type[skip + digits] != 'E')
+            break;
         length += (size_t)snprintf(ret + length, NAME_MAX_ + 1 - length, "%c%.*s",
                                    count > 0 ? ',' : '<', (int)digits, type + skip);
         at = type + skip + digits + 1;

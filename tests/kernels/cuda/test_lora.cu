@@ -6,7 +6,10 @@
  *
  * Each operation's reference takes the device's own result of the one before, so that one failing
  * does not hide in another. */
+#include "cuda/launch.cuh"
 #include "lora_rig.cuh"
+
+#define LATE_CLOCKS 2000000LL /* a millisecond */
 
 static void check_ds_of(struct rig *r)
 {
@@ -164,28 +167,49 @@ static void check_alone(struct rig *r, int g, int count, bool few)
     free(grad);
 }
 
-/* Sums in one block have the bits of those cut into chunks of k or spans of rows: a card of one
- * multiprocessor has enough blocks without. */
-static void check_uncut(struct rig *r)
+/* y, dx and gradients of another run, compared with the run before. */
+static void check_again(struct rig *r, const char *how, float *const y, float *const dx,
+                        float *const *grads)
 {
-    const int multiprocessors = r->context->multiprocessors;
+    char name[64];
+
+    restore(r);
+    run_forward(r);
+    run_backward(r, true);
+    snprintf(name, sizeof(name), "y %s", how);
+    check_same(name, r->y.host, y, r->y.count * sizeof(float));
+    snprintf(name, sizeof(name), "dx %s", how);
+    check_same(name, r->dx.host, dx, r->dx.count * sizeof(float));
+    snprintf(name, sizeof(name), "gradient %s", how);
+    for (int g = 0; g < r->count; g++)
+        if (grads[g])
+            check_same(name, r->grads[g].host, grads[g], r->grads[g].count * sizeof(float));
+}
+
+/* The bits are the same where sums are not cut into chunks of k or spans of rows (a card of one
+ * multiprocessor has blocks enough without), where there is no memory for partial sums, which must
+ * then not be touched, and where no kernel begins early. */
+static void check_otherwise(struct rig *r)
+{
+    struct cuda_context *context = r->context;
+    const struct cuda_context as_it_is = *context;
     float *y = copy_floats(&r->y), *dx = copy_floats(&r->dx), *grads[GROUPS_MAX];
 
     for (int g = 0; g < r->count; g++)
         grads[g] = r->grads[g].host ? copy_floats(&r->grads[g]) : NULL;
-    restore(r);
-    r->context->multiprocessors = 1;
-    run_forward(r);
-    run_backward(r, true);
-    r->context->multiprocessors = multiprocessors;
-    check_same("y uncut", r->y.host, y, r->y.count * sizeof(float));
-    check_same("dx uncut", r->dx.host, dx, r->dx.count * sizeof(float));
-    for (int g = 0; g < r->count; g++) {
-        if (grads[g])
-            check_same("gradient uncut", r->grads[g].host, grads[g],
-                       r->grads[g].count * sizeof(float));
+    context->multiprocessors = 1;
+    check_again(r, "uncut", y, dx, grads);
+    context->multiprocessors = as_it_is.multiprocessors;
+    context->lt_space = NULL;
+    context->lt_space_bytes = 0;
+    check_again(r, "without a workspace", y, dx, grads);
+    context->lt_space = as_it_is.lt_space;
+    context->lt_space_bytes = as_it_is.lt_space_bytes;
+    context->early = false;
+    check_again(r, "one after the other", y, dx, grads);
+    context->early = as_it_is.early;
+    for (int g = 0; g < r->count; g++)
         free(grads[g]);
-    }
     free(y);
     free(dx);
 }
@@ -212,7 +236,7 @@ static void run_case(struct cuda_context *context, const struct dims *dims, cons
                 check_gradient_of(&r, g);
         }
         if (!few)
-            check_uncut(&r);
+            check_otherwise(&r);
         check_alone(&r, count / 2, specs[count / 2].count, few);
         check_alone(&r, count / 2, 1, few);
         close_rig(&r);
@@ -319,6 +343,95 @@ static void test_gemm_way(void)
     cuda_context_close(&context);
 }
 
+/* --- what comes late --- */
+
+/* Lets the next kernel begin at once, and long after that writes two arrays. */
+static __global__ void write_late(uint8_t *to, const uint8_t *from, size_t bytes, uint8_t *to2,
+                                  const uint8_t *from2, size_t bytes2)
+{
+    const long long begin = clock64();
+
+    launch_next();
+    while (clock64() - begin < LATE_CLOCKS)
+        continue;
+    for (size_t i = threadIdx.x; i < bytes; i += blockDim.x)
+        to[i] = from[i];
+    for (size_t i = threadIdx.x; i < bytes2; i += blockDim.x)
+        to2[i] = from2[i];
+}
+
+/* What two arrays hold is taken away and comes back late, by a kernel on the stream. */
+static void take_away(struct rig *r, const struct check_buffer *a, const struct check_buffer *b,
+                      struct check_buffer spare[2])
+{
+    const struct check_buffer *const both[] = {a, b};
+
+    for (int i = 0; i < 2; i++) {
+        spare[i] = check_buffer_new(both[i]->bytes);
+        check_cuda(cudaMemcpy(spare[i].data, both[i]->data, both[i]->bytes,
+                              cudaMemcpyDeviceToDevice),
+                   "copy");
+        check_cuda(cudaMemset(both[i]->data, 0xff, both[i]->bytes), "memset");
+    }
+    check_cuda(cudaDeviceSynchronize(), "copy");
+    write_late<<<1, 256, 0, r->context->stream>>>(
+        (uint8_t *)a->data, (const uint8_t *)spare[0].data, a->bytes, (uint8_t *)b->data,
+        (const uint8_t *)spare[1].data, b->bytes);
+}
+
+static void give_back(struct check_buffer spare[2])
+{
+    check_buffer_free(&spare[0], "spare");
+    check_buffer_free(&spare[1], "spare");
+}
+
+/* Kernels that begin early wait for what they read: dx, too, which runs beside the gradients and
+ * relies on their waiting. */
+static void test_late(void)
+{
+    static const struct spec spec[] = {{32, ALL, 3, 1100}};
+    static struct rig r;
+    struct cuda_context context;
+
+    check_open(CUDA_TYPE_BF16, &context);
+    for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
+        struct check_buffer spare[2];
+        float *y, *dx, *grad;
+
+        if (check_elsewhere())
+            continue;
+        check_begin("lora, what it reads comes late, %s", kind_name(kind));
+        open_rig(&r, &context, &tiny, (enum cuda_weight_kind)kind, spec, 1, false, 3);
+        run_forward(&r);
+        run_backward(&r, true);
+        y = copy_floats(&r.y);
+        dx = copy_floats(&r.dx);
+        grad = copy_floats(&r.grads[0]);
+        restore(&r);
+        take_away(&r, &r.x.buffer, &r.y.buffer, spare);
+        run_forward(&r);
+        give_back(spare);
+        take_away(&r, &r.dy.buffer, &r.x.buffer, spare);
+        check_rc(cuda_lora_outer(&context, &r.lora), "cuda_lora_outer");
+        check_get(&r.ds); /* waits */
+        give_back(spare);
+        take_away(&r, &r.ds.buffer, &r.dx.buffer, spare);
+        check_rc(cuda_lora_inner(&context, &r.lora, true, true), "cuda_lora_inner");
+        check_get(&r.dx);
+        check_get(&r.grads[0]);
+        give_back(spare);
+        check_same("y", r.y.host, y, r.y.count * sizeof(float));
+        check_same("dx", r.dx.host, dx, r.dx.count * sizeof(float));
+        check_same("gradient", r.grads[0].host, grad, r.grads[0].count * sizeof(float));
+        free(y);
+        free(dx);
+        free(grad);
+        close_rig(&r);
+        check_end();
+    }
+    cuda_context_close(&context);
+}
+
 /* --- time --- */
 
 /* All LoRA of a decoding step of an 8B model, as a graph, without the frozen products. */
@@ -401,6 +514,7 @@ int main(void)
 {
     test_type(CUDA_TYPE_F32);
     test_type(CUDA_TYPE_BF16);
+    test_late();
     if (!check_only_own())
         test_gemm_way();
     if (check_measures())

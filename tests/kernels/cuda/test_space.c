@@ -280,7 +280,7 @@ static size_t bytes_of(int positions, int intermediate)
     backend.model.config.vocab = 151936;
     backend.model.config.intermediate = intermediate;
     rig_open(&rig, 500);
-    rig.step.plan.position_count = positions;
+    rig.step.plan.position_count = rig.batch.scored_count = positions;
     assert_int_equal(reserve(&rig), 0);
     if (positions == 2048)
         assert_int_equal(rig.step.space.chunk, 768); /* 768 and 512, not 883 and 282 */
