@@ -8,10 +8,10 @@
  * Two kernels, so that every sum has one owner and one order and nothing is added atomically: P and
  * dP are computed twice, seven products of a tile instead of five.
  *
- * row_deltas: a lane has 8 elements of a row and head, a power of two of lanes the whole, of two of
- *   them; the sum goes from element to element, then from lane to lane.
- * grad_keys: a block takes a window of 64 key rows of one kv head (run after run of those in the
- *   window), a warp 16 of them, and walks over the queries that see them: tiles of 64 / group
+ * row_deltas: a vector of D (a row's head) lies across 2^n lanes, 8 elements each, and each lane
+ *   has its part of two such vectors; the sum goes from element to element, then from lane to lane.
+ * grad_keys: a block takes a window of 64 key rows of one kv head, one run of the window after the
+ *   other, a warp 16 of the rows. It walks over the queries that see them: tiles of 64 / group
  *   queries with all heads of the group, first of the run itself, from the diagonal on, then of its
  *   children in order. It computes S^T = K Q^T and dP^T = V dO^T, whose register layout is that of
  *   the left operands of dV += P^T dO and dK += dS^T Q. Queries are double-buffered by cp.async.
@@ -22,7 +22,7 @@
  *   walks over the keys in tiles of 64 positions. Shared memory: Q, dO, 2 x (K, V): 96 KB.
  *
  * Tiles of queries begin at multiples of 64 / group queries of their run and tiles of keys at
- * multiples of 64 positions, and what a row does not see adds exact zeros: a gradient does not
+ * multiples of 64 positions, and what a row does not see adds exact zeros: so a gradient does not
  * depend on where in the pack its sequence lies.
  *
  * Source: Dao, FlashAttention-2 (2023), section 3.1.2. */
@@ -31,13 +31,13 @@
 #include "cuda/row_chunks.cuh"
 
 #define ROWS       64 /* of a tile */
-#define DELTA_ROWS 2  /* of a lane of row_deltas, so that more is on its way at once */
+#define DELTA_ROWS 2  /* vectors of a lane of row_deltas: more loads under way at once */
 
 /* --- delta --- */
 
-/* A block is lanes (x) by rows (y). VECTOR: out and dout are aligned to 16 bytes. What is not there
- * is read elsewhere and left out, since a branch would keep the second row's loads behind the first
- * row's. */
+/* A block is lanes (x) by rows (y), a row being one of `count` vectors of d elements. VECTOR: out
+ * and dout are aligned to 16 bytes. A lane or row beyond the end loads a valid element and drops
+ * it: a branch around the loads would put the second row's behind the first row's. */
 template <typename T, bool VECTOR>
 static __global__ __launch_bounds__(THREADS) void row_deltas(size_t count, int d, const T *out,
                                                              const T *dout, float *delta)

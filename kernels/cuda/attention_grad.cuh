@@ -1,5 +1,6 @@
-/* What attention's gradient for any card and the one for sm_90a share: their arguments, the order
- * in which the queries that see a block of keys are visited, what a lane knows of its queries. */
+/* What attention's gradient for any card (attention_bwd.cu) and the one for sm_90a
+ * (attention_sm90_bwd.cu) share: the arguments, the order of a walk over the queries that see a
+ * window of keys, and what a lane knows of its queries. */
 #ifndef CLAAS_CUDA_ATTENTION_GRAD_CUH
 #define CLAAS_CUDA_ATTENTION_GRAD_CUH
 
@@ -12,7 +13,7 @@ struct grad_args {
     const bf16 *dout;
     const float *delta;
     bf16 *dqkv;
-    int group, queries; /* of a tile */
+    int group, queries; /* query heads of a kv head; queries of a tile */
     float scale2;       /* scale log2 e */
 };
 
@@ -22,7 +23,7 @@ int cuda_attention_bwd_sm90(struct cuda_context *context, const struct grad_args
 struct query_walk {
     struct cuda_attn_run run; /* whose queries these are */
     int tile, tiles;
-    int shift;     /* position in its sequence of a key = the key's row + shift */
+    int shift;     /* a key's position in this sequence is its row + shift */
     int limit;     /* a child sees the keys before this position; 0: the run itself, causal */
     int next, end; /* children to come */
     int before;    /* tiles of the run and its children before this one's, seen or not */
@@ -63,16 +64,16 @@ static __device__ __forceinline__ bool walk_next(const struct grad_args &args,
     return false;
 }
 
-/* Which of two blocks that share a walk takes the tile: each every second one of the run and its
- * children. Tiles are counted from the run's first, not from where the walk begins, and those of
- * children that do not see the walk's keys are counted, too: so it follows from the sequences alone
- * and not from where in the pack they lie. */
+/* Which of two blocks that share a walk takes the tile: they take turns. Tiles are counted from the
+ * run's first one, not from where the walk begins, and through all children, even those that do not
+ * see the walk's keys. So whose a tile is follows from the sequences alone, not from where in the
+ * pack they lie. */
 static __device__ __forceinline__ int walk_rank(const struct query_walk &walk)
 {
     return (walk.before + walk.tile) & 1;
 }
 
-/* Whether some query of the tile does not see some key up to the row last_row. */
+/* Whether the tile needs a mask: some query of it does not see some key up to the row last_row. */
 static __device__ __forceinline__ bool walk_masked(const struct grad_args &args,
                                                    const struct query_walk &walk, int last_row)
 {

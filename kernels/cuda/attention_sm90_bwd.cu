@@ -1,23 +1,25 @@
 /* Causal attention, backward, on sm_90a: what grad_keys and grad_queries of attention_bwd.cu do
  * (formulas there), by warpgroup products.
  *
- * grad_keys_wide: a cluster of two blocks takes a window of 128 key rows of one kv head, each of a
- *   block's two warpgroups 64 of them, and walks over the queries that see them in tiles of 64 rows
- *   (64 / group queries with all heads of the group), of which each block takes every second one
- *   (walk_rank): the longest walk is what the whole launch waits for. Of a tile: S^T = K Q^T and
- *   dP^T = V dO^T from shared memory; P^T and dS^T, in registers, are the left operands of dV +=
- *   P^T dO and dK += dS^T Q. At the end block 0 is sent the other's sums of dK and stores dK, block
- *   1 dV (mbarrier.cuh); they come to lie where the tiles were.
+ * grad_keys_wide: a cluster of two blocks takes a window of 128 key rows of one kv head, 64 for
+ *   each of a block's two warpgroups, and walks over the queries that see them in tiles of 64 rows
+ *   (64 / group queries with all heads of the group). Each block takes every second tile
+ *   (walk_rank), since the whole launch waits for the longest walk. For a tile: S^T = K Q^T and
+ *   dP^T = V dO^T from shared memory; P^T and dS^T, in registers, are the left operands of
+ *   dV += P^T dO and dK += dS^T Q. At the end block 1 sends its sums of dK to block 0, which stores
+ *   dK, and block 0 those of dV to block 1 (mbarrier.cuh). What is sent comes to lie where the
+ *   tiles were.
  * grad_queries_wide: a block takes a window of 128 rows (query, head of the group) and walks over
  *   the keys in tiles of 64 positions: S = Q K^T, dP = dO V^T, dQ += dS K. It needs nothing of
- *   grad_keys_wide and begins where that leaves multiprocessors idle (launch.cuh).
+ *   grad_keys_wide and begins on multiprocessors that grad_keys_wide leaves idle (launch.cuh).
  *
  * The exponentials of a tile run beside dP, the differences beside dV, and the last product beside
- * the next tile's first: tiles come in three stages, so that the one before stays until it is read.
+ * the next tile's first. There are three stages, since a tile is still read when the next one is
+ * and the one after that is copied.
  * Shared memory, D = 128: 2 x 32 KB and 3 x 32 KB; registers: dK 64, dV 64, S 32, dP 32, operands
  * 32.
  *
- * Every sum has one order: a key's is that of the tiles of block 0, plus that of block 1's. Tiles
+ * Every sum has one order: a key's are those over block 0's tiles plus those over block 1's. Tiles
  * begin where those of attention_bwd.cu do. */
 #include "cuda/attention_grad.cuh"
 #include "cuda/attention_sm90.cuh"
@@ -46,11 +48,12 @@ template <int D> struct key_block {
         float4 sums[D / 8][THREADS]; /* of the cluster's other block, as its threads held them */
     };
     float lse[STAGES][TILE], delta[STAGES][TILE];
-    int limit[STAGES][TILE]; /* sees the keys up to this position */
+    int limit[STAGES][TILE]; /* the query sees the keys up to this position */
     uint64_t counted;        /* mbarrier: the sums' bytes; a phase for each segment */
 };
 
-/* Starts the copy of the walk's tile. Beyond the last query all is zero, and so is what it adds. */
+/* Starts the copy of the tile at which the walk stands. Rows beyond its last query are zero and add
+ * zeros. */
 template <int D>
 static __device__ __forceinline__ void load_walk(const struct grad_args &args,
                                                  const struct query_walk &walk, int g,
@@ -121,7 +124,8 @@ static __device__ __forceinline__ void differences(float (&dp)[NT][4], const flo
     }
 }
 
-/* Asks for the products of 64 rows of two tiles, from row0 on, with all rows of two others. */
+/* Begins two products of 64 rows, from row0 on, with all rows of a tile: scores from left and
+ * right, dP from left_d and right_d. */
 template <int D>
 static __device__ __forceinline__ void ask_scores(float (&s)[NT][4], float (&dp)[NT][4],
                                                   const bf16 *left, const bf16 *left_d, int row0,
@@ -134,8 +138,8 @@ static __device__ __forceinline__ void ask_scores(float (&s)[NT][4], float (&dp)
     wgmma_close();
 }
 
-/* When the scores are there, asks for what the tile adds to the warpgroup's 64 keys; these last two
- * groups of products are still on their way at the end. key: position of the warp's first key. */
+/* Waits for the scores, then begins the two products that add the tile to the warpgroup's 64 keys;
+ * both may still be under way at the end. key: position of the warp's first key. */
 template <int D>
 static __device__ __forceinline__ void
 add_queries(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&p)[NT][4], float (&dp)[NT][4],
@@ -162,7 +166,7 @@ add_queries(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&p)[NT][4], flo
     wgmma_close();
 }
 
-/* Moves on to a tile of the block, unless the walk stands at one; false at the end. */
+/* Moves on to the block's next tile, unless the walk stands at one of them; false at the end. */
 static __device__ __forceinline__ bool walk_to(const struct grad_args &args,
                                                struct query_walk &walk, int key_row, int rank)
 {
@@ -214,8 +218,8 @@ walk_tiles(const struct grad_args &args, const struct cuda_attn_run &run, int g,
     wgmma_settle(dv);
 }
 
-/* Sends sums to the cluster's other block: each thread to the one that holds the same elements. By
- * the warps that have keys. */
+/* Sends sums to block `to`, the cluster's other one: each thread to the place of the thread there
+ * that holds the same elements. Only warps that have keys do. */
 template <int D>
 static __device__ __forceinline__ void push_sums(const float (&c)[D / 8][4], int to,
                                                  const struct key_block<D> *shared)
@@ -229,7 +233,7 @@ static __device__ __forceinline__ void push_sums(const float (&c)[D / 8][4], int
                 make_float4(c[n][0], c[n][1], c[n][2], c[n][3]), counted);
 }
 
-/* Adds what was sent. Where a warp has no keys nothing was, and what it adds is not stored. */
+/* Adds what was sent. To a warp without keys nothing was: what it adds here is never stored. */
 template <int D>
 static __device__ __forceinline__ void add_sums(float (&c)[D / 8][4],
                                                 const struct key_block<D> *shared)
@@ -246,7 +250,7 @@ static __device__ __forceinline__ void add_sums(float (&c)[D / 8][4],
 }
 
 /* The gradient of the run's keys and values in rows key_row … key_row+count-1, count <= 128. By all
- * threads of both blocks, whether a block has tiles or not; phase: counts the segments. */
+ * threads of both blocks, even of one without tiles. phase: how many segments came before. */
 template <int D>
 static __device__ __forceinline__ void
 grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run, int g, int rank,
@@ -279,11 +283,11 @@ grad_keys_segment(const struct grad_args &args, const struct cuda_attn_run &run,
         stage_rows<D, ROWS>(shared->v, row, dv, 1, 1);
         store_rows<D, ROWS>(args.dqkv + v_at, ld, key_row, 1, shared->v, row, count);
     }
-    __syncthreads(); /* the next segment's tiles come to lie where the sums are */
+    __syncthreads(); /* the next segment's tiles are copied to where the sums are */
 }
 
-/* grad_queries_wide may begin when all blocks of this have. Each waits first for row_deltas, an
- * ordinary launch, whose deltas grad_queries_wide reads as well. */
+/* launch_next comes behind launch_wait: grad_queries_wide, which begins when all blocks here have
+ * called it, reads row_deltas' results without waiting for them. */
 template <int D>
 static __global__ __launch_bounds__(THREADS, 1) void grad_keys_wide(const struct grad_args args)
 {
@@ -320,8 +324,8 @@ template <int D> struct query_block {
     bf16 k[STAGES][TILE * D], v[STAGES][TILE * D];
 };
 
-/* When the scores are there, asks for what a tile of keys, the first at position `key`, adds to the
- * warpgroup's 64 rows; this product is still on its way at the end. */
+/* Waits for the scores, then begins the product that adds a tile of keys, the first at position
+ * `key`, to the warpgroup's 64 rows; it is still under way at the end. */
 template <int D>
 static __device__ __forceinline__ void add_keys(float (&dq)[D / 8][4], float (&s)[NT][4],
                                                 float (&dp)[NT][4], operand &left, const bf16 *k,
@@ -400,9 +404,10 @@ grad_queries_segment(const struct grad_args &args, const struct cuda_attn_run &r
     __syncthreads();
 }
 
-/* Begins beside grad_keys_wide, whose blocks have all begun by then. It reads nothing that that one
- * writes, nor writes what that one reads, so only its end has to wait: one of its blocks does, the
- * last, since a block that waits keeps its multiprocessor from those to come. */
+/* Runs beside grad_keys_wide, whose blocks have all begun when this kernel does. Neither touches
+ * what the other writes, so only this kernel's end has to wait (launch.cuh). Its last block does
+ * that: any other one, while it waits, would keep its multiprocessor from the blocks still to
+ * begin. */
 template <int D>
 static __global__ __launch_bounds__(THREADS, 1) void
 grad_queries_wide(const struct grad_args args, const struct wide_order order)
@@ -427,7 +432,7 @@ grad_queries_wide(const struct grad_args args, const struct wide_order order)
 
 /* --- host --- */
 
-/* Heads first: blocks that begin together then have walks of one length. */
+/* Heads are the grid's fastest dimension: blocks that begin together have walks of one length. */
 template <int D>
 static int launch_wide(struct cuda_context *context, const struct grad_args &args)
 {

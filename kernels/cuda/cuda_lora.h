@@ -30,7 +30,7 @@ extern "C" {
 #define CUDA_LORA_FEW       256 /* rows */
 #define CUDA_LORA_FEW_ROWS  16  /* of a tile */
 #define CUDA_LORA_TILE_ROWS 64
-#define CUDA_LORA_PARTS     8 /* chunks of K at most, whose sums make S when there are few rows */
+#define CUDA_LORA_PARTS     8 /* few: chunks of K at most, whose sums add up to S */
 
 /* Rows [first, first+count) of a pack under one adapter, as the device knows them; places in
  * elements, within a layer (see struct cuda_lora_layout). */
@@ -42,7 +42,7 @@ struct cuda_lora_group {
     int32_t rank, first, count;
     float scale;
 };
-/* count 0: nothing to do. */
+/* Rows [first, first+count) of a pack, all of one group; count 0: nothing to do. */
 struct cuda_lora_tile {
     int32_t group, first, count;
 };
@@ -65,8 +65,8 @@ struct cuda_lora_group cuda_lora_group(const struct cuda_adapter *adapter, float
 /* Lists the tiles of groups in order and returns how many there are: at most one per row. */
 int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_rows,
                     struct cuda_lora_tile *tiles);
-/* What the host knows of the rows: all but the two device pointers. `tiles`: entries of the list of
- * tiles. */
+/* What the host knows of the rows: all but the two device pointers. `tiles`: how many the list has.
+ */
 struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int count, int m,
                                      int tile_rows, int tiles);
 
@@ -75,12 +75,12 @@ struct cuda_lora_rows cuda_lora_rows(const struct cuda_lora_group *groups, int c
  * and each launch makes the other buffer's rows missing again for the next one. So within a pass
  *
  *   - cuda_lora_begin comes first, also after a pass that failed;
- *   - a launch has at most the rows of the one before (the tail has fewer), or goes apart;
+ *   - no launch that joins has more rows than the one before it (the tail has fewer);
  *   - every kernel between two of them waits for the work queued before it (launch.cuh): some block
  *     of it calls launch_wait before it ends, or it is launched the ordinary way;
  *   - all are on one stream.
  *
- * The host keeps turn and rows, so that a captured pass has the turn in its kernels' arguments. */
+ * The host keeps turn and rows: a captured pass has its turns in the kernels' arguments. */
 struct cuda_lora_pair {
     void *s; /* device, bfloat16 [2][CUDA_LORA_PAIR_ROWS][CUDA_LORA_PAIR_LD] */
     unsigned turn;
@@ -114,8 +114,9 @@ struct cuda_lora {
     float *sums;                 /* few, in launches of its own: float32 [CUDA_LORA_PARTS][m][ld] */
     struct cuda_lora_pair *pair; /* few, beside the product, in place of s; or NULL */
 };
-/* Groups and tiles are read before launch_wait, and the few way's adapters too: so what wrote them
- * must be followed on the stream by a copy to the device, as at the beginning of every pass. */
+/* Groups and tiles are read before launch_wait, and the few way's adapters too. So between the
+ * kernels that wrote these and the launch, the stream must have a copy to the device, as at the
+ * beginning of every pass: a copy is no kernel, and what is behind it does not begin early. */
 
 /* S = x A^T */
 int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora);
@@ -123,12 +124,12 @@ int cuda_lora_shrink(struct cuda_context *context, const struct cuda_lora *lora)
 int cuda_lora_expand(struct cuda_context *context, const struct cuda_lora *lora);
 /* dS = dY (sB) */
 int cuda_lora_outer(struct cuda_context *context, const struct cuda_lora *lora);
-/* Those wanted of dB += s dY^T S and dA += dS^T x (gradients), one launch, and dx += dS A (input),
- * another that runs beside it. */
+/* gradients: dB += s dY^T S and dA += dS^T x, in one launch. input: dx += dS A, in another, which
+ * runs beside it. */
 int cuda_lora_inner(struct cuda_context *context, const struct cuda_lora *lora, bool gradients,
                     bool input);
-/* Whether these rows go the few way, in which S depends on neither m nor the groups. In launches of
- * its own S stands in `sums`: it is the sum over the first dimension, rounded. */
+/* Whether these rows go the few way, in which S depends on neither m nor the groups. Where it has
+ * launches of its own, `sums` holds S: summed over the first dimension, then rounded. */
 bool cuda_lora_is_few(const struct cuda_context *context, const struct cuda_lora *lora);
 
 /* Whether these rows' LoRA may be done beside the frozen product (gemm_few.cu). */
@@ -136,7 +137,7 @@ bool cuda_lora_may_join(const struct cuda_context *context, const struct cuda_lo
 
 /* --- for lora.c --- */
 
-/* Whether everything is in whole pieces of 16 bytes, so that tensor cores can do it. */
+/* Whether acts are bf16, in whole pieces of 16 bytes, as the kernels on tensor cores need them. */
 bool cuda_lora_is_even(const struct cuda_context *context, const struct cuda_lora *lora);
 int cuda_lora_few_shrink(struct cuda_context *context, const struct cuda_lora *lora);
 int cuda_lora_few_expand(struct cuda_context *context, const struct cuda_lora *lora);
@@ -150,7 +151,8 @@ enum cuda_lora_form {
     CUDA_LORA_DX
 };
 #define CUDA_LORA_FORMS 2 /* the most in one launch: DB and DA */
-/* Launches early (launch.cuh). beside: DX directly behind DB and DA, while which it may run. */
+/* Launches early (launch.cuh). beside: this is DX, directly behind DB and DA, and may run while
+ * they do. */
 int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora,
                       const enum cuda_lora_form *forms, int count, bool beside);
 

@@ -6,19 +6,23 @@
  * launch_wait, and only then reads memory that such work writes, or writes memory that such work
  * reads or writes. What it reads must not be declared __restrict__ and const, which would say that
  * nobody writes it while the kernel lives. It calls launch_next when the next kernel may begin to
- * do the same. launch_wait returns when all of that work is done and seen, since each kernel of the
- * chain waits itself. A kernel that needs nothing of the one before it, and only what was done when
- * that called launch_next, may do its work first and let one block wait, at its end: so it has not
- * ended before that other one either (attention_sm90_bwd.cu, lora_adds.cuh). What it needs must come
- * from grids that were complete when it began, which the one before it has to see to: it calls
- * launch_next behind its launch_wait, not before. Below sm_90 both are nothing and
- * launches are the ordinary ones. */
+ * do the same. launch_wait returns when all work queued before is complete and its writes are seen:
+ * it waits for the kernel just before, which has itself waited for what was before it.
+ *
+ * A kernel may also run beside the one before it, if neither touches what the other writes
+ * (attention_sm90_bwd.cu, lora_adds.cuh). It works without waiting, on what still older kernels
+ * wrote: the one before must have made sure that they were complete, by calling launch_next behind
+ * its own launch_wait. At its end one block calls launch_wait all the same, so that whoever waits
+ * for this kernel waits for the one before, too.
+ *
+ * Below sm_90 both functions do nothing and launches are ordinary ones. */
 #ifndef CLAAS_CUDA_LAUNCH_CUH
 #define CLAAS_CUDA_LAUNCH_CUH
 
 #include "cuda/context.h"
 
-/* The next kernel of the stream may begin as soon as it finds room. */
+/* The next kernel of the stream may begin, as soon as all blocks have called this (or ended) and it
+ * finds room. */
 static __device__ __forceinline__ void launch_next(void)
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -33,9 +37,8 @@ static __device__ __forceinline__ void launch_wait(void)
 #endif
 }
 
-/* kernel<<<grid, block, shared, the context's stream>>>(args...), early. Each `cluster`
- * neighbouring blocks of the grid's x, which is a multiple of it, are a cluster: at most 8, 1 (none)
- * below sm_90. */
+/* kernel<<<grid, block, shared, the context's stream>>>(args...), early, in clusters of `cluster`
+ * neighbours along the grid's x, a multiple of it: at most 8; below sm_90 1, which is none. */
 template <typename... P, typename... A>
 static int launch_clusters(struct cuda_context *context, const char *what, void (*kernel)(P...),
                            dim3 grid, dim3 block, size_t shared, int cluster, A... args)

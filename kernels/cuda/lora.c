@@ -7,9 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define GEMM_ROWS                                                                                  \
-    1024 /* of one adapter, from which on cuBLASLt is faster at S and dS, or no slower */
-#define GEMM_SIZE 1024 /* the weight's smaller side, likewise */
+/* From here on cuBLASLt is no slower at S and dS. */
+#define GEMM_ROWS 1024 /* of one adapter */
+#define GEMM_SIZE 1024 /* the weight's smaller side */
 
 /* --- groups and tiles --- */
 
@@ -56,9 +56,9 @@ int cuda_lora_tiles(const struct cuda_lora_group *groups, int count, int tile_ro
     return listed;
 }
 
-/* Whether CLAAS_CUDA_LORA asks for this way, to measure and to compare: grouped (cuBLASLt is not
- * used even for one large adapter), gemm (it is for a small one too) or apart (nothing is done
- * beside the frozen products). */
+/* Whether CLAAS_CUDA_LORA asks for this way, to measure and to compare: grouped (without cuBLASLt
+ * even for one large adapter), gemm (with cuBLASLt for a small one too) or apart (nothing beside
+ * the frozen products). */
 static bool is_wished(const char *way)
 {
     const char *wish = getenv("CLAAS_CUDA_LORA");
@@ -105,7 +105,7 @@ static const void *view_at(const struct cuda_context *context, const struct cuda
     return cuda_at(context, group->view, (size_t)lora->layer * group->layer + place);
 }
 
-/* The group's first row of an array of acts, and an element of it. */
+/* In an array of acts: element `element` of the group's first row. */
 static void *row_at(const struct cuda_context *context, const struct cuda_lora *lora,
                     const void *base, int ld, size_t element)
 {

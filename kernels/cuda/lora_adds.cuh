@@ -1,10 +1,10 @@
 /* LoRA's forms with few terms, which are added to what is there: y += S (sB)^T and dx += dS A
  * (lora_problem.cuh). They are bound by reading and writing y or dx.
  *
- * A block takes a tile of 64 rows and walks over `span` tiles of 64 columns. Its rows of S or dS
- * stay in shared memory; the other operand's pieces of 64 terms, and with the last one of a tile y's
- * or dx's, come by cp.async, two in flight. All terms of an element are one sum, rounded once with
- * what it is added to.
+ * A block takes a tile of 64 rows and walks over `walk` tiles of 64 columns. Its rows of S or dS
+ * stay in shared memory. The other operand comes in pieces of 64 terms by cp.async, two in flight,
+ * and with the last piece of each tile of columns comes that tile of y or dx. All terms of an
+ * element are one sum; it is added to y or dx in float32 and rounded once.
  *
  *   Shared memory: 8 KB for every 64 terms, 32 KB for the stages: five blocks on an SM up to 64
  *   terms, four up to 192 (three parts of rank 64). */
@@ -14,10 +14,10 @@
 #include "cuda/launch.cuh"
 #include "cuda/lora_pieces.cuh"
 
-#define SPAN_MAX   8
+#define WALK_MAX   8 /* tiles of columns */
 #define ADD_STAGES 2 /* pieces in flight */
 
-/* What a block walks over: the tiles of columns from j on, `pieces` for each. */
+/* Where a block stands in its walk: at a piece of the tile of columns from j on. */
 struct add_walk {
     int j, piece;
 };
@@ -30,7 +30,8 @@ static __device__ __forceinline__ void add_next(struct add_walk *walk, int piece
     }
 }
 
-/* Asks for the walk's piece, into a stage: the right operand's, and y's or dx's after it. */
+/* Asks for the piece at which the walk stands, into a stage; with a tile's last one for the tile of
+ * y or dx, which goes behind it. */
 template <bool TURNED>
 static __device__ __forceinline__ void load_add(bf16 *stage, const lora_problem<bf16> &p,
                                                 const struct add_walk &walk, int pieces)
@@ -48,7 +49,8 @@ static __device__ __forceinline__ uint32_t add_pair(uint32_t old, float low, flo
     return pack_pair(pair.x + low, pair.y + high);
 }
 
-/* Adds the sums to what was copied into `tile` and stores it, in pieces of 16 bytes. */
+/* Adds the sums to the tile of y or dx that was copied into `tile`, and stores it from there, 16
+ * bytes a thread: the sums' own layout would store 4. */
 static __device__ __forceinline__ void add_rows(const lora_problem<bf16> &p, int j,
                                                 const warp_sums &sum, bf16 *tile)
 {
@@ -80,7 +82,7 @@ static __device__ __forceinline__ void add_rows(const lora_problem<bf16> &p, int
     }
 }
 
-/* TURNED: dx, A with its terms across the rows; else y. */
+/* TURNED: dx, whose right operand A is turned; else y. */
 template <bool TURNED>
 static __device__ __forceinline__ void add_columns(const lora_problem<bf16> &p, bf16 *shared)
 {
@@ -118,8 +120,9 @@ static __device__ __forceinline__ void add_columns(const lora_problem<bf16> &p, 
     }
 }
 
-/* beside: it comes behind the gradients' sum_kernel (and join_gradients), which let it begin only
- * when all that it needs was complete; so only its end waits, by its last block (launch.cuh). */
+/* beside: this kernel comes behind the gradients' sum_kernel (and join_spans), and what it needs
+ * was complete when sum_kernel let it begin. So its work does not wait; only its last block does,
+ * at the end (launch.cuh). */
 template <bool TURNED>
 static __global__ void __launch_bounds__(TEAM, 5)
     add_kernel(const struct lora_args args, bool beside)

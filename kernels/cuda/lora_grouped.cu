@@ -1,14 +1,14 @@
-/* LoRA's six products over lists of tiles and groups (lora_problem.cuh has the forms): launches of
- * the kernels on tensor cores, lora_sums.cuh (S, dS, dB, dA: many terms) and lora_adds.cuh (y, dx:
- * few terms, added). In float32, and where rows are no whole pieces of 16 bytes, plain_kernel does
- * the same sections with a thread for each element. */
+/* LoRA's six products over lists of tiles and groups (lora_problem.cuh has the forms): how the
+ * kernels on tensor cores are launched, lora_sums.cuh (S, dS, dB, dA: many terms) and lora_adds.cuh
+ * (y, dx: few terms, added). In float32, and where rows are no whole pieces of 16 bytes,
+ * plain_kernel does the same sections with a thread for each element. */
 #include "cuda/launch.cuh"
 #include "cuda/lora_adds.cuh"
 #include "cuda/lora_sums.cuh"
 
 #define PLAIN_THREADS 256
 #define SPLIT_CHUNKS  4 /* fewer are not worth a second launch */
-#define SPAN_BLOCKS   5 /* on each multiprocessor, before a block takes more than one tile */
+#define WALK_BLOCKS   5 /* on each multiprocessor, before a block walks over more than one tile */
 
 static __device__ __forceinline__ float widen(float x)
 {
@@ -27,7 +27,7 @@ static __device__ __forceinline__ void narrow(bf16 *to, float x)
     *to = __float2bfloat16_rn(x);
 }
 
-/* Sections without splits or spans, an element of the piece at a time. */
+/* Sections without splits and walks; a thread makes one element of the square at a time. */
 template <typename T>
 static __global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const struct lora_args args)
 {
@@ -73,14 +73,14 @@ bool cuda_lora_is_even(const struct cuda_context *context, const struct cuda_lor
     return context->act == CUDA_TYPE_BF16 && sizes % 8 == 0 && places % 16 == 0;
 }
 
-/* Columns of a section before k is split. */
-static int columns_of(const struct lora_args *args, enum cuda_lora_form form, int span)
+/* Columns of a section (blocks for each tile or group) before k is split. */
+static int columns_of(const struct lora_args *args, enum cuda_lora_form form, int walk)
 {
     const int ranks = lora_tiles_of(args->rank), widths = lora_tiles_of(args->ld);
     int rows = 0;
 
     for (int i = 0; i < args->part_count; i++)
-        rows += (lora_tiles_of(args->part_n[i]) + span - 1) / span;
+        rows += (lora_tiles_of(args->part_n[i]) + walk - 1) / walk;
     switch (form) {
     case CUDA_LORA_S:
         return widths;
@@ -93,26 +93,26 @@ static int columns_of(const struct lora_args *args, enum cuda_lora_form form, in
     case CUDA_LORA_DA:
         return lora_tiles_of(args->k) * widths;
     default: /* CUDA_LORA_DX */
-        return (lora_tiles_of(args->k) + span - 1) / span;
+        return (lora_tiles_of(args->k) + walk - 1) / walk;
     }
 }
 
-/* How many tiles of columns a block of y or dx takes: more where there are blocks enough. */
-static int span_of(const struct cuda_context *context, const struct lora_args *args,
+/* How many tiles of columns a block of y or dx walks over: more where enough blocks are left. */
+static int walk_of(const struct cuda_context *context, const struct lora_args *args,
                    enum cuda_lora_form form, int tiles)
 {
-    const int enough = SPAN_BLOCKS * context->multiprocessors;
-    int span = 1;
+    const int enough = WALK_BLOCKS * context->multiprocessors;
+    int walk = 1;
 
     if (form != CUDA_LORA_Y && form != CUDA_LORA_DX)
         return 1;
-    while (span < SPAN_MAX && columns_of(args, form, 2 * span) * tiles >= enough)
-        span *= 2;
-    return span;
+    while (walk < WALK_MAX && columns_of(args, form, 2 * walk) * tiles >= enough)
+        walk *= 2;
+    return walk;
 }
 
-/* Into how many chunks k is split: 1, unless too few blocks would have too many terms. The chunks'
- * sums lie in the products' workspace, which is free between two products. */
+/* Into how many chunks k of S or dS is split: 1, unless too few blocks would have too many terms.
+ * The chunks' sums lie in the products' workspace, which is free between two products. */
 static int splits_of(const struct cuda_context *context, const struct lora_args *args,
                      enum cuda_lora_form form, int blocks)
 {
@@ -128,7 +128,8 @@ static int splits_of(const struct cuda_context *context, const struct lora_args 
     return chunks;
 }
 
-/* Into how many spans the gradients' rows are split: 1, unless there are too few blocks. */
+/* Into how many spans the gradients' rows are split: 1, unless there are too few blocks. The spans'
+ * sums lie in the workspace, too. */
 static int spans_of(const struct cuda_context *context, const struct lora_args *args, int blocks)
 {
     const int spans = (args->m + LORA_SPAN - 1) / LORA_SPAN;
@@ -147,9 +148,9 @@ static int launch_join(struct cuda_context *context, const struct lora_args *arg
     if (section->splits == 1)
         return 0;
     if (section->form == CUDA_LORA_DB)
-        return launch(context, "LoRA's spans", join_gradients,
+        return launch(context, "LoRA's spans", join_spans,
                       dim3(quads, (unsigned)args->group_count), dim3(TEAM), 0, *args, size);
-    return launch(context, "LoRA's chunks", join_kernel,
+    return launch(context, "LoRA's chunks", join_chunks,
                   dim3(blocks / (unsigned)section->columns * JOIN_BLOCKS), dim3(TEAM), 0, *args,
                   section->splits, (bf16 *)(section->form == CUDA_LORA_S ? args->s : args->ds));
 }
@@ -192,7 +193,7 @@ static int launch_plain(struct cuda_context *context, const struct lora_args *ar
     return cuda_check_launch(context, "LoRA");
 }
 
-/* The sections are of one kernel. */
+/* The first section's form says which kernel: all sections of a launch have the same one. */
 static int launch_sections(struct cuda_context *context, const struct lora_args *args,
                            unsigned blocks, bool even, bool beside)
 {
@@ -221,11 +222,11 @@ static unsigned number_blocks(struct lora_args *args, int groups, int tiles)
 
     for (int i = 0; i < args->section_count; i++) {
         struct lora_section *section = &args->sections[i];
-        const bool whole = section->form == CUDA_LORA_DB || section->form == CUDA_LORA_DA;
+        const bool by_group = section->form == CUDA_LORA_DB || section->form == CUDA_LORA_DA;
 
         section->first = blocks;
-        section->columns = columns_of(args, section->form, section->span) * section->splits;
-        blocks += (unsigned)section->columns * (unsigned)(whole ? groups : tiles);
+        section->columns = columns_of(args, section->form, section->walk) * section->splits;
+        blocks += (unsigned)section->columns * (unsigned)(by_group ? groups : tiles);
     }
     return blocks;
 }
@@ -243,7 +244,7 @@ int cuda_lora_grouped(struct cuda_context *context, const struct cuda_lora *lora
         args.sections[i] = (struct lora_section){
             .form = forms[i],
             .splits = 1,
-            .span = even ? span_of(context, &args, forms[i], tiles) : 1,
+            .walk = even ? walk_of(context, &args, forms[i], tiles) : 1,
         };
     blocks = (int)number_blocks(&args, groups, tiles);
     if (even)

@@ -1,9 +1,10 @@
-/* Pieces of 64 x 64 bf16 in shared memory, and the products of two of them by a team of four warps:
- * what LoRA's sums (lora_sums.cuh) and additions (lora_adds.cuh) are made of.
+/* Operands in pieces of 64 x 64 bf16 in shared memory, and the products of two of them by a team of
+ * four warps: what LoRA's sums (lora_sums.cuh) and additions (lora_adds.cuh) are made of.
  *
- * A piece is 64 rows of memory of 64 elements (128 bytes), swizzled, whether it is turned or not:
- * ldmatrix does the turning. What lies outside of the product is filled with zeros and not read.
- * Each warp makes 32 x 32 of the team's 64 x 64, by mma.sync.m16n8k16 with float32 sums. */
+ * A piece is a copy of 64 rows of memory, 64 elements (128 bytes) each, swizzled. A turned operand
+ * is copied the same way: ldmatrix turns it. What lies outside of the product is not read but
+ * filled with zeros. Each warp makes 32 x 32 of the team's 64 x 64, by mma.sync.m16n8k16 with
+ * float32 sums. */
 #ifndef CLAAS_CUDA_LORA_PIECES_CUH
 #define CLAAS_CUDA_LORA_PIECES_CUH
 
@@ -19,7 +20,7 @@ static __device__ __forceinline__ int team_thread(void)
     return (int)threadIdx.x % TEAM;
 }
 
-/* The team's rows and columns that this warp makes begin here. */
+/* Where this warp's 32 x 32 begin in the team's 64 x 64. */
 static __device__ __forceinline__ int warp_row(void)
 {
     return team_thread() / 64 * 32;
@@ -29,8 +30,8 @@ static __device__ __forceinline__ int warp_column(void)
     return team_thread() / 32 % 2 * 32;
 }
 
-/* Starts the copy of 64 rows of 64 elements; zeros from `rows` and from `columns` (a multiple of 8)
- * on. */
+/* Starts the copy of a piece; from row `rows` and from column `columns` (a multiple of 8) on, it
+ * gets zeros. */
 static __device__ __forceinline__ void load_piece(bf16 *piece, const bf16 *from, size_t ld,
                                                   int rows, int columns)
 {
@@ -98,11 +99,11 @@ static __device__ __forceinline__ void right_operand(uint32_t (&to)[4], const bf
                       piece + place<64>(column + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
 }
 
-/* A warp's 32 x 32 of a result: lane l holds columns 2 (l % 4) + {0, 1} of row l / 4 (elements 0, 1)
- * and l / 4 + 8 (2, 3), in each of 2 x 4 fragments of 16 x 8. */
+/* A warp's 32 x 32 of a result: lane l holds columns 2 (l % 4) + {0, 1} of row l / 4 (elements 0,
+ * 1) and l / 4 + 8 (2, 3), in each of 2 x 4 fragments of 16 x 8. */
 typedef float warp_sums[2][4][4];
 
-/* sum += left right^T over the first `terms` terms, or all. */
+/* sum += left right^T over the first `terms` terms of the pieces, or all 64. */
 template <bool TURNED_LEFT, bool TURNED_RIGHT>
 static __device__ __forceinline__ void multiply_pieces(warp_sums &sum, const bf16 *left,
                                                        const bf16 *right, int terms)
@@ -140,7 +141,7 @@ static __device__ __forceinline__ int pair_column(int nt)
     return warp_column() + 8 * nt + 2 * ((int)threadIdx.x % 4);
 }
 
-/* Puts 16 x 16 into a piece, as left_operand reads them. */
+/* The inverse of left_operand<false>: puts 16 x 16 into a piece. */
 static __device__ __forceinline__ void put_matrices(bf16 *piece, int row, int column,
                                                     const uint32_t (&from)[4])
 {

@@ -1,4 +1,4 @@
-/* What the LoRA kernels share: the arguments of a launch, and how a block finds its piece of work.
+/* What the LoRA kernels share: the arguments of a launch, and how a block finds its work.
  *
  * Every form is a product P[i][j] = sum over k of left(i, k) right(j, k), for one group or one tile
  * of its rows:
@@ -11,24 +11,26 @@
  *   DB    dY^T S         N part   R        rows     dY turned   S turned    dB, added, times s
  *   DA    x^T dS         K        parts*R  rows     x turned    dS turned   dA^T, added
  *
- * An operand lies in memory with k along its rows, or turned, with k across them. A launch is a
- * list of sections, one per form; a section has `columns` blocks for each tile (DB, DA: for each
- * group), numbered along the parts of the weight. */
+ * An operand lies in memory with k along its rows, or turned, with k across them. P is made in
+ * squares of 64 x 64. A launch is a list of sections, one per form; a section has `columns` blocks
+ * for each tile of rows (DB, DA: for each group), numbered along the parts of the weight. */
 #ifndef CLAAS_CUDA_LORA_PROBLEM_CUH
 #define CLAAS_CUDA_LORA_PROBLEM_CUH
 
 #include "cuda/cuda_lora.h"
 
-#define LORA_TILE  64  /* of i and of j */
-#define LORA_CHUNK 512 /* of k: sums of so many terms are added in order, whichever block made them */
-#define LORA_SPAN  1024 /* of the gradients' rows: likewise */
+#define LORA_TILE 64 /* of i and of j */
+/* Sums have one order, whichever blocks make them: terms are added within chunks, chunks in order.
+ * The gradients' terms are rows; their chunks are added within spans, spans in order. */
+#define LORA_CHUNK 512  /* terms */
+#define LORA_SPAN  1024 /* rows */
 
 struct lora_section {
     enum cuda_lora_form form;
     unsigned first; /* block */
     int columns;
-    int splits; /* parts of k: 1, or one for each chunk; DB, DA: for each span */
-    int span;   /* Y, DX: tiles of columns that a block takes */
+    int splits; /* parts of k, a block each: 1, or as many as chunks (DB, DA: as spans) */
+    int walk;   /* Y, DX: tiles of columns that a block walks over; else 1 */
 };
 struct lora_args {
     const struct cuda_lora_group *groups;
@@ -38,8 +40,8 @@ struct lora_args {
     int rank; /* the largest, for sizes of grids */
     const void *x, *dy;
     void *s, *y, *ds, *dx;
-    float *partial; /* [splits][m][ld]; DB, DA: [splits][groups][lora_gradient_size()]; NULL: k is not
-                       split */
+    float *partial; /* [splits][m][ld]; DB, DA: [splits][groups][lora_gradient_size()]; NULL: k is
+                       not split */
     int section_count;
     struct lora_section sections[CUDA_LORA_FORMS];
 };
@@ -78,20 +80,19 @@ static __host__ __device__ __forceinline__ int lora_tiles_of(int size)
     return (size + LORA_TILE - 1) / LORA_TILE;
 }
 
-/* Elements of a group's dA, then dB of all of the weight's rows, before they are added to the
- * gradient. */
+/* Elements of a group's partial gradient: dA, then dB of all of the weight's rows. */
 static __host__ __device__ __forceinline__ size_t lora_gradient_size(const struct lora_args &args)
 {
     return (size_t)args.ld * (size_t)args.k + (size_t)args.n * (size_t)args.rank;
 }
 
-/* A LORA_TILE x LORA_TILE piece of a product, or a row of such. */
+/* What a block has to do: a LORA_TILE x LORA_TILE square of a product, or a row of squares. */
 template <typename T> struct lora_problem {
     enum cuda_lora_form form;
     const T *left, *right;
     size_t ld_left, ld_right;
-    int m, n, i, j;      /* all of the product; where the piece begins */
-    int j_end;           /* where the last piece of the row ends, or n before it */
+    int m, n, i, j;      /* the product's size; where the first square begins */
+    int j_end;           /* where the row of squares ends, unless n comes first */
     int k_first, k_end;  /* the terms to sum */
     void *out;           /* of (0, 0): act; DB, DA: float32 */
     size_t out_i, out_j; /* strides */
@@ -99,8 +100,8 @@ template <typename T> struct lora_problem {
     float *partial; /* of (0, 0): float32, out_i apart; or NULL */
 };
 
-/* The part of the weight that column `x` belongs to, where each part has `per` columns for every
- * `size` of its N rows; x becomes the column within the part. */
+/* The part of the weight that a section's column `x` (a block) belongs to; each part has `per`
+ * columns for every `size` of its N rows. x becomes the column within the part. */
 static __device__ __forceinline__ int lora_part_of(const struct lora_args &args, int size, int per,
                                                    int *x)
 {
@@ -116,8 +117,8 @@ static __device__ __forceinline__ int lora_part_of(const struct lora_args &args,
     return part;
 }
 
-/* Operands and result of a form over rows from `first` on; `part` of the weight, the place-th of
- * the adapter's (S and DX: all of them at once). */
+/* Operands and result of a form over rows from `first` on. Y, DS: for one part of the weight, which
+ * is the place-th of those that the adapter has; S, DX: for all of these at once, place 0. */
 template <typename T>
 static __device__ __forceinline__ void
 lora_set_rows(const struct lora_args &args, const struct cuda_lora_group *group, size_t first,
@@ -168,7 +169,7 @@ lora_set_rows(const struct lora_args &args, const struct cuda_lora_group *group,
     }
 }
 
-/* Forms over a tile of rows. false: nothing to do. */
+/* S, Y, DS, DX: a block's problem within a tile of rows. false: nothing to do. */
 template <typename T>
 static __device__ bool lora_row_problem(const struct lora_args &args,
                                         const struct lora_section &section, int x, int y,
@@ -184,7 +185,7 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
     const struct cuda_lora_group *group = &args.groups[tile.group];
 
     if (section.form == CUDA_LORA_Y) {
-        part = lora_part_of(args, LORA_TILE * section.span, 1, &x);
+        part = lora_part_of(args, LORA_TILE * section.walk, 1, &x);
     } else if (section.form == CUDA_LORA_DS) {
         const int per = lora_tiles_of(args.rank) * section.splits;
 
@@ -202,8 +203,8 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
     p->form = section.form;
     p->m = tile.count;
     p->i = 0;
-    p->j = x * LORA_TILE * section.span;
-    p->j_end = p->j + LORA_TILE * section.span;
+    p->j = x * LORA_TILE * section.walk;
+    p->j_end = p->j + LORA_TILE * section.walk;
     p->k_first = 0;
     p->out_j = 1;
     p->scale = 1.0f;
@@ -213,14 +214,14 @@ static __device__ bool lora_row_problem(const struct lora_args &args,
         p->partial = args.partial + ((size_t)chunk * (size_t)args.m + first) * (size_t)args.ld +
                      (size_t)place * (size_t)group->rank;
         p->k_first = chunk * LORA_CHUNK;
-        /* a shorter part of the weight has no terms in its last chunks, whose sums are zero */
+        /* parts are cut into as many chunks as the longest: a shorter one's last sums are zero */
         p->k_end = p->k_end < p->k_first + LORA_CHUNK ? p->k_end : p->k_first + LORA_CHUNK;
     }
     return p->j < p->n && p->k_end > 0;
 }
 
-/* Where a group's gradient has element `at` of lora_gradient_size(), and what it is multiplied by;
- * NULL: nowhere. */
+/* The element of the group's gradient that element `at` of its partial gradient is added to, and
+ * the factor of that; NULL: there is none. */
 static __device__ __forceinline__ float *lora_gradient_at(const struct lora_args &args,
                                                           const struct cuda_lora_group *group,
                                                           size_t at, float *scale)
@@ -247,12 +248,12 @@ static __device__ __forceinline__ float *lora_gradient_at(const struct lora_args
     return NULL;
 }
 
-/* Operands and result of a gradient over a group's rows; x becomes the piece's number. false:
- * nothing to do. */
+/* Operands and result of a gradient over a group's rows; x becomes the number of the square within
+ * the product. false: nothing to do. */
 template <typename T>
 static __device__ bool lora_set_gradient(const struct lora_args &args,
-                                         const struct cuda_lora_group *group, float *partial, int *x,
-                                         struct lora_problem<T> *p)
+                                         const struct cuda_lora_group *group, float *partial,
+                                         int *x, struct lora_problem<T> *p)
 {
     const size_t first = (size_t)group->first, layer = (size_t)args.layer * group->layer;
     int part, place;
@@ -289,7 +290,7 @@ static __device__ bool lora_set_gradient(const struct lora_args &args,
     return true;
 }
 
-/* Forms over all rows of a group, or a span of them. */
+/* DB, DA: a block's problem over all rows of a group, or a span of them. false: nothing to do. */
 template <typename T>
 static __device__ bool lora_group_problem(const struct lora_args &args,
                                           const struct lora_section &section, int x, int y,
@@ -320,7 +321,7 @@ static __device__ bool lora_group_problem(const struct lora_args &args,
     return p->j < p->n;
 }
 
-/* This block's piece. */
+/* This block's problem. false: nothing to do. */
 template <typename T>
 static __device__ __forceinline__ bool lora_find(const struct lora_args &args,
                                                  struct lora_problem<T> *p)

@@ -1,18 +1,20 @@
 /* LoRA's forms with many terms: S, dS, dB and dA (lora_problem.cuh).
  *
- * A block makes a 64 x 64 piece of one product. Its two teams take half of the terms each, of every
- * chunk of LORA_CHUNK the first 256 and the last 256: so a sum of few pieces waits half as often.
- * Operands come in pieces of 64 terms by cp.async, three of each team in flight (two but in sm_90a's code). Both teams' sums of a
- * chunk, begun at zero, are added, and those of all chunks in order. Where there are few tiles and
- * many terms, each chunk is a block's, and join_kernel adds up the same numbers in the same order. So
- * a row's bits depend on neither the number of rows nor the other groups.
- * The gradients' terms are rows: their chunks are added up in spans of LORA_SPAN rows, then the
- * spans in order; where there are few tiles each span is a block's, and join_gradients adds them.
+ * A block makes a 64 x 64 square of one product. Of every chunk of LORA_CHUNK terms its first team
+ * sums the first 256, its second team the last 256: both wait for memory at the same time, so a sum
+ * of few terms waits half as often. Operands come in pieces of 64 terms by cp.async, three of each
+ * team in flight (two but in sm_90a's code). The teams' sums of a chunk begin at zero and are added
+ * to each other; then the chunks' sums are added in order. Where there are few tiles and many
+ * terms, each chunk has a block of its own, and join_chunks adds the same numbers in the same
+ * order. So a row's bits depend on neither the number of rows nor the other groups.
+ *
+ * The gradients' terms are rows: chunks are added within spans of LORA_SPAN rows, then the spans in
+ * order. Where there are few blocks each span has its own, and join_spans adds them.
  *
  *   x and dY are read once for S and dS (a second time where parts*R > 64), once more for the
  *   gradients; A and B once per 64 rows, from the L2 as a rule.
- *   Shared memory: 2 teams x 3 (2) x 16 KB and 16 KB for the exchange: two blocks on an SM of sm_90,
- *   and less than the 99 KB that a block of 8.6, 8.9 or 12.0 may have. */
+ *   Shared memory: 2 teams x 3 x 16 KB and 16 KB for the exchange: two blocks on an SM of sm_90.
+ *   With two pieces in flight 80 KB; a block of 8.6, 8.9 or 12.0 may have 99 KB. */
 #ifndef CLAAS_CUDA_LORA_SUMS_CUH
 #define CLAAS_CUDA_LORA_SUMS_CUH
 
@@ -22,10 +24,10 @@
 #define TEAMS        2
 #define SUM_THREADS  (TEAMS * TEAM)
 #define CHUNK_PIECES (LORA_CHUNK / TEAMS / STEP) /* of a team */
-#define JOIN_BLOCKS  8                           /* of a tile */
+#define JOIN_BLOCKS  8                           /* of join_chunks, for a tile of rows */
 #define SPAN_CHUNKS  (LORA_SPAN / LORA_CHUNK)
 
-/* Pieces in flight. */
+/* Pieces of each operand that a team has in flight. */
 #define SUM_STAGES(sm90a) ((sm90a) ? 3 : 2)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define STAGES SUM_STAGES(true)
@@ -50,8 +52,8 @@ static __device__ __forceinline__ int team_of(void)
     return (int)threadIdx.x / TEAM;
 }
 
-/* The first term of the team's i-th piece; how many pieces the first team has, which are no fewer
- * than the second's. */
+/* The first term of the team's i-th piece, and how many pieces both teams go through: the first
+ * team's number. The second may have fewer, and nothing to do for the rest. */
 static __device__ __forceinline__ int team_term(const lora_problem<bf16> &p, int i)
 {
     return p.k_first + i / CHUNK_PIECES * LORA_CHUNK + team_of() * (LORA_CHUNK / TEAMS) +
@@ -64,8 +66,8 @@ static __device__ __forceinline__ int team_pieces(const lora_problem<bf16> &p)
     return terms / LORA_CHUNK * CHUNK_PIECES + min(rest, CHUNK_PIECES);
 }
 
-/* A team's share of the 64 x 64 result: the first team has rows 0 … 15 of each warp's 32, the second
- * the others. */
+/* A team's share of the 64 x 64 result: of each warp's 32 rows the first team has 0 … 15, the
+ * second the others. */
 typedef float share_sums[4][4];
 
 /* Leaves the other team its share of a chunk's sums. swap: [2 teams][16][TEAM]. */
@@ -79,7 +81,7 @@ static __device__ __forceinline__ void give_share(const warp_sums &sum, float *s
         swap[e * TEAM] = team == 0 ? sum[1][e / 4][e % 4] : sum[0][e / 4][e % 4];
 }
 
-/* After a barrier: adds both teams' sums of the own share to the total. */
+/* After a barrier: adds both teams' sums of this team's share to the total, and begins anew. */
 static __device__ __forceinline__ void take_share(share_sums &total, warp_sums &sum,
                                                   const float *swap)
 {
@@ -104,7 +106,7 @@ static __device__ __forceinline__ void add_span(share_sums &total, share_sums &s
     }
 }
 
-/* total = the team's share of the product's piece at (i, j). */
+/* total = the team's share of the product's square at (i, j). SPANS: span by span. */
 template <bool TURNED_LEFT, bool TURNED_RIGHT, bool SPANS>
 static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_problem<bf16> &p,
                                                  bf16 *shared)
@@ -117,13 +119,13 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
 
     for (int i = 0, stage = 0; i < pieces + STAGES; i++) {
         bf16 *left = tiles + stage * 2 * PIECE, *right = left + PIECE;
-        const int at = i - STAGES; /* the piece that was asked for so many turns ago */
+        const int at = i - STAGES; /* the piece asked for STAGES turns ago */
 
         if (at >= 0) {
             const bool end = at == pieces - 1, last = end || (at + 1) % CHUNK_PIECES == 0;
 
             copies_wait_but<STAGES - 1>();
-            __syncthreads(); /* also: all have taken their share of the chunk before */
+            __syncthreads(); /* also: all have taken their share, so `swap` is free */
             if (team_term(p, at) < p.k_end)
                 multiply_pieces<TURNED_LEFT, TURNED_RIGHT>(sum, left, right, STEP);
             if (last)
@@ -145,7 +147,7 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
 
 /* --- results --- */
 
-/* S, dS: rounded, or float32 where k is split. n is a multiple of 8, so pairs are whole. */
+/* S, dS: rounded, or float32 for join_chunks. n is a multiple of 8, so pairs are whole. */
 static __device__ __forceinline__ void store_sums(const lora_problem<bf16> &p,
                                                   const share_sums &sum)
 {
@@ -164,7 +166,8 @@ static __device__ __forceinline__ void store_sums(const lora_problem<bf16> &p,
         }
 }
 
-/* dB, dA: all reads before the writes, so that they are under way together. Of a span: its sums. */
+/* dB, dA: added to the gradient, all reads before the writes so that they are under way together; a
+ * span's sums are stored for join_spans. */
 static __device__ __forceinline__ void add_gradients(const lora_problem<bf16> &p,
                                                      const share_sums &sum)
 {
@@ -190,9 +193,9 @@ static __device__ __forceinline__ void add_gradients(const lora_problem<bf16> &p
 
 /* --- the kernels --- */
 
-/* FORM: S, DS, or DB for both gradients, beside which the launch of dx may run. That one does not
- * wait for what it reads (dS, and dx of the frozen product): it relies on this kernel's blocks
- * letting the next kernel begin only when they have waited themselves. */
+/* FORM: S, DS, or DB for both gradients. launch_next must come behind launch_wait: add_kernel for
+ * dx, which runs beside the gradients, does not wait for what it reads (dS, and the frozen
+ * product's dx). These are complete when it begins, since all blocks here have waited by then. */
 template <enum cuda_lora_form FORM>
 static __global__ void __launch_bounds__(SUM_THREADS, 2) sum_kernel(const struct lora_args args)
 {
@@ -213,10 +216,10 @@ static __global__ void __launch_bounds__(SUM_THREADS, 2) sum_kernel(const struct
         store_sums(p, total);
 }
 
-/* Adds up the chunks of S or dS in order, the group's width of them, four elements a thread;
- * JOIN_BLOCKS blocks a tile of rows. */
+/* S or dS, rounded: adds up its chunks in order. JOIN_BLOCKS blocks have a tile of rows, a thread
+ * four elements at a time, of as many columns as the group's adapter has. */
 static __global__ void __launch_bounds__(TEAM)
-    join_kernel(const struct lora_args args, int splits, bf16 *out)
+    join_chunks(const struct lora_args args, int splits, bf16 *out)
 {
     const struct cuda_lora_tile tile = args.tiles[blockIdx.x / JOIN_BLOCKS];
     const struct cuda_lora_group *group = &args.groups[tile.group];
@@ -241,10 +244,11 @@ static __global__ void __launch_bounds__(TEAM)
     }
 }
 
-/* Adds the spans of a group's dB and dA to its gradient, in order: four elements a thread, a group
- * for each y of the grid. */
+/* Adds up the spans of a group's dB and dA in order and adds them to its gradient: four elements a
+ * thread, a group for each y of the grid. launch_next may come first, although add_kernel for dx
+ * may be next: sum_kernel's blocks had all waited when this kernel began. */
 static __global__ void __launch_bounds__(TEAM)
-    join_gradients(const struct lora_args args, size_t size)
+    join_spans(const struct lora_args args, size_t size)
 {
     const struct cuda_lora_group *group = &args.groups[blockIdx.y];
     const size_t at = ((size_t)blockIdx.x * TEAM + threadIdx.x) * 4;

@@ -3,28 +3,29 @@
  *
  *   student, teacher float32 [rows][V] -> results [rows], dlogits act [rows][V]
  *
- * A row is held by a cluster of blocks (wide_rows.cuh). With us = z - max z, es = exp(us), ut and
- * et likewise for the teacher, the passes over it are
+ * A row is held by a cluster of blocks (wide_rows.cuh). z, zt are a row's logits of student and
+ * teacher, S and T their distributions. With us = z - max z, es = exp(us), and ut, et likewise for
+ * the teacher, the passes over a row are
  *
  *   1  copy into shared memory; max z, max zt
  *   2  sum es, sum et (integers), sum es us, sum et (ut - us), sum es (us - ut)
- *   3  by variant: nothing (forward, reverse KL: pass 2 left es and x in shared memory); log(S/M) of
- *      every element and two sums (Jensen-Shannon); selection of the K largest and the sums over
+ *   3  by variant: nothing (forward, reverse KL: pass 2 left es and x in shared memory); log(S/M)
+ *      of every element and two sums (Jensen-Shannon); selection of the K largest and the sums over
  *      buckets (top K)
- *   4  gradient a x + c es, corrected at the K selected and at the token
+ *   4  the gradient a x + c es (x: enum loss_form), corrected at the K selected and at the token
  *
- * and the scalars between them are doubles of the first warp, whose lanes take one logarithm,
+ * The scalars between the passes are doubles of the first warp, whose lanes take one logarithm,
  * quotient or exponential each. Over the whole vocabulary a cluster has one row after another, and
  * the next one comes into shared memory while the gradient is written: a thread that is done with
- * four elements asks for their successors.
+ * four elements asks for the next row's four.
  *
- * From log(T/S) = ut - us + log(sum es / sum et) = g both logarithms of Jensen-Shannon follow with
- * one: log(M/S) = log((1-a) + a e^g), log(M/T) = log(M/S) - g. An error of g does not matter to
- * first order: the divergence is stationary in it.
+ * With g = log(T/S) = ut - us + log(sum es / sum et) one logarithm gives both of Jensen-Shannon's:
+ * log(M/S) = log((1-a) + a e^g), log(M/T) = log(M/S) - g. An error of g does not matter to first
+ * order: the divergence is stationary in it.
  *
  * Membership in the top K is a comparison with the K-th largest key, so no list of the K exists.
- * What concerns buckets is done in double, in logarithms, as in sdpo/buckets.c. A term whose factor
- * es or et is 0 counts 0. */
+ * Buckets are computed in double, in logarithms, as in sdpo/buckets.c. A term whose factor es or et
+ * is 0 counts 0. */
 #include "cuda/cuda_loss.h"
 #include "cuda/wide_rows.cuh"
 
@@ -36,7 +37,7 @@
 #define TEACHER_FLOOR -20.0 /* log-prob of a token that the teacher did not list */
 #define EXPONENT_MAX  88.0F /* e^88 is a float */
 
-/* What x of the gradient a x + c es is. */
+/* x of the gradient a x + c es: none, et, es (us - ut), es log(S/M). */
 enum loss_form { FORM_NONE, FORM_FORWARD, FORM_REVERSE, FORM_JSD };
 
 struct loss_args {
@@ -54,14 +55,15 @@ struct loss_args {
     int rows;
 };
 
-/* The row's scalars, written by thread 0. */
+/* The row's scalars, written by the first warp. */
 struct loss_scalars {
     double s, t;                 /* sum es, sum et */
     double us, gap_t, gap_s;     /* sum es us / s, sum et (ut - us) / t, sum es (us - ut) / s */
     double inverse_s, inverse_t; /* 1 / s, 1 / t */
     double log_s, log_t, lse, lse_t;
     double divergence;
-    /* the gradient of D: a x + c es; `center`, mass_s and mass_t belong to the members' patch */
+    /* the gradient of D: a x + c es; center, mass_s, mass_t and held are for the members of the
+     * top K (patch_members) */
     double a, c, at_token, center, mass_s, mass_t;
     bool held;
     /* the gradient of the loss, ready to be written */
@@ -69,12 +71,12 @@ struct loss_scalars {
     double kept, weight;
 };
 
-#define POSITIONS 4 /* a power of two */
+#define POSITIONS 4 /* three are needed; a power of two */
 
 struct alignas(16) loss_shared {
     struct row_shared row;
     struct loss_scalars scalars;
-    struct cuda_loss_position positions[POSITIONS]; /* of the row and of the next two, by turns */
+    struct cuda_loss_position positions[POSITIONS]; /* the row's and the next two's, by turns */
 };
 
 /* A row as a thread sees it. */
@@ -120,8 +122,9 @@ static __device__ __forceinline__ void find_maxima(struct loss_row *row)
     row->max_t = sums.max[1];
 }
 
-/* Four elements are added in float, then in double. They become es and the x of the gradient's a x +
- * c es, which in both of these forms follows from the element alone. */
+/* Adds four elements up in float and adds that to the sums in double. In their place it leaves es
+ * and, for forward and reverse KL, the x of the gradient's a x + c es: there x follows from the
+ * element alone. */
 static __device__ __forceinline__ void add_terms(const struct loss_row *row, float z[4],
                                                  float zt[4], enum loss_form form, float scale,
                                                  struct row_sums *sums)
@@ -147,7 +150,7 @@ static __device__ __forceinline__ void add_terms(const struct loss_row *row, flo
 
 #define LOSS_FOLD (FOLD_MASS | FOLD_SUM | FOLD_MORE)
 
-/* By the first warp. Even lanes have to do with s, odd ones with t. */
+/* By the first warp: even lanes work with s, odd ones with t. */
 static __device__ __forceinline__ void set_scalars(const struct loss_row *row,
                                                    const struct row_sums &sums, float scale)
 {
@@ -211,10 +214,10 @@ static __device__ __forceinline__ void measure(struct loss_row *row, const struc
     if (threadIdx.x < 32)
         set_scalars(row, row_take(&row->block, LOSS_FOLD), scale);
     if (form == FORM_NONE || form == FORM_JSD)
-        __syncthreads(); /* a pass with them comes next */
+        __syncthreads(); /* the next pass reads the scalars */
 }
 
-/* KL(T||S) = sum T (log T - log S), the logs split into row and constant parts. */
+/* KL(T||S) = sum T (log T - log S), with log T - log S = (ut - us) - log sum et + log sum es. */
 static __device__ double forward_kl(const struct loss_scalars *s)
 {
     return s->gap_t - s->log_t + s->log_s;
@@ -234,7 +237,7 @@ static __device__ __forceinline__ struct jsd_scalars jsd_of(const struct loss_ro
     return jsd;
 }
 
-/* es log(S/M), and et log(T/M). */
+/* es log(S/M); *t_log: et log(T/M). */
 static __device__ __forceinline__ float jsd_term(const struct jsd_scalars *jsd,
                                                  const struct loss_term *term, float *t_log)
 {
@@ -290,7 +293,7 @@ static __device__ __forceinline__ void jensen_shannon_rows(struct loss_row *row,
     }
 }
 
-/* Over the whole vocabulary, the scalars by thread 0:
+/* D and its gradient's scalars over the whole vocabulary, by thread 0:
  *   alpha = 0: dD/dz = S - T
  *   alpha = 1: dD/dz = S (log(S/T) - KL(S||T))
  *   else       dD/dz = (1-alpha) S (log(S/M) - KL(S||M)) */
@@ -318,7 +321,7 @@ static __device__ __forceinline__ void full_vocabulary(struct loss_row *row,
 
 /* --- the top K, as buckets --- */
 
-/* One bucket's part of (1-a) KL(S||M) + a KL(T||M), and g S = (1-a) S log(S/M). */
+/* One bucket's part of (1-a) KL(S||M) + a KL(T||M); *slope: g S = (1-a) S log(S/M). */
 static __device__ double jensen_shannon(double alpha, double log_s, double log_t, double *slope)
 {
     double s = exp(log_s);
@@ -331,7 +334,7 @@ static __device__ double jensen_shannon(double alpha, double log_s, double log_t
     return part_s + part_t;
 }
 
-/* One bucket's part of D, and g S. */
+/* One bucket's part of D; *slope: g S. */
 static __device__ __noinline__ double diverge(double alpha, double log_s, double log_t,
                                               double *slope)
 {
@@ -371,8 +374,8 @@ static __device__ void select_top(struct loss_row *row, const struct row_slice *
     row->bound = select_key(&row->block, bins, &values, (unsigned)count, 0.0F, false);
 }
 
-/* The log of a tail's mass; its sum is of what lies outside of the top K, not 1 less the rest:
- * exact even where the top K hold nearly all. */
+/* The log of a tail's mass. `sum` is over what lies outside of the top K: unlike 1 - their mass, it
+ * is exact even where the top K hold nearly all. */
 static __device__ double tail_log_mass(double sum, double whole, bool *held)
 {
     double mass = sum / whole;
@@ -381,7 +384,7 @@ static __device__ double tail_log_mass(double sum, double whole, bool *held)
     return log(*held ? -expm1(TAIL_LOG_MAX) : mass);
 }
 
-/* Sums: the tail's es and et, the members' parts of D and of the center. */
+/* sum[0 … 3]: the tail's es and et, the members' parts of D and of the center. */
 static __device__ void student_topk(struct loss_row *row, double alpha)
 {
     struct loss_scalars *ret = row->scalars;
@@ -457,7 +460,7 @@ static __device__ void renormalised_form(struct loss_row *row, double alpha)
     if (threadIdx.x == 0) {
         ret->divergence = sums.sum[0];
         ret->center = sums.sum[1];
-        /* Held: S_k is divided by a constant, and so depends on every logit again. */
+        /* Held: S_k is divided by a constant, and so depends on logits of no member, too. */
         ret->c = ret->held ? -ret->center / ret->s : 0.0;
     }
     __syncthreads();
@@ -497,14 +500,14 @@ static __device__ double clamp_log_ratio(double x)
     return x > LOG_RATIO_MAX ? LOG_RATIO_MAX : x < -LOG_RATIO_MAX ? -LOG_RATIO_MAX : x;
 }
 
-/* What the loss needs of log S_y: the exponentials of its differences to the log-probs at sampling
- * and under the base, clamped and (k3's derivative) not. */
+/* What the loss needs of log S_y: the exponentials of its difference from the log-prob at sampling,
+ * clamped, and of that from the base's, clamped (k3) and not (k3's derivative). */
 struct loss_ratios {
     double x, clamped; /* k3's argument */
     double ratio, exp_clamped, exp_x;
 };
 
-/* By a warp: a lane each. */
+/* By a warp: a lane for each exponential. */
 static __device__ __forceinline__ struct loss_ratios
 ratios_of(const struct claas_loss_config *config, const struct cuda_loss_position *position,
           float logprob)
@@ -539,7 +542,7 @@ static __device__ void weigh_ratio(const struct claas_loss_config *config, float
     ret->ratio = (float)ratio;
 }
 
-/* k3 and its derivative by log S_y; outside of the clamp the value is constant. */
+/* Sets k3 and returns its derivative by log S_y: 0 outside of the clamp, where k3 is constant. */
 static __device__ double kl_to_base(const struct claas_loss_config *config,
                                     const struct loss_ratios *by, struct claas_loss_result *ret)
 {
@@ -552,8 +555,8 @@ static __device__ double kl_to_base(const struct claas_loss_config *config,
     return by->x != by->clamped && !isnan(by->x) ? 0.0 : sign * (by->exp_x - 1.0);
 }
 
-/* By the first warp of each block, whose thread 0 may have set scalars last: what the gradient
- * needs and, for thread 0, the result. */
+/* By the first warp of each block: the scalars that the gradient needs and, for thread 0, the
+ * result. */
 static __device__ void finish(const struct loss_row *row, const struct claas_loss_config *config,
                               const struct cuda_loss_position *position, float z_token,
                               struct claas_loss_result *ret)
@@ -562,7 +565,7 @@ static __device__ void finish(const struct loss_row *row, const struct claas_los
     struct loss_ratios by;
     double slope_k3;
 
-    __syncwarp();
+    __syncwarp(); /* thread 0 may have set scalars just before */
     ret->logprob = z_token - row_lse(row->max, s->log_s);
     by = ratios_of(config, position, ret->logprob);
     if (threadIdx.x != 0)
@@ -609,7 +612,7 @@ static __device__ __forceinline__ void put_quad(__nv_bfloat16 *to, const float v
     *(uint2 *)to = word;
 }
 
-/* es, and the x that goes with it, of logits. */
+/* es of an element, from its logits; *x: the x that goes with it. */
 static __device__ __forceinline__ float gradient_term(const struct loss_row *row,
                                                       enum loss_form form,
                                                       const struct jsd_scalars *jsd, float z,
@@ -631,7 +634,7 @@ static __device__ __forceinline__ float gradient_term(const struct loss_row *row
     return term.es;
 }
 
-/* Four elements of the next row, unless it is NULL, in place of those that are done with. */
+/* Starts the copy of four elements of the next row, unless that is NULL, over those done with. */
 static __device__ __forceinline__ void fetch_quad(const struct row_slice *slice, const float *next,
                                                   int i)
 {
@@ -639,8 +642,8 @@ static __device__ __forceinline__ void fetch_quad(const struct row_slice *slice,
         copy_16(slice->values + i, next + i, true);
 }
 
-/* `out`: the block's part of the gradient's row; next_z, next_zt: of the next row, or NULL. Of the
- * whole vocabulary, shared memory has es and x by now. */
+/* out: the block's part of the gradient's row; next_z, next_zt: its parts of the next row, or NULL.
+ * Over the whole vocabulary, shared memory holds es and x by now. */
 template <bool TOP_K, bool RESIDENT, typename Act>
 static __device__ __forceinline__ void
 write_gradient(const struct loss_row *row, const struct loss_args *args, int token, Act *out,
@@ -674,8 +677,8 @@ write_gradient(const struct loss_row *row, const struct loss_args *args, int tok
     }
 }
 
-/* The members' gradient, over what write_gradient() left. With a tail bucket the patch replaces c
- * es: both are large numbers of opposite sign. */
+/* The gradient of the top K's members, over what write_gradient() left there. With a tail bucket it
+ * replaces D's c es: to correct that instead would be to subtract large numbers. */
 template <typename Act>
 static __device__ void patch_members(const struct loss_row *row, const struct loss_args *args,
                                      int token, Act *out)
@@ -707,8 +710,8 @@ static __device__ void patch_members(const struct loss_row *row, const struct lo
 
 /* --- kernels --- */
 
-/* Sets the slices of student and teacher up, in shared memory if RESIDENT, and starts the copy. z,
- * zt: the block's part of them. */
+/* Sets up the slices of student and teacher, in shared memory and with the copy under way if
+ * RESIDENT. z, zt: the block's part of the row. */
 template <bool RESIDENT>
 static __device__ __forceinline__ void fetch(struct loss_row *row, const struct loss_args *args,
                                              const float *z, const float *zt, float *memory)
@@ -726,7 +729,7 @@ static __device__ __forceinline__ void fetch(struct loss_row *row, const struct 
     row_fetch(zt, block->count, args->quads, row->zt.values);
 }
 
-/* Whether the top K have a patch: not in the forms that teach only the token, or nothing. */
+/* Whether the top K's members have a patch: not where only the token, or nothing, is taught. */
 static __device__ __forceinline__ bool has_patch(const struct claas_loss_config *config)
 {
     return config->variant == CLAAS_LOSS_STUDENT_TOPK_TAIL ||
@@ -746,8 +749,8 @@ static __device__ __forceinline__ void fetch_position(const struct loss_args *ar
         __pipeline_memcpy_async((int32_t *)to + word, from + word, 4);
 }
 
-/* The block's part of a row of the student or, where the position has one, of the teacher: where it
- * has none the student stands in. */
+/* The block's part of a row, the teacher's if `taught`, else the student's; the latter also stands
+ * in where a position has no teacher. */
 static __device__ __forceinline__ const float *
 part_of(const struct loss_args *args, const struct row_block *block, int index, bool taught)
 {
@@ -755,11 +758,12 @@ part_of(const struct loss_args *args, const struct row_block *block, int index, 
            block->begin;
 }
 
-/* The n-th row of a cluster, number `index`, from copy to result. next: the number of the next one,
- * or 0 if none is fetched ahead. Ends with a barrier. */
+/* A row from the end of its copy to its result; it is row `index`, the cluster's n-th. next: the
+ * number of the cluster's next row, or 0 if none is fetched ahead. Ends with a barrier. */
 template <bool TOP_K, bool RESIDENT>
-static __device__ __forceinline__ void lose(struct loss_row *row, const struct loss_args *args,
-                                            int index, int next, int n, struct loss_shared *shared)
+static __device__ __forceinline__ void
+loss_of_row(struct loss_row *row, const struct loss_args *args, int index, int next, int n,
+            struct loss_shared *shared)
 {
     const struct cuda_loss_position *position = &shared->positions[n % POSITIONS];
     struct claas_loss_result result;
@@ -774,7 +778,7 @@ static __device__ __forceinline__ void lose(struct loss_row *row, const struct l
         if (taught)
             row_prefetch(part_of(args, &row->block, next, true), row->block.count);
     }
-    if (next) /* of the row after that; behind a barrier: its place was an earlier one's */
+    if (next) /* of the row after that; behind row_fetched's barrier, since its place is reused */
         fetch_position(args, next + next - index, &shared->positions[(n + 2) % POSITIONS]);
     token = position->token;
     if (threadIdx.x < 32 && token >= 0 && token < args->plan.vocab) {
@@ -793,14 +797,14 @@ static __device__ __forceinline__ void lose(struct loss_row *row, const struct l
         finish(row, &args->config, position, z_token, &result);
     if (threadIdx.x == 0 && row->block.rank == 0)
         args->results[index] = result;
-    row_fetched(); /* the position */
+    row_fetched(); /* that position is there, and all threads may read the scalars */
 }
 
-/* A cluster takes every step-th row, step the number of clusters: the next one begins where the
- * last one's gradient is written, without the start of a cluster, and comes from the L2, which has
- * been asked for it a row ahead. That is so with args.ahead; else each row has a cluster, and there
- * is no next one. Kernels by TOP_K, so that the doubles that it needs do not cost the others
- * registers, and RESIDENT, so that shared memory is known to be that. */
+/* With args.ahead a cluster takes every step-th row, step being the number of clusters: a row's
+ * copy begins while the gradient of the one before is written, comes from the L2, which was asked
+ * for it a row ahead, and waits for no cluster to start. Else each row has its own cluster. TOP_K
+ * is a template's parameter so that its doubles do not cost the other forms registers, RESIDENT so
+ * that the compiler knows which memory the slices are in. */
 template <typename Act, bool TOP_K, bool RESIDENT>
 static __global__ void __launch_bounds__(1024, 1) loss_rows(const struct loss_args args)
 {
@@ -819,10 +823,10 @@ static __global__ void __launch_bounds__(1024, 1) loss_rows(const struct loss_ar
                     part_of(&args, &row.block, index, args.positions[index].teacher),
                     (float *)(TOP_K ? bins + 1 : bins));
     row_meet(&row.block);
-    row_fetched(); /* the next one's position is looked at */
+    row_fetched(); /* the loop looks at the next row's position */
     for (int n = 0, next = 0; n == 0 || next; n++, index = next) {
         next = !TOP_K && RESIDENT && args.ahead && index + step < args.rows ? index + step : 0;
-        lose<TOP_K, RESIDENT>(&row, &args, index, next, n, shared);
+        loss_of_row<TOP_K, RESIDENT>(&row, &args, index, next, n, shared);
         if (!args.dlogits)
             continue;
         Act *out = (Act *)args.dlogits + (size_t)index * (size_t)args.plan.vocab + row.block.begin;
@@ -904,9 +908,9 @@ size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows,
     return 0;
 }
 
-/* The rows by the kernel that their plan asks for. */
+/* Plans the rows and launches the kernel that the plan asks for. */
 template <typename Act, bool TOP_K>
-static int lose_rows(struct cuda_context *context, struct loss_args *args)
+static int launch_loss(struct cuda_context *context, struct loss_args *args)
 {
     void (*kernel)(const struct loss_args) = loss_rows<Act, TOP_K, true>;
     size_t fixed = sizeof(struct loss_shared) + (TOP_K ? sizeof(struct digit_bins<unsigned>) : 0);
@@ -947,10 +951,10 @@ int cuda_loss(struct cuda_context *context, const struct claas_loss_config *conf
     args.quads = vocab % 4 == 0 && is_aligned(student, 16) && is_aligned(teacher, 16);
     args.quads_out = vocab % 4 == 0 && is_aligned(dlogits, 4 * context->act_bytes);
     if (context->act == CUDA_TYPE_BF16)
-        return args.top_k > 0 ? lose_rows<__nv_bfloat16, true>(context, &args)
-                              : lose_rows<__nv_bfloat16, false>(context, &args);
-    return args.top_k > 0 ? lose_rows<float, true>(context, &args)
-                          : lose_rows<float, false>(context, &args);
+        return args.top_k > 0 ? launch_loss<__nv_bfloat16, true>(context, &args)
+                              : launch_loss<__nv_bfloat16, false>(context, &args);
+    return args.top_k > 0 ? launch_loss<float, true>(context, &args)
+                          : launch_loss<float, false>(context, &args);
 }
 
 int cuda_logprobs(struct cuda_context *context, int vocab, int rows, const float *logits,

@@ -5,16 +5,18 @@
  * So there is no fence, which would wait for all of a thread's memory accesses, and no barrier of
  * all blocks. The order:
  *
- *   begin    the receiver's mbarrier_init by one thread, then cluster_arrive by all threads of every
- *            block, when what is sent to it has a free place; cluster_wait before the first push
- *   a phase  the receiver's mbarrier_expect by one thread, before or after the pushes arrive: the
- *            phase cannot end without; mbarrier_wait, with the phase's parity, by all who read
- *   end      a block leaves when it has received all that is sent to it; its own pushes need it no
- *            more, since they took their values from registers
+ *   begin    the receiver's mbarrier_init by one thread; cluster_arrive by all threads of every
+ *            block, once the place for what will be sent to the block is free; cluster_wait before
+ *            the first push
+ *   a phase  the receiver's mbarrier_expect by one thread, before or after the pushes arrive
+ *            (without it the phase cannot end); mbarrier_wait, with the phase's parity, by all who
+ *            read
+ *   end      a block may leave when it has received all that is sent to it; its own pushes need it
+ *            no more, since they took their values from registers
  *
- * cluster_arrive is relaxed: mbarrier_init has a fence of its own, and nothing else that was
- * written is read by other blocks. A place is free when the reads of it are over: those by threads
- * of the block are at a barrier of the block before cluster_arrive, those by wgmma at its wait.
+ * cluster_arrive is relaxed: mbarrier_init has a fence of its own, and other blocks read nothing
+ * else that was written. A place is free when the reads of it are over: reads by the block's
+ * threads end at a barrier of the block before cluster_arrive, reads by wgmma at its wait.
  *
  * Below sm_90 the functions are empty; nobody calls them there. */
 #ifndef CLAAS_CUDA_MBARRIER_CUH
@@ -31,7 +33,8 @@
 #define MBARRIER_BYTES     8
 #define MBARRIER_POLLS_MAX (1u << 22) /* each poll waits some microseconds: many seconds */
 
-/* Phases of one arrival: mbarrier_expect. A barrier of the block lets its other threads wait. */
+/* Each phase has one arrival, mbarrier_expect's. The block's other threads may wait on it behind a
+ * barrier of the block. */
 static __device__ __forceinline__ void mbarrier_init(uint64_t *barrier)
 {
     CLUSTER_ASM("mbarrier.init.shared::cta.b64 [%0], 1;\n"
@@ -39,7 +42,7 @@ static __device__ __forceinline__ void mbarrier_init(uint64_t *barrier)
                 : "memory");
 }
 
-/* The phase ends when so many bytes have come. */
+/* The arrival: the phase ends when so many bytes have come. */
 static __device__ __forceinline__ void mbarrier_expect(uint64_t *barrier, int bytes)
 {
     CLUSTER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -62,11 +65,11 @@ static __device__ __forceinline__ void mbarrier_wait(const uint64_t *barrier, in
                     : "memory");
     while (!done && ++polls < MBARRIER_POLLS_MAX);
     if (!done)
-        __trap(); /* ends the context: an error instead of a grid that never does */
+        __trap(); /* an error that ends the context, instead of a grid that never ends */
 }
 
-/* By all threads of a warp together, as many arrivals as waits. Threads that have left are not
- * waited for. */
+/* By all threads of a warp together, a wait for each arrival. Threads that have left the kernel are
+ * not waited for. */
 static __device__ __forceinline__ void cluster_arrive(void)
 {
     CLUSTER_ASM("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -85,7 +88,7 @@ static __device__ __forceinline__ int cluster_rank(void)
     return rank;
 }
 
-/* Where block `rank` of the cluster has what this one has at p. */
+/* The address, in block `rank` of the cluster, of what this block has at p. */
 static __device__ __forceinline__ uint32_t cluster_address(const void *p, int rank)
 {
     uint32_t address = 0;
@@ -96,8 +99,8 @@ static __device__ __forceinline__ uint32_t cluster_address(const void *p, int ra
     return address;
 }
 
-/* Sends x to `to`, aligned to 16 bytes (push_8: to 8), and counts it at `barrier`, of the same
- * block. */
+/* Sends x to `to`, aligned to 16 bytes (push_8: to 8), and counts it at `barrier`; both are
+ * cluster_addresses in one block. */
 static __device__ __forceinline__ void push_16(uint32_t to, const float4 &x, uint32_t barrier)
 {
     CLUSTER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "

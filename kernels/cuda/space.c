@@ -10,13 +10,12 @@
 #define LOSS_ROWS     2048
 #define LOSS_ROWS_MIN 64
 #define CHUNK_STEP    256 /* whole tiles of the head's products: 704 rows take as long as 768 */
-/* Share of the free memory that saved activations may take: the rest is the stage's other buffers.
- */
+/* Share of the free memory for saved activations: the rest is for the stage's other buffers. */
 #define SAVED_SHARE      0.6
 #define TRAIN_TOKENS_MIN 1024
 #define TRAIN_TOKENS_MAX 16384
 
-/* The largest of everything over a list of batches. */
+/* The most rows of each kind that a batch of a side has. */
 struct extent {
     int m, tail, scored;
 };
@@ -67,8 +66,8 @@ static void place_infer_side(const struct cuda_step *step, struct cuda_arena *ar
                                          backend->context.act_bytes);
 }
 
-/* Rows of a chunk: as few chunks of at most `limit` rows as there must be, of nearly one size but
- * for the last. */
+/* Rows of a chunk: as few chunks of at most `limit` rows as possible, all of one size but the last,
+ * and that size as small as whole tiles allow. */
 static size_t even_chunk(size_t rows, size_t limit)
 {
     size_t chunks, chunk;
@@ -82,8 +81,8 @@ static size_t even_chunk(size_t rows, size_t limit)
     return chunk < limit ? chunk : limit;
 }
 
-/* For the batches of a side. The chunk's size is one of those things that decide which algorithm a
- * product has, and so the last bits of logits: it follows from the largest batch alone. */
+/* For the batches of a side. The chunk's size follows from the largest batch alone: it helps to
+ * decide which algorithm a product gets, and so the last bits of logits. */
 static void place_head(const struct cuda_step *step, struct cuda_arena *arena,
                        const struct claas_plan_side *side, bool gradient,
                        struct cuda_step_space *space)
@@ -110,8 +109,8 @@ static void place_head(const struct cuda_step *step, struct cuda_arena *arena,
 }
 
 /* Every layer's activations if they fit; else only the residual stream between the layers, and one
- * set that each layer is computed into a second time on the way back. A layer's x_out is the next
- * one's x_in. */
+ * set of activations, into which each layer is computed a second time on the way back. A layer's
+ * x_out is the next one's x_in. */
 static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, int m,
                         struct cuda_step_space *space)
 {
@@ -133,8 +132,8 @@ static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, 
     }
 }
 
-/* What the layers use on the way there or back and need no more at the head: it lies where the
- * head's buffers do. */
+/* What the layers use on the way forward or back but not across the head: it shares its memory with
+ * the head's buffers. */
 static void place_layers(const struct cuda_step *step, struct cuda_arena *arena, int rows,
                          struct cuda_step_space *space)
 {
@@ -220,7 +219,7 @@ static void place_stage(struct cuda_step *step, enum cuda_stage stage, struct cu
 }
 
 /* Rounds down to a power of two or three quarters of one. Where batches end decides in which order
- * gradients are summed, so it must hardly ever depend on what else is on the card. */
+ * gradients are summed: so coarse a limit hardly ever depends on what else is on the card. */
 static int batch_limit(size_t tokens)
 {
     int power = TRAIN_TOKENS_MIN;
@@ -287,7 +286,7 @@ static int grow_region(struct cuda_step *step, size_t need)
     return take_region(step, need < roomy && roomy <= available / 2 ? roomy : need);
 }
 
-/* Lets go of copies of adapters that only save time, before layers are computed twice. */
+/* Rather than compute layers twice, lets go of copies of adapters that only save time. */
 static int keep_more(struct cuda_step *step)
 {
     const struct claas_backend_train *request = step->plan.request;

@@ -6,13 +6,13 @@
  * reads them there: a row comes from memory once, although maximum, sums and gradient need three
  * passes or more. Sums go thread -> warp -> block -> cluster, in an order that depends on V and
  * the card alone; for the last step each block sends its sums to every block (mbarrier.cuh), and
- * all add them in the same order. Without clusters (below sm_90) one block has the row; where its
- * slice does not fit into shared memory the passes read global memory again.
+ * all add them in the same order: a *fold*. Without clusters (below sm_90) one block has the row;
+ * where its slice does not fit into shared memory the passes read global memory again.
  *
  * Masses, that is sums of exp(z - max), are integers: each term is rounded to a multiple of
  * 2^-(62 - log2 V), so that the sum depends on the terms only, not on their order. A log-prob
- * therefore has the same bits from the loss, from cuda_logprobs and from the sampler, however each
- * of them cuts a row. The error is below V 2^-45 = 4e-9, less than a float's.
+ * therefore has the same bits from the loss, from cuda_logprobs and from the sampler, although they
+ * cut a row differently. The error is below V 2^-45 = 4e-9, less than a float's.
  *
  * Selection (K-th largest, nucleus) is a radix select over keys of 55 bits: the float's ordered
  * bits, then the complement of the index. Keys are unique, so ties need no care: the lowest index
@@ -48,7 +48,7 @@ typedef unsigned long long row_key_t;
 /* Which fields of row_sums are folded; FOLD_SUM is sum[0] and sum[1], FOLD_MORE the other two. */
 enum { FOLD_MAX = 1, FOLD_KEY = 2, FOLD_MASS = 4, FOLD_SUM = 8, FOLD_MORE = 16 };
 
-/* Eight words of 8 bytes: four lanes of a warp take one each. */
+/* Eight words of 8 bytes: in fold_words each has four lanes of a warp. */
 struct row_sums {
     float max[2];
     row_key_t key; /* the largest */
@@ -58,12 +58,12 @@ struct row_sums {
 #define SUMS_WORDS 8
 static_assert(sizeof(struct row_sums) == SUMS_WORDS * 8 && SUMS_WORDS * 4 == 32, "a warp's lanes");
 
-/* What follows it in shared memory is read four floats at a time, hence the alignment. Sums have
- * two places by turns: what a fold left is overwritten two folds later. */
+/* Aligned since what follows it in shared memory is read four floats at a time. Folds have two
+ * places by turns: what one left is overwritten two folds later. */
 struct alignas(16) row_shared {
     struct row_sums warps[2][ROW_WARPS_MAX];
-    struct row_sums slots[2][ROW_BLOCKS_MAX]; /* of each block of the cluster, sent by it */
-    uint64_t arrived[2];                      /* count what comes into the slots */
+    struct row_sums slots[2][ROW_BLOCKS_MAX]; /* [turn][sender]: each block of the cluster */
+    uint64_t arrived[2];                      /* mbarriers: the bytes that came into the slots */
     unsigned long long digit, above, inside;  /* select_key */
     unsigned long long wanted;                /* sample.cu: draw_in_order */
     int owner, token;
@@ -87,7 +87,8 @@ template <typename T> static __device__ __forceinline__ T *row_remote(T *mine, i
     return mine;
 }
 
-/* With the fences that reads of other blocks' memory need; folds do without. */
+/* A barrier of the row's blocks, with the fences that reads of other blocks' memory need. Folds
+ * need neither. */
 static __device__ __forceinline__ void row_sync(const struct row_block *block)
 {
 #if __CUDA_ARCH__ >= 900
@@ -113,7 +114,7 @@ static __device__ __forceinline__ int in_order(int bits)
     return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
-/* Of a warp. No x is NaN: fmaxf passed over them. */
+/* No x is NaN: fmaxf has passed over them. */
 static __device__ __forceinline__ float warp_max(float x)
 {
     int max = __reduce_max_sync(WHOLE_WARP, in_order(__float_as_int(x)));
@@ -129,7 +130,7 @@ static __device__ __forceinline__ row_key_t warp_key(row_key_t key)
     return (row_key_t)top << 32 | low;
 }
 
-/* In pieces of 27 bits, 32 of which fit into 32 bits. */
+/* By pieces of 27 bits: the sum of a warp's 32 fits into 32 bits. */
 static __device__ __forceinline__ mass_t warp_mass(mass_t mass)
 {
     const unsigned piece = (1u << 27) - 1;
@@ -167,7 +168,7 @@ static __device__ __forceinline__ double warp_sums(const double sum[4], bool fou
     return x;
 }
 
-/* Stores the warp's sums. */
+/* Stores the warp's sums, of the fields in `what`. */
 static __device__ __forceinline__ void warp_fold(const struct row_sums *s, unsigned what,
                                                  struct row_sums *to)
 {
@@ -199,7 +200,7 @@ static __device__ __forceinline__ void warp_fold(const struct row_sums *s, unsig
     }
 }
 
-/* The words of row_sums that `what` is, as bits. */
+/* The words of row_sums that the fields in `what` take, a bit each. */
 static __device__ __forceinline__ unsigned words_of(unsigned what)
 {
     return (what & FOLD_MAX ? 1u : 0u) | (what & FOLD_KEY ? 2u : 0u) |
@@ -207,7 +208,7 @@ static __device__ __forceinline__ unsigned words_of(unsigned what)
            (what & FOLD_MORE ? 0xc0u : 0u);
 }
 
-/* Two of a word as one. */
+/* What a word of two row_sums becomes when they are folded. */
 static __device__ __forceinline__ uint64_t join_words(uint64_t x, uint64_t y, int word,
                                                       unsigned what)
 {
@@ -228,8 +229,8 @@ static __device__ __forceinline__ uint64_t join_words(uint64_t x, uint64_t y, in
     return ret;
 }
 
-/* By a warp: word l / 4 of the sum of all `count`, for lane l. Lane p of a word's four adds p,
- * p + 4, p + 8, … in order; then the four become one, in an order of their own. */
+/* By a warp: lane l gets word l / 4 of the sum over all `count`. Of the word's four lanes, the p-th
+ * adds p, p + 4, p + 8, … in order; then their four sums are added, always in one order, too. */
 static __device__ __forceinline__ uint64_t fold_words(const struct row_sums *all, int count,
                                                       unsigned what)
 {
@@ -247,18 +248,19 @@ static __device__ __forceinline__ uint64_t fold_words(const struct row_sums *all
     return sum;
 }
 
-/* By all threads, once, with the copy of the row under way: the other blocks may be sent to. */
+/* By all threads, once, before the first fold: waits until the other blocks may be sent to. The
+ * copy of the row may be under way meanwhile. */
 static __device__ __forceinline__ void row_meet(const struct row_block *block)
 {
     if (block->blocks <= 1)
         return;
-    __syncwarp(); /* the wait is a warp's */
-    cluster_wait(); /* row_open arrived */
+    __syncwarp();   /* cluster_wait is by whole warps */
+    cluster_wait(); /* the arrival was row_open's */
 }
 
-/* A fold's first half: each block's sums into its slot of every block. That a slot is free again
- * needs no message: a block that sends in fold k + 2 has received all of fold k + 1, and what a
- * block sent then it sent behind a barrier of its own, at which all its threads had read fold k's.
+/* A fold's first half: each block's sums go into its slot in every block. No message has to say
+ * that a slot is free again: who sends in fold k + 2 has received fold k + 1 from every block, and
+ * every block sent that behind a barrier of its own, which its threads reach after reading fold k.
  * The same holds for the slots' mbarriers. No fence is needed either. */
 static __device__ __forceinline__ void row_send(struct row_block *block,
                                                 const struct row_sums *mine, unsigned what)
@@ -291,7 +293,8 @@ static __device__ __forceinline__ void row_send(struct row_block *block,
 }
 
 /* The second half, by whole warps: the sums over all threads of the row's blocks, the same bits for
- * every thread. A warp that leaves it out meets one that did not at a barrier before its next. */
+ * every thread. A warp that leaves it out must meet one that did not, at a barrier of the block,
+ * before it calls this again: else it could take an old phase of the mbarrier for the right one. */
 static __device__ __forceinline__ struct row_sums row_take(const struct row_block *block,
                                                            unsigned what)
 {
@@ -320,7 +323,7 @@ static __device__ __forceinline__ struct row_sums row_take(const struct row_bloc
     return sums;
 }
 
-/* The sums over all threads of the row's blocks; every thread gets them. */
+/* Both halves: every thread gets the sums over all threads of the row's blocks. */
 static __device__ __forceinline__ struct row_sums row_fold(struct row_block *block,
                                                            struct row_sums mine, unsigned what)
 {
@@ -330,12 +333,11 @@ static __device__ __forceinline__ struct row_sums row_fold(struct row_block *blo
 
 /* --- a slice of a row --- */
 
-/* The block's elements, in shared memory (then filled up with -inf to a multiple of 4) or global.
- */
+/* The block's elements, in global memory or in shared, there filled up with -inf to whole quads. */
 struct row_slice {
     float *values;
     int begin, count;
-    bool quads; /* may be read by four */
+    bool quads; /* may be read four at a time */
 };
 
 /* Starts copying from global memory; row_fetched() waits. `quads`: both are 16-byte aligned and
@@ -359,7 +361,8 @@ static __device__ __forceinline__ void row_fetched(void)
     __syncthreads();
 }
 
-/* By one thread: a slice that is wanted soon, to the L2; as row_fetch's quads. */
+/* By one thread: starts to bring a slice that is wanted soon into the L2. Aligned as for
+ * row_fetch's quads. */
 static __device__ __forceinline__ void row_prefetch(const float *from, int count)
 {
 #if __CUDA_ARCH__ >= 900
@@ -400,10 +403,10 @@ static __device__ __forceinline__ mass_t to_mass(float e, float scale)
     return __float2ull_rn(e * scale);
 }
 
-/* The sum of exp(z - max); bad: a term was NaN, which integers cannot hold. */
+/* A mass as a number; bad: a term of it was NaN, which integers cannot hold. */
 static __device__ __forceinline__ double from_mass(mass_t mass, float scale, bool bad)
 {
-    /* A power of two, of which the inverse is exact too: the quotient's bits. */
+    /* The scale is a power of two, so its inverse is exact: a product has the quotient's bits. */
     float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
 
     return bad ? (double)NAN : (double)mass * (double)inverse;
@@ -460,9 +463,9 @@ static __device__ __forceinline__ int row_key_id(row_key_t key)
     return ((1 << KEY_ID_BITS) - 1) - (int)(key & ((1 << KEY_ID_BITS) - 1));
 }
 
-/* What a selection orders and weighs. Weights: the values of a slice or, with `scaled`, exp((value -
- * max) / T). The order is that of `keys` if there are any: logits order their exponentials, and
- * without the rounding that makes some of these equal here and not on the host. */
+/* What a selection orders and weighs. Weights: the values of a slice or, with `scaled`, exp((value
+ * - max) / T). The order is that of `keys` if there are any: logits have the order of their
+ * exponentials, but without the rounding that makes some equal here and not on the host. */
 struct row_values {
     const float *keys, *values;
     int begin, count;
@@ -582,9 +585,9 @@ static __device__ void find_bin(const struct row_block *block, W *bins, W *group
     }
 }
 
-/* The key at which the weights, summed from the largest key down, first
- * reach `wanted`, which is from 1 to the weight of all. Not `exact`: a smaller key, with no element
- * between, may come back sooner. */
+/* The key at which the weights, summed from the largest key down, first reach `wanted`, which is
+ * from 1 to the weight of all. Not `exact`: it may be a smaller key, with no element between, which
+ * is found sooner. */
 template <typename W>
 static __device__ row_key_t select_key(struct row_block *block, struct digit_bins<W> *space,
                                        const struct row_values *v, W wanted, float scale,
@@ -656,9 +659,8 @@ static inline void row_cut(struct row_plan *plan, int blocks, int threads, int s
     plan->resident = true;
 }
 
-/* Plans a row as `slots` arrays of floats in shared memory, behind `fixed` bytes: on the fewest
- * blocks, but at least `least`, with which two blocks fit on a multiprocessor (one loads while the
- * other computes). */
+/* Plans a row as `slots` arrays of floats in shared memory, behind `fixed` bytes: on as few blocks,
+ * `least` or more, as let two fit on a multiprocessor (one loads while the other computes). */
 static inline int row_plan(struct cuda_context *context, const void *kernel, int vocab, int slots,
                            size_t fixed, int least, struct row_plan *plan)
 {
@@ -691,9 +693,9 @@ static inline int row_plan(struct cuda_context *context, const void *kernel, int
     return 0;
 }
 
-/* Lowers *ret, a number of clusters, to what the card holds at a time, two blocks on a
- * multiprocessor at most: more would only wait for the end of others. After row_plan(), which has
- * allowed the larger clusters. */
+/* Lowers *ret, a number of clusters, to what the card holds at a time with at most two blocks on a
+ * multiprocessor: more would only wait for others to end. After row_plan(), which has allowed the
+ * larger clusters. */
 static inline int row_clusters(struct cuda_context *context, const void *kernel,
                                const struct row_plan *plan, int *ret)
 {
@@ -725,7 +727,7 @@ static inline int row_clusters(struct cuda_context *context, const void *kernel,
     return code;
 }
 
-/* Launches kernel(args) by `rows` clusters: one for each row, as a rule. */
+/* Launches kernel(args) in `rows` clusters: as a rule one for each row. */
 template <typename Args>
 static int row_launch(struct cuda_context *context, void (*kernel)(const Args),
                       const struct row_plan *plan, int rows, const Args *args, const char *what)
@@ -752,8 +754,8 @@ static int row_launch(struct cuda_context *context, void (*kernel)(const Args),
     return cuda_check(context, cudaLaunchKernelEx(&config, kernel, *args), what);
 }
 
-/* The block's part of a row, the cluster's first being blockIdx.x / blocks; `shared` is its memory.
- * By all threads; row_meet() before the first fold. */
+/* The block's part of a row, and its mbarriers set up in its memory, `shared`. By all threads;
+ * row_meet() must come before the first fold. */
 static __device__ __forceinline__ struct row_block row_open(const struct row_plan *plan,
                                                             unsigned char *shared)
 {
@@ -770,7 +772,7 @@ static __device__ __forceinline__ struct row_block row_open(const struct row_pla
             mbarrier_init(&block.shared->arrived[0]);
             mbarrier_init(&block.shared->arrived[1]);
         }
-        __syncwarp(); /* the arrival is a warp's */
+        __syncwarp(); /* cluster_arrive is by whole warps */
         cluster_arrive();
     }
     return block;

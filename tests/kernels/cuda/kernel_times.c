@@ -5,9 +5,9 @@
  *
  * The driver loads this library and calls InitializeInjection (CUPTI's manual, "Injection"). At the
  * program's end stderr has a line for each kernel: its launches, its time and its share of a step.
- * A step is what lies between two launches of the kernel KERNEL_TIMES_MARK (adamw_quads, the last
- * one of a step of one adapter); the last KERNEL_TIMES_STEPS (5) of them are counted, so that
- * choosing algorithms and measuring floors are not among them. */
+ * A step is what lies between two launches of the kernel that KERNEL_TIMES_MARK names (adamw_quads,
+ * the last one of a step of one adapter). Only the last KERNEL_TIMES_STEPS (5) steps count: before
+ * them a program chooses algorithms and measures floors. */
 #include <cupti.h>
 
 #include <pthread.h>
@@ -31,7 +31,7 @@ static struct {
     size_t count, capacity, lost;
 } launches = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-/* Launches of kernels with one name, of the steps that count. */
+/* One kernel's launches in the steps that count. */
 struct row {
     char name[NAME_MAX_ + 1];
     size_t count;
@@ -149,8 +149,8 @@ static struct row *row_of(struct row *rows, size_t *count, const char *name)
     return &rows[(*count)++];
 }
 
-/* The first launch of the last `steps` steps and, in *ret_end, the one behind their last;
- * *ret_steps of them are there. */
+/* The index of the first launch of the last `steps` steps, in *ret_end that behind their last
+ * launch and in *ret_steps how many steps there are. */
 static size_t find_steps(const char *mark, long steps, size_t *ret_end, long *ret_steps)
 {
     size_t begin = 0;
@@ -240,7 +240,7 @@ static void report(void)
     pthread_mutex_unlock(&launches.lock);
 }
 
-/* Called by the driver when it starts, if the library shows this name; 1: all is well. */
+/* The driver calls it when it starts, if the library exports this name. 1: all is well. */
 __attribute__((visibility("default"))) int InitializeInjection(void);
 int InitializeInjection(void)
 {

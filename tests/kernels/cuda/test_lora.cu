@@ -167,7 +167,7 @@ static void check_alone(struct rig *r, int g, int count, bool few)
     free(grad);
 }
 
-/* y, dx and gradients of another run, compared with the run before. */
+/* Runs once more: y, dx and gradients must be those of an earlier run. how: what differs now. */
 static void check_again(struct rig *r, const char *how, float *const y, float *const dx,
                         float *const *grads)
 {
@@ -186,10 +186,10 @@ static void check_again(struct rig *r, const char *how, float *const y, float *c
             check_same(name, r->grads[g].host, grads[g], r->grads[g].count * sizeof(float));
 }
 
-/* The bits are the same where sums are not cut into chunks of k or spans of rows (a card of one
- * multiprocessor has blocks enough without), where there is no memory for partial sums, which must
- * then not be touched, and where no kernel begins early. */
-static void check_otherwise(struct rig *r)
+/* The bits are the same without each of these: sums cut into chunks of k or spans of rows (a card
+ * of one multiprocessor needs no more blocks), memory for partial sums (which then must not be
+ * touched), early launches. */
+static void check_without(struct rig *r)
 {
     struct cuda_context *context = r->context;
     const struct cuda_context as_it_is = *context;
@@ -236,7 +236,7 @@ static void run_case(struct cuda_context *context, const struct dims *dims, cons
                 check_gradient_of(&r, g);
         }
         if (!few)
-            check_otherwise(&r);
+            check_without(&r);
         check_alone(&r, count / 2, specs[count / 2].count, few);
         check_alone(&r, count / 2, 1, few);
         close_rig(&r);
@@ -360,7 +360,7 @@ static __global__ void write_late(uint8_t *to, const uint8_t *from, size_t bytes
         to2[i] = from2[i];
 }
 
-/* What two arrays hold is taken away and comes back late, by a kernel on the stream. */
+/* Moves what two arrays hold to `spare`, and queues a kernel that brings it back late. */
 static void take_away(struct rig *r, const struct check_buffer *a, const struct check_buffer *b,
                       struct check_buffer spare[2])
 {
@@ -385,8 +385,8 @@ static void give_back(struct check_buffer spare[2])
     check_buffer_free(&spare[1], "spare");
 }
 
-/* Kernels that begin early wait for what they read: dx, too, which runs beside the gradients and
- * relies on their waiting. */
+/* Kernels that begin early wait for what they read. That goes for dx, too, although it does not
+ * wait itself: it runs beside the gradients and relies on their waiting. */
 static void test_late(void)
 {
     static const struct spec spec[] = {{32, ALL, 3, 1100}};
