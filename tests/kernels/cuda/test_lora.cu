@@ -167,23 +167,51 @@ static void check_alone(struct rig *r, int g, int count, bool few)
     free(grad);
 }
 
-/* Runs once more: y, dx and gradients must be those of an earlier run. how: what differs now. */
-static void check_again(struct rig *r, const char *how, float *const y, float *const dx,
-                        float *const *grads)
+/* What a run left. */
+struct results {
+    float *y, *dx, *grads[GROUPS_MAX]; /* NULL: the group does not learn */
+};
+
+static struct results results_of(const struct rig *r)
+{
+    struct results ret = {};
+
+    ret.y = copy_floats(&r->y);
+    ret.dx = copy_floats(&r->dx);
+    for (int g = 0; g < r->count; g++)
+        ret.grads[g] = r->grads[g].host ? copy_floats(&r->grads[g]) : NULL;
+    return ret;
+}
+
+static void results_free(struct results *results)
+{
+    free(results->y);
+    free(results->dx);
+    for (int g = 0; g < GROUPS_MAX; g++)
+        free(results->grads[g]);
+}
+
+/* y, dx and gradients must be those of an earlier run. how: what differs now. */
+static void check_results(const struct rig *r, const char *how, const struct results *want)
 {
     char name[64];
 
+    snprintf(name, sizeof(name), "y %s", how);
+    check_same(name, r->y.host, want->y, r->y.count * sizeof(float));
+    snprintf(name, sizeof(name), "dx %s", how);
+    check_same(name, r->dx.host, want->dx, r->dx.count * sizeof(float));
+    snprintf(name, sizeof(name), "gradient %s", how);
+    for (int g = 0; g < r->count; g++)
+        if (want->grads[g])
+            check_same(name, r->grads[g].host, want->grads[g], r->grads[g].count * sizeof(float));
+}
+
+static void check_again(struct rig *r, const char *how, const struct results *want)
+{
     restore(r);
     run_forward(r);
     run_backward(r, true);
-    snprintf(name, sizeof(name), "y %s", how);
-    check_same(name, r->y.host, y, r->y.count * sizeof(float));
-    snprintf(name, sizeof(name), "dx %s", how);
-    check_same(name, r->dx.host, dx, r->dx.count * sizeof(float));
-    snprintf(name, sizeof(name), "gradient %s", how);
-    for (int g = 0; g < r->count; g++)
-        if (grads[g])
-            check_same(name, r->grads[g].host, grads[g], r->grads[g].count * sizeof(float));
+    check_results(r, how, want);
 }
 
 /* The bits are the same without each of these: sums cut into chunks of k or spans of rows (a card
@@ -193,25 +221,20 @@ static void check_without(struct rig *r)
 {
     struct cuda_context *context = r->context;
     const struct cuda_context as_it_is = *context;
-    float *y = copy_floats(&r->y), *dx = copy_floats(&r->dx), *grads[GROUPS_MAX];
+    struct results want = results_of(r);
 
-    for (int g = 0; g < r->count; g++)
-        grads[g] = r->grads[g].host ? copy_floats(&r->grads[g]) : NULL;
     context->multiprocessors = 1;
-    check_again(r, "uncut", y, dx, grads);
+    check_again(r, "uncut", &want);
     context->multiprocessors = as_it_is.multiprocessors;
     context->lt_space = NULL;
     context->lt_space_bytes = 0;
-    check_again(r, "without a workspace", y, dx, grads);
+    check_again(r, "without a workspace", &want);
     context->lt_space = as_it_is.lt_space;
     context->lt_space_bytes = as_it_is.lt_space_bytes;
     context->early = false;
-    check_again(r, "one after the other", y, dx, grads);
+    check_again(r, "one after the other", &want);
     context->early = as_it_is.early;
-    for (int g = 0; g < r->count; g++)
-        free(grads[g]);
-    free(y);
-    free(dx);
+    results_free(&want);
 }
 
 static void run_case(struct cuda_context *context, const struct dims *dims, const char *name,
@@ -294,6 +317,16 @@ static void test_type(enum cuda_type act)
     cuda_context_close(&context);
 }
 
+static void check_near(const char *what, const struct check_array *got, const float *want)
+{
+    double *wide = (double *)check_alloc(got->count, sizeof(double));
+
+    for (size_t i = 0; i < got->count; i++)
+        wide[i] = want[i];
+    check_close(what, got->host, wide, got->count, CHECK_BF16_LIMIT);
+    free(wide);
+}
+
 /* One adapter with so many rows that cuBLASLt does them, against the grouped kernels: a reference
  * of this size takes too long on the host. */
 static void test_gemm_way(void)
@@ -305,8 +338,7 @@ static void test_gemm_way(void)
 
     check_open(CUDA_TYPE_BF16, &context);
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
-        float *y, *dx, *grad;
-        double *want;
+        struct results by_gemm;
 
         if (check_elsewhere())
             continue;
@@ -316,27 +348,15 @@ static void test_gemm_way(void)
             check_fail("1100 rows of one adapter are not cuBLASLt's");
         run_forward(&r);
         run_backward(&r, true);
-        y = copy_floats(&r.y);
-        dx = copy_floats(&r.dx);
-        grad = copy_floats(&r.grads[0]);
+        by_gemm = results_of(&r);
         restore(&r);
         r.rows.by_gemm = false;
         run_forward(&r);
         run_backward(&r, true);
-        want = (double *)check_alloc(r.grads[0].count + r.y.count + r.dx.count, sizeof(double));
-        for (size_t i = 0; i < r.y.count; i++)
-            want[i] = y[i];
-        check_close("y", r.y.host, want, r.y.count, CHECK_BF16_LIMIT);
-        for (size_t i = 0; i < r.dx.count; i++)
-            want[i] = dx[i];
-        check_close("dx", r.dx.host, want, r.dx.count, CHECK_BF16_LIMIT);
-        for (size_t i = 0; i < r.grads[0].count; i++)
-            want[i] = grad[i];
-        check_close("gradient", r.grads[0].host, want, r.grads[0].count, CHECK_BF16_LIMIT);
-        free(y);
-        free(dx);
-        free(grad);
-        free(want);
+        check_near("y", &r.y, by_gemm.y);
+        check_near("dx", &r.dx, by_gemm.dx);
+        check_near("gradient", &r.grads[0], by_gemm.grads[0]);
+        results_free(&by_gemm);
         close_rig(&r);
         check_end();
     }
@@ -396,7 +416,7 @@ static void test_late(void)
     check_open(CUDA_TYPE_BF16, &context);
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++) {
         struct check_buffer spare[2];
-        float *y, *dx, *grad;
+        struct results want;
 
         if (check_elsewhere())
             continue;
@@ -404,9 +424,7 @@ static void test_late(void)
         open_rig(&r, &context, &tiny, (enum cuda_weight_kind)kind, spec, 1, false, 3);
         run_forward(&r);
         run_backward(&r, true);
-        y = copy_floats(&r.y);
-        dx = copy_floats(&r.dx);
-        grad = copy_floats(&r.grads[0]);
+        want = results_of(&r);
         restore(&r);
         take_away(&r, &r.x.buffer, &r.y.buffer, spare);
         run_forward(&r);
@@ -420,12 +438,8 @@ static void test_late(void)
         check_get(&r.dx);
         check_get(&r.grads[0]);
         give_back(spare);
-        check_same("y", r.y.host, y, r.y.count * sizeof(float));
-        check_same("dx", r.dx.host, dx, r.dx.count * sizeof(float));
-        check_same("gradient", r.grads[0].host, grad, r.grads[0].count * sizeof(float));
-        free(y);
-        free(dx);
-        free(grad);
+        check_results(&r, "of what came late", &want);
+        results_free(&want);
         close_rig(&r);
         check_end();
     }
