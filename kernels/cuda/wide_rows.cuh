@@ -623,25 +623,39 @@ struct row_plan {
     size_t bytes; /* of shared memory */
 };
 
-/* Whether the card runs `kernel` in clusters of this size. */
-static inline bool row_is_granted(const void *kernel, const struct row_plan *plan, int blocks)
+/* A launch of so many clusters; it points to *cluster. */
+static inline cudaLaunchConfig_t row_config(const struct row_plan *plan, int clusters,
+                                            cudaLaunchAttribute *cluster)
 {
-    cudaLaunchAttribute cluster = {};
     cudaLaunchConfig_t config = {};
-    int clusters = 0;
 
-    if (blocks <= ROW_BLOCKS)
-        return true;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = (unsigned)blocks;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)blocks);
+    cluster->id = cudaLaunchAttributeClusterDimension;
+    cluster->val.clusterDim.x = (unsigned)plan->blocks;
+    cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)clusters * (unsigned)plan->blocks);
     config.blockDim = dim3((unsigned)plan->threads);
     config.dynamicSmemBytes = plan->bytes;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (int)plan->bytes) == cudaSuccess &&
+    config.attrs = cluster;
+    config.numAttrs = plan->blocks > 1 ? 1 : 0;
+    return config;
+}
+
+static inline cudaError_t row_allow(const void *kernel, const struct row_plan *plan)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                (int)plan->bytes);
+}
+
+/* Whether the card runs `kernel` in clusters of the plan's size. */
+static inline bool row_is_granted(const void *kernel, const struct row_plan *plan)
+{
+    cudaLaunchAttribute cluster = {};
+    const cudaLaunchConfig_t config = row_config(plan, 1, &cluster);
+    int clusters = 0;
+
+    if (plan->blocks <= ROW_BLOCKS)
+        return true;
+    if (row_allow(kernel, plan) == cudaSuccess &&
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
             cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
@@ -684,7 +698,7 @@ static inline int row_plan(struct cuda_context *context, const void *kernel, int
     for (int blocks = least < most ? least : most; blocks <= most; blocks *= 2) {
         row_cut(plan, blocks, 512, slots, fixed);
         if (2 * (plan->bytes + 1024) <= (size_t)whole && plan->bytes <= (size_t)limit &&
-            row_is_granted(kernel, plan, blocks))
+            row_is_granted(kernel, plan))
             return 0;
     }
     row_cut(plan, most > ROW_BLOCKS ? ROW_BLOCKS : most, 1024, slots, fixed);
@@ -700,24 +714,12 @@ static inline int row_clusters(struct cuda_context *context, const void *kernel,
                                const struct row_plan *plan, int *ret)
 {
     cudaLaunchAttribute cluster = {};
-    cudaLaunchConfig_t config = {};
-    int held = 0, most = 2 * context->multiprocessors / plan->blocks, code;
+    const cudaLaunchConfig_t config = row_config(plan, *ret, &cluster);
+    const int most = 2 * context->multiprocessors / plan->blocks;
+    int held = most, code = cuda_check(context, row_allow(kernel, plan), "shared memory");
 
-    code = cuda_check(
-        context,
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)plan->bytes),
-        "shared memory");
     if (code < 0)
         return code;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = (unsigned)plan->blocks;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)*ret * (unsigned)plan->blocks);
-    config.blockDim = dim3((unsigned)plan->threads);
-    config.dynamicSmemBytes = plan->bytes;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    held = most;
     if (plan->blocks > 1)
         code =
             cuda_check(context, cudaOccupancyMaxActiveClusters(&held, kernel, &config), "clusters");
@@ -733,24 +735,12 @@ static int row_launch(struct cuda_context *context, void (*kernel)(const Args),
                       const struct row_plan *plan, int rows, const Args *args, const char *what)
 {
     cudaLaunchAttribute cluster = {};
-    cudaLaunchConfig_t config = {};
-    int code = cuda_check(context,
-                          cudaFuncSetAttribute((const void *)kernel,
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               (int)plan->bytes),
-                          what);
+    cudaLaunchConfig_t config = row_config(plan, rows, &cluster);
+    int code = cuda_check(context, row_allow((const void *)kernel, plan), what);
 
     if (code < 0)
         return code;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = (unsigned)plan->blocks;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)rows * (unsigned)plan->blocks);
-    config.blockDim = dim3((unsigned)plan->threads);
-    config.dynamicSmemBytes = plan->bytes;
     config.stream = context->stream;
-    config.attrs = &cluster;
-    config.numAttrs = plan->blocks > 1 ? 1 : 0;
     return cuda_check(context, cudaLaunchKernelEx(&config, kernel, *args), what);
 }
 
