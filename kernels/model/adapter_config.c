@@ -1,9 +1,8 @@
 /* adapter_config.json, PEFT's description of an adapter.
  *
- * What would change the sums and is not implemented (DoRA, biases, whole modules saved, ranks by
- * pattern, a subset of the layers…) is refused by name: an adapter must not load and answer
- * wrongly. Keys that only concern training in PEFT (dropout, initialisation, revision) are ignored.
- */
+ * What is no plain LoRA would change the sums (DoRA, biases, whole modules saved, ranks by pattern,
+ * a subset of the layers…) and is refused by name: an adapter must not load and answer wrongly.
+ * Keys that only concern training in PEFT (dropout, initialisation, revision) are ignored. */
 #include <math.h>
 #include <string.h>
 #include "claas/err.h"
