@@ -268,7 +268,8 @@ struct claas_train_result {
     float max_ratio_error; /* largest |log-prob now - rollout log-prob|: 0 on policy */
     bool finite;           /* loss and gradient; a step that is not finite changes nothing */
     int tokens;
-    double teacher_ms; /* the part of the step's time that the teacher's forward passes took */
+    double teacher_ms; /* the part of the step's time that the teacher's forward passes took; near 0
+                          where its rows were in the student's pass */
     int64_t step;      /* optimizer steps of the adapter so far, this one included; the largest
                           where there are several */
     size_t row_count;

@@ -30,7 +30,8 @@ struct cuda_step_space {
     /* of the stage at hand */
     struct cuda_pass pass;
     struct cuda_infer infer;
-    void *hidden;            /* act [tail][D]: final norm of an inference batch */
+    void *hidden;            /* act [tail][D]: final norm of an inference batch, or of the
+                                teacher's rows of a joint one */
     struct cuda_acts *saved; /* host [L]; student in training */
     bool recompute;          /* all layers but for x_in and x_out share one set of buffers */
     void *tail_x, *tail_attn;
@@ -55,9 +56,9 @@ struct cuda_step_space {
 struct cuda_step {
     claas_backend_t *backend;
     struct claas_plan plan;
-    struct cuda_batch *student, *teacher, *base; /* as many as the plan's sides have */
-    struct cuda_acts *saved;                     /* [L] */
-    size_t grad_bytes;                           /* of all learners */
+    struct cuda_batch *student, *teacher, *base, *joint; /* as many as the plan's sides have */
+    struct cuda_acts *saved;                             /* [L] */
+    size_t grad_bytes;                                   /* of all learners */
     int kept_tokens; /* the most tokens of a batch whose activations are kept; a longer one computes
                         its layers twice */
     struct cuda_step_space space;

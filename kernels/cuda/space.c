@@ -132,9 +132,9 @@ static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, 
     }
 }
 
-/* What the layers use on the way forward or back but not across the head: it shares its memory with
- * the head's buffers. */
-static void place_layers(const struct cuda_step *step, struct cuda_arena *arena, int rows,
+/* What the layers use on the way forward (`way` rows) or back (`rows`) but not across the head: it
+ * shares its memory with the head's buffers. */
+static void place_layers(const struct cuda_step *step, struct cuda_arena *arena, int way, int rows,
                          struct cuda_step_space *space)
 {
     const claas_backend_t *backend = step->backend;
@@ -145,7 +145,7 @@ static void place_layers(const struct cuda_step *step, struct cuda_arena *arena,
 
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
         s = wider(s, (size_t)space->pass.lds[kind]);
-    cuda_place_pass(backend, arena, rows, &space->pass);
+    cuda_place_pass(backend, arena, way, &space->pass);
     space->dx_spread = cuda_take(arena, m * d * sizeof(float));
     space->dy = cuda_take(arena, m * wider(d, nqkv) * act);
     space->dxn = cuda_take(arena, m * d * act);
@@ -161,19 +161,22 @@ static void place_train_side(const struct cuda_step *step, struct cuda_arena *ar
                              struct cuda_step_space *space)
 {
     const claas_backend_t *backend = step->backend;
+    const struct claas_plan *plan = &step->plan;
+    const struct claas_plan_side *forward = plan->joint.batch_count ? &plan->joint : &plan->student;
+    struct extent way = extent_of(forward), back = extent_of(&plan->student);
     size_t d = (size_t)backend->model.config.hidden, act = backend->context.act_bytes, shared, head;
-    struct extent e = extent_of(&step->plan.student);
 
-    set_lds(&step->plan.student, space->pass.lds);
-    space->tail_x = cuda_take(arena, (size_t)e.tail * d * act);
-    space->tail_attn = cuda_take(arena, (size_t)e.tail * (size_t)backend->model.nq * act);
-    place_saved(step, arena, e.m, space);
-    space->dx = cuda_take(arena, (size_t)e.m * d * sizeof(float));
+    set_lds(forward, space->pass.lds);
+    space->tail_x = cuda_take(arena, (size_t)way.tail * d * act);
+    space->tail_attn = cuda_take(arena, (size_t)way.tail * (size_t)backend->model.nq * act);
+    place_saved(step, arena, way.m, space);
+    space->dx = cuda_take(arena, (size_t)back.m * d * sizeof(float));
     shared = arena->used;
-    place_head(step, arena, &step->plan.student, true, space);
+    place_head(step, arena, &plan->student, true, space);
     head = arena->used;
     arena->used = shared;
-    place_layers(step, arena, e.m, space);
+    space->hidden = cuda_take(arena, (size_t)(way.tail - back.tail) * d * act);
+    place_layers(step, arena, way.m, back.m, space);
     arena->used = wider(arena->used, head);
 }
 
@@ -321,6 +324,7 @@ int cuda_space_reserve(struct cuda_step *step)
     }
     if (code == CLAAS_ERR_NO_MEMORY && request->update) {
         step->kept_tokens = 0;
+        claas_plan_part(&step->plan);
         code = take_region(step, count_stages(step));
     }
     return code;

@@ -346,6 +346,31 @@ static int make_batches(struct claas_plan_side *side, int budget, bool one_adapt
     return 0;
 }
 
+/* Student's and teacher's rows as one batch. Families of the two are never the same one, even where
+ * prompts are: what is saved of the student's rows must be theirs alone. */
+static int make_joint(struct claas_plan *plan, int budget)
+{
+    const struct claas_plan_side *student = &plan->student, *teacher = &plan->teacher;
+    struct claas_plan_side *joint = &plan->joint;
+    int count = student->seq_count + teacher->seq_count;
+
+    if (student->batch_count != 1 || teacher->batch_count != 1 ||
+        student->batches[0].pack.m > budget - teacher->batches[0].pack.m)
+        return 0;
+    joint->seqs = CLAAS_NEW_ARRAY(struct claas_plan_seq, (size_t)count);
+    joint->batches = CLAAS_NEW_ARRAY(struct claas_plan_batch, 1);
+    if (!joint->seqs || !joint->batches)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    memcpy(joint->seqs, student->seqs, (size_t)student->seq_count * sizeof(joint->seqs[0]));
+    memcpy(joint->seqs + student->seq_count, teacher->seqs,
+           (size_t)teacher->seq_count * sizeof(joint->seqs[0]));
+    for (int i = student->seq_count; i < count; i++)
+        joint->seqs[i].family += student->seq_count;
+    joint->seq_count = joint->batches[0].count = count;
+    joint->batch_count = 1;
+    return build_batch(joint, &joint->batches[0]);
+}
+
 /* --- the whole --- */
 
 static int find_learner(struct claas_plan *plan, claas_backend_adapter_t *adapter)
@@ -448,6 +473,8 @@ int claas_plan_new(const struct claas_model_config *config,
         code = make_batches(&plan.teacher, limits->infer_tokens, false);
     if (code >= 0)
         code = make_batches(&plan.base, limits->infer_tokens, false);
+    if (code >= 0 && request->update)
+        code = make_joint(&plan, limits->joint_tokens);
     if (code < 0)
         return code;
     *ret = plan;
@@ -526,11 +553,17 @@ static void side_done(struct claas_plan_side *side)
     *side = (struct claas_plan_side){0};
 }
 
+void claas_plan_part(struct claas_plan *plan)
+{
+    side_done(&plan->joint);
+}
+
 void claas_plan_done(struct claas_plan *plan)
 {
     side_done(&plan->student);
     side_done(&plan->teacher);
     side_done(&plan->base);
+    side_done(&plan->joint);
     free(plan->learners);
     free(plan->positions);
     *plan = (struct claas_plan){0};

@@ -99,6 +99,9 @@ struct claas_plan {
     /* The teacher's side has no batches where another request left its rows
      * (claas_backend_train.kept). */
     struct claas_plan_side student, teacher, base;
+    /* The rows of the student's and of the teacher's only batch side by side, the student's first,
+     * in one batch for the way forward; or no batch, where the limits leave them apart. */
+    struct claas_plan_side joint;
     struct claas_plan_learner *learners;
     int learner_count;
     struct claas_plan_position
@@ -109,16 +112,20 @@ struct claas_plan {
 /* The most tokens of a batch (a longer sequence is a batch by itself): train_tokens where
  * activations are kept for the way back, else infer_tokens. mixed: a student's batch may hold rows
  * of several adapters, whose gradients the back-end keeps apart. Without it an adapter's gradients
- * are summed in batches of its own, and so are the same whatever else is in the step. */
+ * are summed in batches of its own, and so are the same whatever else is in the step. joint_tokens:
+ * the most of student and teacher together that go forward in one batch; 0 = they never do. */
 struct claas_plan_limits {
     int train_tokens, infer_tokens;
     bool mixed;
+    int joint_tokens;
 };
 /* Checks the request and orders it. INVALID, LIMIT (a row longer than the context), NO_MEMORY. */
 int claas_plan_new(const struct claas_model_config *config,
                    const struct claas_backend_train *request,
                    const struct claas_plan_limits *limits, struct claas_plan *ret);
 void claas_plan_done(struct claas_plan *plan);
+/* Takes the joint batch apart again: its two batches do as well. */
+void claas_plan_part(struct claas_plan *plan);
 
 /* From results [position_count]: fills ret->rows [row_count], which the caller allocated, and the
  * step's loss, tokens, max_ratio_error and finite (of the losses). */

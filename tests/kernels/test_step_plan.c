@@ -50,13 +50,13 @@ static void make_request(struct request *r)
 
 static void make_plan(const struct request *r, int tokens, bool mixed, struct claas_plan *plan)
 {
-    const struct claas_plan_limits limits = {tokens, tokens, mixed};
+    const struct claas_plan_limits limits = {tokens, tokens, mixed, 0};
 
     assert_int_equal(claas_plan_new(&config, &r->train, &limits, plan), 0);
 }
 
-/* Groups cover the rows in order, no adapter twice, and the tail is that of the scored rows. */
-static void check_batch(const struct claas_plan_batch *batch)
+/* Groups cover the rows in order, and the tail is that of the scored rows. */
+static void check_rows(const struct claas_plan_batch *batch)
 {
     const struct claas_pack *pack = &batch->pack;
     int row = 0;
@@ -65,8 +65,6 @@ static void check_batch(const struct claas_plan_batch *batch)
         assert_int_equal(pack->groups[g].first, row);
         assert_true(pack->groups[g].count > 0);
         row += pack->groups[g].count;
-        for (int other = 0; other < g; other++)
-            assert_ptr_not_equal(pack->groups[g].adapter, pack->groups[other].adapter);
     }
     assert_int_equal(row, pack->m);
     assert_true(pack->group_count <= pack->run_count);
@@ -78,6 +76,17 @@ static void check_batch(const struct claas_plan_batch *batch)
     }
     for (int i = 0; i < batch->scored_count; i++)
         assert_int_equal(batch->tail[batch->scored_tail[i]], batch->scored_row[i]);
+}
+
+/* Likewise, and no adapter has two groups. */
+static void check_batch(const struct claas_plan_batch *batch)
+{
+    const struct claas_pack *pack = &batch->pack;
+
+    check_rows(batch);
+    for (int g = 0; g < pack->group_count; g++)
+        for (int other = 0; other < g; other++)
+            assert_ptr_not_equal(pack->groups[g].adapter, pack->groups[other].adapter);
 }
 
 static void adapters_stay_apart_unless_they_may_mix(void **state)
@@ -135,6 +144,90 @@ static void batches_do_not_change_the_positions(void **state)
     claas_plan_done(&mixed);
 }
 
+/* Rows, runs and tail of `part` lie in the joint batch from row, run and tail row `at` on. */
+static void check_part(const struct claas_plan_batch *joint, const struct claas_plan_batch *part,
+                       const int at[3])
+{
+    const struct claas_pack *whole = &joint->pack, *pack = &part->pack;
+
+    assert_memory_equal(whole->tokens + at[0], pack->tokens, (size_t)pack->m * sizeof(int32_t));
+    assert_memory_equal(whole->pos + at[0], pack->pos, (size_t)pack->m * sizeof(int32_t));
+    for (int i = 0; i < pack->run_count; i++) {
+        const struct claas_pack_run *run = &whole->runs[at[1] + i];
+
+        assert_int_equal(run->first, at[0] + pack->runs[i].first);
+        assert_int_equal(run->count, pack->runs[i].count);
+        assert_int_equal(run->pos, pack->runs[i].pos);
+        assert_int_equal(run->parent, pack->runs[i].parent < 0 ? -1 : at[1] + pack->runs[i].parent);
+    }
+    for (int i = 0; i < part->tail_count; i++)
+        assert_int_equal(joint->tail[at[2] + i], at[0] + part->tail[i]);
+}
+
+/* The student's rows come first, as in their own batch, and share no prompt with the teacher's,
+ * which here are the same. */
+static void student_and_teacher_lie_side_by_side(void **state)
+{
+    struct request r;
+    struct claas_plan plan;
+    struct claas_plan_limits limits = {1000, 1000, true, 1000};
+    const struct claas_plan_batch *student, *teacher, *joint;
+    int both;
+
+    make_request(&r);
+    for (int i = 0; i < ROWS; i++)
+        r.rows[i].teacher = i % 3 ? adapter(2) : NULL;
+    assert_int_equal(claas_plan_new(&config, &r.train, &limits, &plan), 0);
+    assert_int_equal(plan.joint.batch_count, 1);
+    student = plan.student.batches;
+    teacher = plan.teacher.batches;
+    joint = plan.joint.batches;
+    check_rows(joint);
+    both = student->pack.m + teacher->pack.m;
+    assert_int_equal(joint->pack.m, both);
+    assert_int_equal(joint->pack.run_count, student->pack.run_count + teacher->pack.run_count);
+    assert_int_equal(joint->tail_count, student->tail_count + teacher->tail_count);
+    check_part(joint, student, (const int[3]){0, 0, 0});
+    check_part(joint, teacher,
+               (const int[3]){student->pack.m, student->pack.run_count, student->tail_count});
+    claas_plan_part(&plan);
+    assert_int_equal(plan.joint.batch_count, 0);
+    claas_plan_done(&plan);
+    for (int less = 0; less < 2; less++) {
+        limits.joint_tokens = both - less;
+        assert_int_equal(claas_plan_new(&config, &r.train, &limits, &plan), 0);
+        assert_int_equal(plan.joint.batch_count, !less);
+        claas_plan_done(&plan);
+    }
+}
+
+/* One adapter that is its own teacher has one group; several batches, and rows that are only
+ * measured, stay apart. */
+static void a_joint_batch_is_one_of_two(void **state)
+{
+    struct request r;
+    struct claas_plan plan;
+    struct claas_plan_limits limits = {1000, 1000, true, 1000};
+
+    make_request(&r);
+    for (int i = 0; i < ROWS; i++)
+        r.rows[i].student = r.rows[i].teacher = adapter(0);
+    assert_int_equal(claas_plan_new(&config, &r.train, &limits, &plan), 0);
+    assert_int_equal(plan.joint.batch_count, 1);
+    check_batch(plan.joint.batches);
+    assert_int_equal(plan.joint.batches[0].pack.group_count, 1);
+    claas_plan_done(&plan);
+    limits.train_tokens = 20;
+    assert_int_equal(claas_plan_new(&config, &r.train, &limits, &plan), 0);
+    assert_int_equal(plan.joint.batch_count, 0);
+    claas_plan_done(&plan);
+    limits.train_tokens = 1000;
+    r.train.update = false;
+    assert_int_equal(claas_plan_new(&config, &r.train, &limits, &plan), 0);
+    assert_int_equal(plan.joint.batch_count, 0);
+    claas_plan_done(&plan);
+}
+
 static void segments_name_their_tail(void **state)
 {
     static const int32_t tokens[] = {1, 2, 3, 4}, block[] = {0};
@@ -165,6 +258,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(adapters_stay_apart_unless_they_may_mix),
         cmocka_unit_test(batches_do_not_change_the_positions),
+        cmocka_unit_test(student_and_teacher_lie_side_by_side),
+        cmocka_unit_test(a_joint_batch_is_one_of_two),
         cmocka_unit_test(segments_name_their_tail),
     };
 

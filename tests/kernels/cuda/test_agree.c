@@ -450,6 +450,58 @@ static void two_runs_have_the_same_bits(void **state)
     (void)unsetenv("CLAAS_CUDA_TUNE");
 }
 
+/* --- student and teacher at once and one after the other --- */
+
+/* Three adapters; the teachers are the base, an adapter, and the student itself. */
+static float *joint_gradient(const char *model, const char *precision, const char *tokens)
+{
+    struct work w;
+    float *grads;
+
+    (void)setenv("CLAAS_CUDA_JOINT", tokens, 1);
+    open_work(&w, device_name, model, precision, 3);
+    for (size_t i = 0; i < CLAAS_COUNT(mixed_rows); i++) {
+        add_row(&w, &mixed_rows[i], mixed_rows[i].same ? (int)i - 1 : (int)i % 3);
+        w.rows[i].teacher = i % 3 == 0 ? NULL : w.adapters[2];
+    }
+    grads = CLAAS_NEW_ARRAY(float, 3 * w.parameters);
+    assert_non_null(grads);
+    (void)take_step(&w, w.rows, (size_t)w.row_count, 0, 3, &forward_kl, grads);
+    close_work(&w);
+    (void)unsetenv("CLAAS_CUDA_JOINT");
+    return grads;
+}
+
+static void check_joint(const char *model, const char *precision, double limit)
+{
+    float *joint = joint_gradient(model, precision, "4096");
+    float *apart = joint_gradient(model, precision, "0");
+    struct work w;
+
+    open_work(&w, "cpu", model, "f32", 0);
+    for (size_t a = 0; a < 3; a++) {
+        struct difference d =
+            compare(joint + a * w.parameters, apart + a * w.parameters, w.parameters);
+
+        print_message("%s %s: adapter %zu, teacher beside the student and before it, %.3g apart\n",
+                      model, precision, a, d.relative);
+        if (!(d.relative <= limit))
+            fail_msg("%s %s: adapter %zu is off by %.3g (limit %.3g)", model, precision, a,
+                     d.relative, limit);
+    }
+    close_work(&w);
+    free(joint);
+    free(apart);
+}
+
+static void a_joint_pass_is_two_passes(void **state)
+{
+    check_joint("random:tiny-qwen3", "f32", F32_LIMIT);
+    check_joint("random:small-llama", "f32", F32_LIMIT);
+    check_joint("random:tiny-qwen2", "bf16", BF16_PACKED);
+    check_joint("random:small-qwen3", "bf16", BF16_PACKED);
+}
+
 /* --- alone and among others --- */
 
 /* `count` adapters, a row each, in one step and in steps of their own. Equal bits are reported; a
@@ -674,6 +726,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(bfloat16_steps_near_the_base_point_there_too),
         cmocka_unit_test(bfloat16_logprobs_are_near_those_of_float32),
         cmocka_unit_test(two_runs_have_the_same_bits),
+        cmocka_unit_test(a_joint_pass_is_two_passes),
         cmocka_unit_test(an_adapter_alone_is_one_among_others),
         cmocka_unit_test(sixty_four_adapters_learn_in_one_step),
         cmocka_unit_test(a_long_prompt_trains_as_on_the_cpu),

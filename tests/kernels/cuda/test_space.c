@@ -8,6 +8,7 @@
 #include <string.h>
 #include <cmocka.h>
 
+#include "claas/mem.h"
 #include "cuda/cuda_train.h"
 
 #define LAYERS      4
@@ -239,6 +240,37 @@ static void test_no_room(void **state)
     assert_int_equal(reserve(&rig), CLAAS_ERR_NO_MEMORY);
 }
 
+/* Student's and teacher's rows in one batch: both are kept. Where the room is gone meanwhile, they
+ * go one after the other, the student's computed twice. */
+static void test_joint(void **state)
+{
+    struct claas_plan_batch teacher = {.pack.m = 600};
+    struct rig rig;
+    size_t alone;
+
+    (void)state;
+    for (int gone = 0; gone < 2; gone++) {
+        set_up(NULL);
+        card.bytes = (size_t)3000 * TOKEN_BYTES;
+        rig_open(&rig, 500);
+        assert_int_equal(reserve(&rig), 0);
+        alone = backend.step.bytes;
+        cuda_region_done(&backend.context, &backend.step);
+        rig.step.plan.teacher = (struct claas_plan_side){.batches = &teacher, .batch_count = 1};
+        rig.step.plan.joint = (struct claas_plan_side){
+            .batches = CLAAS_NEW_ARRAY(struct claas_plan_batch, 1), .batch_count = 1};
+        assert_non_null(rig.step.plan.joint.batches);
+        rig.step.plan.joint.batches[0].pack.m = 500 + 600;
+        card.others = gone ? (size_t)2300 * TOKEN_BYTES : 0;
+        assert_int_equal(reserve(&rig), 0);
+        assert_int_equal(rig.step.space.recompute, gone);
+        assert_int_equal(rig.step.plan.joint.batch_count, !gone);
+        if (!gone)
+            assert_true(backend.step.bytes >= alone + (size_t)600 * TOKEN_BYTES);
+        claas_plan_part(&rig.step.plan);
+    }
+}
+
 /* A step that is a little longer takes a quarter more than the last one had, where there is plenty;
  * what was taken serves the shorter ones. */
 static void test_growth(void **state)
@@ -309,6 +341,7 @@ int main(void)
         cmocka_unit_test_setup(test_others, set_up),
         cmocka_unit_test_setup(test_small_batch, set_up),
         cmocka_unit_test_setup(test_no_room, set_up),
+        cmocka_unit_test_setup(test_joint, set_up),
         cmocka_unit_test_setup(test_growth, set_up),
         cmocka_unit_test_setup(test_head, set_up),
     };
