@@ -4,7 +4,9 @@
  *   CUDA_INJECTION64_PATH=…/libkernel_times.so claas-bench step --device cuda …
  *
  * The driver loads this library and calls InitializeInjection (CUPTI's manual, "Injection"). At the
- * program's end stderr has a line for each kernel: its launches, its time and its share of a step.
+ * program's end stderr has a line for each kernel: its launches, the time in which they ran, and
+ * how much longer the step is by them (from the end of all launches before to their own: a launch
+ * that begins early and waits, or runs beside another, counts for what comes after that one alone).
  * A step is what lies between two launches of the kernel that KERNEL_TIMES_MARK names (adamw_quads,
  * the last one of a step of one adapter). Only the last KERNEL_TIMES_STEPS (5) steps count: before
  * them a program chooses algorithms and measures floors. */
@@ -35,7 +37,8 @@ static struct {
 struct row {
     char name[NAME_MAX_ + 1];
     size_t count;
-    uint64_t ns;
+    uint64_t ns;    /* from start to end */
+    uint64_t added; /* from the end of all before to its end; all rows' add up to the step */
 };
 
 /* --- what CUPTI hands over --- */
@@ -88,11 +91,11 @@ static int by_start(const void *a, const void *b)
 
     return x->start < y->start ? -1 : x->start > y->start;
 }
-static int by_time(const void *a, const void *b)
+static int by_added(const void *a, const void *b)
 {
     const struct row *x = a, *y = b;
 
-    return x->ns > y->ns ? -1 : x->ns < y->ns;
+    return x->added > y->added ? -1 : x->added < y->added;
 }
 
 /* Appends the numbers among a template's arguments, <1,128>; `at` is behind the name (Itanium C++
@@ -190,28 +193,32 @@ static void print_rows(size_t begin, size_t end, double steps)
     struct row *rows = calloc(end - begin, sizeof(*rows));
     double all = (double)(launches.items[end - 1].end - launches.items[begin - 1].end) * 1e-6;
     double busy = busy_ms(begin, end);
+    uint64_t until = launches.items[begin - 1].end;
     size_t count = 0;
 
     if (!rows)
         return;
     for (size_t i = begin; i < end; i++) {
+        const struct launch *launch = &launches.items[i];
         char name[NAME_MAX_ + 1];
         struct row *row;
 
-        short_name(launches.items[i].name, name);
+        short_name(launch->name, name);
         row = row_of(rows, &count, name);
         row->count++;
-        row->ns += launches.items[i].end - launches.items[i].start;
+        row->ns += launch->end - launch->start;
+        row->added += launch->end > until ? launch->end - until : 0;
+        until = launch->end > until ? launch->end : until;
     }
-    qsort(rows, count, sizeof(*rows), by_time);
-    fprintf(stderr, "%-*s %9s %9s %7s %9s\n", NAME_MAX_, "kernel", "launches", "ms", "%",
-            "us each");
+    qsort(rows, count, sizeof(*rows), by_added);
+    fprintf(stderr, "%-*s %9s %9s %9s %7s %9s\n", NAME_MAX_, "kernel", "launches", "ran, ms",
+            "adds, ms", "%", "us each");
     for (size_t i = 0; i < count; i++) {
-        double ms = (double)rows[i].ns * 1e-6;
+        double added = (double)rows[i].added * 1e-6;
 
-        fprintf(stderr, "%-*s %9.1f %9.3f %7.1f %9.2f\n", NAME_MAX_, rows[i].name,
-                (double)rows[i].count / steps, ms / steps, 100 * ms / all,
-                1e3 * ms / (double)rows[i].count);
+        fprintf(stderr, "%-*s %9.1f %9.3f %9.3f %7.1f %9.2f\n", NAME_MAX_, rows[i].name,
+                (double)rows[i].count / steps, (double)rows[i].ns * 1e-6 / steps, added / steps,
+                100 * added / all, 1e3 * added / (double)rows[i].count);
     }
     fprintf(stderr, "a step: %.3f ms, %.1f launches; some kernel ran for %.3f, none for %.3f\n",
             all / steps, (double)(end - begin) / steps, busy / steps, (all - busy) / steps);
