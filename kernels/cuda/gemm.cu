@@ -1,20 +1,16 @@
 /* Matrix products by cuBLASLt, and which of its algorithms does which product.
  *
  * cuBLASLt is column-major: our row-major out[m][n] is its n x m matrix, so each product is asked
- * for transposed, out^T = b' a', with b first:
+ * for transposed, out^T = b' a', with b first. It sees a as k x m; b as k x n, which it turns (NT),
+ * or as n x k (NN).
  *
- *   form   b stored as (rows x columns)   op(b)   a stored as   op(a)
- *   NT     k x n, ldb                     T       k x m, lda    N
- *   NN     n x k, ldb                     N       k x m, lda    N
- *   TN     n x k, ldb                     N       m x k, lda    T
- *
- * Algorithms are chosen per shape, where the dimension that varies with the number of tokens (m; k
- * for gradients) counts by size class only: a pack of 1,713 rows takes what was chosen for 1,601.
- * So the number of choices stays small, and nearly equal packs sum in the same order. Reductions in
- * place (atomic, in no fixed order) and in the output's type (sums rounded to bfloat16) are ruled
- * out. Choices are kept in a file (gemm_choices.h), so that the next process sums in the same order
- * and need not time anything. CLAAS_CUDA_TUNE=0 takes cuBLASLt's first proposal instead, and
- * neither reads nor writes the file: the same in every process.
+ * Algorithms are chosen per shape, where m, which varies with the number of tokens, counts by size
+ * class only: a pack of 1,713 rows takes what was chosen for 1,601. So the number of choices stays
+ * small, and nearly equal packs sum in the same order. Reductions in place (atomic, in no fixed
+ * order) and in the output's type (sums rounded to bfloat16) are ruled out. Choices are kept in a
+ * file (gemm_choices.h), so that the next process sums in the same order and need not time
+ * anything. CLAAS_CUDA_TUNE=0 takes cuBLASLt's first proposal instead, and neither reads nor writes
+ * the file: the same in every process.
  *
  * A plan also keeps the product described for cuBLASLt, with the number of tokens it had last: a
  * product that comes again costs a look-up and cublasLtMatmul.
@@ -45,7 +41,7 @@ struct plan_key {
     int32_t act, out_type; /* of a and b; of the output */
     int32_t accumulates;
     int32_t alignments; /* log2 of a, b, add, out: four bits each */
-    int32_t exact;      /* m and k are themselves, not their class */
+    int32_t exact;      /* m is itself, not its class */
 };
 static_assert(sizeof(struct plan_key) == GEMM_CHOICE_KEY, "keys as the file has them");
 static_assert(sizeof(cublasLtMatmulAlgo_t) == GEMM_CHOICE_ALGO, "algorithms as the file has them");
@@ -60,7 +56,7 @@ struct plan {
     struct plan_key key;
     enum plan_state state;
     cublasLtMatmulAlgo_t algo;
-    int m, k; /* what the descriptors say; 0: nothing yet */
+    int m; /* what the descriptors say; 0: nothing yet */
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t a, b, out;
 };
@@ -87,7 +83,7 @@ static cudaDataType_t data_type(enum cuda_type type)
 static int check_status(struct cuda_context *context, const struct cuda_gemm *gemm,
                         cublasStatus_t status, const char *what)
 {
-    static const char *const names[] = {"NT", "NN", "TN"};
+    static const char *const names[] = {"NT", "NN"};
     int rc;
 
     if (status == CUBLAS_STATUS_SUCCESS)
@@ -100,46 +96,35 @@ static int check_status(struct cuda_context *context, const struct cuda_gemm *ge
                       cublasLtGetStatusString(status));
 }
 
-static cublasStatus_t set_operation(cublasLtMatmulDescOpaque_t *product,
-                                    cublasLtMatmulDescAttributes_t attribute, bool transposed)
-{
-    int32_t operation = transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
-
-    return cublasLtMatmulDescSetAttribute(product, attribute, &operation, sizeof(operation));
-}
-
 /* What beta multiplies; the output where nothing is added. */
 static const void *added(const struct cuda_gemm *gemm)
 {
     return gemm->beta != 0.0f && gemm->add ? gemm->add : gemm->out;
 }
 
-/* Fills in the plan's descriptors. cuBLASLt's A is our b, its B our a. */
+/* Fills in the plan's descriptors. cuBLASLt's A is our b, its B our a, which it never turns. */
 static cublasStatus_t describe(const struct cuda_context *context, const struct cuda_gemm *gemm,
                                struct plan *plan)
 {
     cudaDataType_t act = data_type(context->act);
     uint64_t m = (uint64_t)gemm->m, n = (uint64_t)gemm->n, k = (uint64_t)gemm->k;
-    bool a_turned = gemm->form == CUDA_GEMM_TN, b_turned = gemm->form == CUDA_GEMM_NT;
+    bool b_turned = gemm->form == CUDA_GEMM_NT;
+    int32_t operation = b_turned ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasStatus_t status = cublasLtMatmulDescInit(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
 
     plan->m = 0;
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = set_operation(&plan->product, CUBLASLT_MATMUL_DESC_TRANSA, b_turned);
-    if (status == CUBLAS_STATUS_SUCCESS)
-        status = set_operation(&plan->product, CUBLASLT_MATMUL_DESC_TRANSB, a_turned);
+        status = cublasLtMatmulDescSetAttribute(&plan->product, CUBLASLT_MATMUL_DESC_TRANSA,
+                                                &operation, sizeof(operation));
     if (status == CUBLAS_STATUS_SUCCESS)
         status =
             cublasLtMatrixLayoutInit(&plan->b, act, b_turned ? k : n, b_turned ? n : k, gemm->ldb);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status =
-            cublasLtMatrixLayoutInit(&plan->a, act, a_turned ? m : k, a_turned ? k : m, gemm->lda);
+        status = cublasLtMatrixLayoutInit(&plan->a, act, k, m, gemm->lda);
     if (status == CUBLAS_STATUS_SUCCESS)
         status = cublasLtMatrixLayoutInit(&plan->out, data_type(gemm->out_type), n, m, gemm->ldo);
-    if (status == CUBLAS_STATUS_SUCCESS) {
+    if (status == CUBLAS_STATUS_SUCCESS)
         plan->m = gemm->m;
-        plan->k = gemm->k;
-    }
     return status;
 }
 
@@ -335,13 +320,12 @@ static int32_t size_class(int size)
 static struct plan_key make_key(const struct cuda_context *context, const struct cuda_gemm *gemm,
                                 bool exact)
 {
-    bool gradient = gemm->form == CUDA_GEMM_TN;
     struct plan_key key;
 
     key.form = gemm->form;
-    key.m = exact || gradient ? gemm->m : size_class(gemm->m);
+    key.m = exact ? gemm->m : size_class(gemm->m);
     key.n = gemm->n;
-    key.k = exact || !gradient ? gemm->k : size_class(gemm->k);
+    key.k = gemm->k;
     key.lda = gemm->lda;
     key.ldb = gemm->ldb;
     key.ldo = gemm->ldo;
@@ -423,7 +407,7 @@ static int look_up(struct cuda_context *context, const struct cuda_gemm *gemm, b
 
     if (!plan)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    if (plan->m != gemm->m || plan->k != gemm->k)
+    if (plan->m != gemm->m)
         status = describe(context, gemm, plan);
     if (status != CUBLAS_STATUS_SUCCESS)
         return check_status(context, gemm, status, "describing it");
@@ -573,10 +557,8 @@ void cuda_gemm_plans_free(struct cuda_context *context)
 
 static int check_gemm(const struct cuda_gemm *gemm)
 {
-    bool a_turned = gemm->form == CUDA_GEMM_TN, b_turned = gemm->form == CUDA_GEMM_NT;
-
-    if (gemm->k < 1 || gemm->lda < (a_turned ? gemm->m : gemm->k) ||
-        gemm->ldb < (b_turned ? gemm->k : gemm->n) || gemm->ldo < gemm->n)
+    if (gemm->k < 1 || gemm->lda < gemm->k ||
+        gemm->ldb < (gemm->form == CUDA_GEMM_NT ? gemm->k : gemm->n) || gemm->ldo < gemm->n)
         return claas_fail(CLAAS_ERR_INTERNAL,
                           "a matrix product of %d x %d x %d with rows of %d, %d and %d", gemm->m,
                           gemm->n, gemm->k, gemm->lda, gemm->ldb, gemm->ldo);

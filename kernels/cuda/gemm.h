@@ -18,7 +18,6 @@ struct cuda_lora;
 enum cuda_gemm_form {
     CUDA_GEMM_NT, /* out[m][n] = a[m][k] b[n][k]^T   x W^T */
     CUDA_GEMM_NN, /* out[m][n] = a[m][k] b[k][n]     dy W */
-    CUDA_GEMM_TN, /* out[m][n] = a[k][m]^T b[k][n]   p^T x: gradients */
 };
 
 /* out = alpha a b + beta add; a, b, add: act (device). */

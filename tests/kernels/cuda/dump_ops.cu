@@ -337,7 +337,7 @@ static void dump_decoding(const char *name, int heads, int kv_heads, int d, int 
 static void dump_gemm(const char *name, enum cuda_gemm_form form, int m, int n, int k,
                       enum cuda_type out_type, bool add)
 {
-    static const char *const forms[] = {"NT", "NN", "TN"};
+    static const char *const forms[] = {"NT", "NN"};
     struct check_array a = check_acts(CUDA_TYPE_BF16, (size_t)m * k, 1);
     struct check_array b = check_acts(CUDA_TYPE_BF16, (size_t)n * k, 0.05f);
     struct check_array residual = check_acts(CUDA_TYPE_BF16, (size_t)m * n, 1);
@@ -345,7 +345,7 @@ static void dump_gemm(const char *name, enum cuda_gemm_form form, int m, int n, 
     struct cuda_gemm g = {};
 
     g.form = form, g.m = m, g.n = n, g.k = k;
-    g.lda = form == CUDA_GEMM_TN ? m : k, g.ldb = form == CUDA_GEMM_NT ? k : n, g.ldo = n;
+    g.lda = k, g.ldb = form == CUDA_GEMM_NT ? k : n, g.ldo = n;
     g.a = a.data, g.b = b.data, g.out = out.data, g.out_type = out_type, g.alpha = 1;
     if (add)
         g.beta = 1, g.add = residual.data;
@@ -592,7 +592,7 @@ static void dump_products(void)
     dump_gemm("x W^T", CUDA_GEMM_NT, 512, 1536, 1024, CUDA_TYPE_BF16, false);
     dump_gemm("x W^T + residual", CUDA_GEMM_NT, 512, 1024, 1536, CUDA_TYPE_BF16, true);
     dump_gemm("dy W", CUDA_GEMM_NN, 512, 1024, 1536, CUDA_TYPE_BF16, false);
-    dump_gemm("dS^T x to float32", CUDA_GEMM_TN, 32, 1024, 512, CUDA_TYPE_F32, false);
+    dump_gemm("x W^T to float32", CUDA_GEMM_NT, 512, 1536, 1024, CUDA_TYPE_F32, false);
     dump_gemm("x W^T, 1 row", CUDA_GEMM_NT, 1, 1536, 1024, CUDA_TYPE_BF16, false);
     dump_gemm("x W^T, 64 rows", CUDA_GEMM_NT, 64, 1536, 1024, CUDA_TYPE_BF16, false);
     dump_gemm("x W^T + residual, 64 rows", CUDA_GEMM_NT, 64, 1024, 1536, CUDA_TYPE_BF16, true);

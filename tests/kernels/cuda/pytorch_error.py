@@ -138,7 +138,6 @@ def decoding(op, dtype):
 
 def gemm(op, dtype):
     a, b = op["a"].to(dtype), op["b"].to(dtype)
-    a = a.T if op.entry["form"] == "TN" else a
     b = b.T if op.entry["form"] == "NT" else b
     return {"out": torch.addmm(op["add"].to(dtype), a, b) if "add" in op else a @ b}
 

@@ -1,4 +1,4 @@
-/* Matrix products against sums in double: the three forms, both types of act, outputs of act and of
+/* Matrix products against sums in double: both forms, both types of act, outputs of act and of
  * float32, with and without something added, rows longer than needed, operands that lie unaligned,
  * and shapes from one element to those of an 8B model; and the choices that are kept in a file. */
 #include "cuda_check.h"
@@ -27,13 +27,8 @@ struct trial {
     bool apart; /* `add` is an array of its own */
 };
 
-static const char *const form_names[] = {"NT", "NN", "TN"};
-
-/* a[i][p] of the product, however it is stored. */
-static size_t a_at(const struct cuda_gemm *g, int i, int p)
-{
-    return g->form == CUDA_GEMM_TN ? (size_t)p * g->lda + i : (size_t)i * g->lda + p;
-}
+#define FORMS 2
+static const char *const form_names[FORMS] = {"NT", "NN"};
 
 static void fill_leading(struct cuda_gemm *g, const struct trial *t)
 {
@@ -41,7 +36,7 @@ static void fill_leading(struct cuda_gemm *g, const struct trial *t)
     g->m = t->shape.m;
     g->n = t->shape.n;
     g->k = t->shape.k;
-    g->lda = (t->form == CUDA_GEMM_TN ? g->m : g->k) + t->shape.pad;
+    g->lda = g->k + t->shape.pad;
     g->ldb = (t->form == CUDA_GEMM_NT ? g->k : g->n) + t->shape.pad;
     g->ldo = g->n + t->shape.pad;
     g->out_type = t->out_type;
@@ -63,7 +58,7 @@ static void reference_row(const struct cuda_gemm *g, const float *a, const float
         want[j] += (double)g->alpha * sum;
     }
     for (int p = 0; p < g->k && g->form != CUDA_GEMM_NT; p++) {
-        double x = (double)g->alpha * a[a_at(g, i, p)];
+        double x = (double)g->alpha * a[(size_t)i * g->lda + p];
 
         for (int j = 0; j < g->n; j++)
             want[j] += x * b[(size_t)p * g->ldb + j];
@@ -108,7 +103,7 @@ static void run_trial(struct cuda_context *context, const struct trial *t)
 
     fill_leading(&g, t);
     out_count = (size_t)g.m * g.ldo;
-    a = check_acts(t->act, (size_t)(t->form == CUDA_GEMM_TN ? g.k : g.m) * g.lda, 1.0f);
+    a = check_acts(t->act, (size_t)g.m * g.lda, 1.0f);
     b = check_acts(t->act, (size_t)(t->form == CUDA_GEMM_NT ? g.n : g.k) * g.ldb, 1.0f);
     add = check_acts(t->out_type, out_count, 2.0f);
     /* What is only written starts as NaN. */
@@ -146,11 +141,11 @@ static void choose_way(struct trial *t, int way)
     t->apart = way == 2;
 }
 
-/* All forms, of one type of act and output; all ways to add, or one for each shape in turn. */
+/* Both forms, of one type of act and output; all ways to add, or one for each shape in turn. */
 static void test_shapes(struct cuda_context *context, const char *name, enum cuda_type out_type,
                         const struct shape *shapes, int count, bool all_ways)
 {
-    for (int form = 0; form < 3; form++) {
+    for (int form = 0; form < FORMS; form++) {
         check_begin("gemm %s %s -> %s, %s", form_names[form], check_name(context->act),
                     check_name(out_type), name);
         for (int i = 0; i < count; i++) {
@@ -263,21 +258,22 @@ static unsigned long long kept_inode(void)
     return stat(kept_path, &info) == 0 ? (unsigned long long)info.st_ino : 0;
 }
 
-/* Some products of the three forms in a context of their own, that is, as in a process of its own.
- */
+#define KEPT_PRODUCTS (2 * FORMS)
+
+/* Different products in a context of their own, that is, as in a process of its own. */
 static void run_kept(enum cuda_type act)
 {
     struct cuda_context context;
 
     check_open(act, &context);
-    for (int form = 0; form < 3; form++) {
+    for (int i = 0; i < KEPT_PRODUCTS; i++) {
         struct trial t = {};
 
-        t.form = (enum cuda_gemm_form)form;
+        t.form = (enum cuda_gemm_form)(i % FORMS);
         t.shape = {200, 576, 320, 0};
         t.act = act;
         t.out_type = CUDA_TYPE_F32; /* so the types of a and b are all that differs */
-        choose_way(&t, form);
+        choose_way(&t, i / FORMS);
         run_trial(&context, &t);
     }
     cuda_context_close(&context);
@@ -375,8 +371,8 @@ static void test_kept(void)
     setenv("CLAAS_CUDA_CHOICES", kept_path, 1);
     expect_replaced("an empty file");
     length = kept_bytes(bytes, sizeof(bytes));
-    if (length != 112 + 3 * (GEMM_CHOICE_KEY + GEMM_CHOICE_ALGO))
-        check_fail("three choices in %zu bytes", length);
+    if (length != 112 + KEPT_PRODUCTS * (GEMM_CHOICE_KEY + GEMM_CHOICE_ALGO))
+        check_fail("%d choices in %zu bytes", KEPT_PRODUCTS, length);
     else {
         bytes[length / 2] ^= 1;
         put_kept(bytes, length);
@@ -487,8 +483,6 @@ static void time_all(void)
     time_shape(&context, "8B qkv, small", CUDA_GEMM_NT, 512, 6144, 4096, CUDA_TYPE_BF16);
     time_shape(&context, "LoRA x A^T", CUDA_GEMM_NT, 4096, 96, 4096, CUDA_TYPE_BF16);
     time_shape(&context, "LoRA S B^T", CUDA_GEMM_NT, 4096, 4096, 32, CUDA_TYPE_BF16);
-    time_shape(&context, "LoRA dA", CUDA_GEMM_TN, 32, 4096, 4096, CUDA_TYPE_F32);
-    time_shape(&context, "LoRA dB", CUDA_GEMM_TN, 12288, 32, 4096, CUDA_TYPE_F32);
     time_shape(&context, "decode 8B gate|up", CUDA_GEMM_NT, 1, 24576, 4096, CUDA_TYPE_BF16);
     time_shape(&context, "decode 8B down", CUDA_GEMM_NT, 1, 4096, 12288, CUDA_TYPE_BF16);
     time_shape(&context, "decode 8B gate|up", CUDA_GEMM_NT, 16, 24576, 4096, CUDA_TYPE_BF16);
