@@ -63,7 +63,6 @@ static int outer_gradient(const struct backward *bw, const struct cuda_lora *lor
                                   .out = lora->dx,
                                   .ldo = weight->k,
                                   .out_type = context->act,
-                                  .alpha = 1,
                               });
     return code >= 0 ? cuda_turn(&bw->step->space.pass) : code;
 }

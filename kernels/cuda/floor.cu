@@ -95,7 +95,6 @@ static int multiply(struct floor_space *space)
     gemm.lda = gemm.ldb = gemm.ldo = GEMM_SIDE;
     gemm.out = space->c.base;
     gemm.out_type = space->context.act;
-    gemm.alpha = 1;
     return cuda_gemm(&space->context, &gemm);
 }
 

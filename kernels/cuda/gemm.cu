@@ -96,10 +96,10 @@ static int check_status(struct cuda_context *context, const struct cuda_gemm *ge
                       cublasLtGetStatusString(status));
 }
 
-/* What beta multiplies; the output where nothing is added. */
+/* cuBLASLt's C: what is added, or the output, which is not read then. */
 static const void *added(const struct cuda_gemm *gemm)
 {
-    return gemm->beta != 0.0f && gemm->add ? gemm->add : gemm->out;
+    return gemm->add ? gemm->add : gemm->out;
 }
 
 /* Fills in the plan's descriptors. cuBLASLt's A is our b, its B our a, which it never turns. */
@@ -129,10 +129,12 @@ static cublasStatus_t describe(const struct cuda_context *context, const struct 
 }
 
 static cublasStatus_t run(struct cuda_context *context, const struct cuda_gemm *gemm,
-                          struct plan *plan, const cublasLtMatmulAlgo_t *algo, void *out)
+                          struct plan *plan, const cublasLtMatmulAlgo_t *algo)
 {
-    return cublasLtMatmul(context->lt, &plan->product, &gemm->alpha, gemm->b, &plan->b, gemm->a,
-                          &plan->a, &gemm->beta, added(gemm), &plan->out, out, &plan->out, algo,
+    const float alpha = 1.0f, beta = gemm->add ? 1.0f : 0.0f;
+
+    return cublasLtMatmul(context->lt, &plan->product, &alpha, gemm->b, &plan->b, gemm->a, &plan->a,
+                          &beta, added(gemm), &plan->out, gemm->out, &plan->out, algo,
                           context->lt_space, context->lt_space_bytes, context->stream);
 }
 
@@ -206,50 +208,39 @@ static int propose(struct cuda_context *context, const struct cuda_gemm *gemm, s
 
 /* Milliseconds of one product; negative if the algorithm does not work here. */
 static float time_algo(struct cuda_context *context, const struct cuda_gemm *gemm,
-                       struct plan *plan, const cublasLtMatmulAlgo_t *algo, void *out)
+                       struct plan *plan, const cublasLtMatmulAlgo_t *algo)
 {
     struct cuda_gemm_plans *plans = context->plans;
     int repeats = (double)gemm->m * gemm->n * gemm->k > BIG_PRODUCT ? REPEATS_BIG : REPEATS_SMALL;
     float milliseconds = -1.0f;
     /* Once unmeasured: kernels are loaded when first used. */
-    bool good = run(context, gemm, plan, algo, out) == CUBLAS_STATUS_SUCCESS &&
+    bool good = run(context, gemm, plan, algo) == CUBLAS_STATUS_SUCCESS &&
                 cudaEventRecord(plans->before, context->stream) == cudaSuccess;
 
     for (int i = 0; i < repeats && good; i++)
-        good = run(context, gemm, plan, algo, out) == CUBLAS_STATUS_SUCCESS;
+        good = run(context, gemm, plan, algo) == CUBLAS_STATUS_SUCCESS;
     good = good && cudaEventRecord(plans->after, context->stream) == cudaSuccess &&
            cudaEventSynchronize(plans->after) == cudaSuccess &&
            cudaEventElapsedTime(&milliseconds, plans->before, plans->after) == cudaSuccess;
     return good ? milliseconds / (float)repeats : -1.0f;
 }
 
-/* The fastest of the proposals. The product is made where it is wanted anyway, but for one that
- * adds to its own output: that goes to memory of its own, and without such memory the favourite is
- * taken unmeasured. */
+/* The fastest of the proposals; each makes the product where it is wanted anyway. */
 static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *gemm,
                         struct plan *plan, const cublasLtMatmulHeuristicResult_t *proposals,
                         int count, bool *ret_measured)
 {
-    bool adds_to_itself = gemm->beta != 0.0f && added(gemm) == gemm->out;
-    size_t element = gemm->out_type == CUDA_TYPE_F32 ? 4 : 2;
-    size_t bytes = (size_t)gemm->m * (size_t)gemm->ldo * element;
-    struct cuda_region scratch = {};
     float best_time = -1.0f;
     int best = 0;
 
-    *ret_measured = false;
-    if (adds_to_itself && cuda_region_new(context, &scratch, bytes, "timing matrix products") < 0)
-        return 0;
     for (int i = 0; i < count; i++) {
-        float time = time_algo(context, gemm, plan, &proposals[i].algo,
-                               adds_to_itself ? scratch.base : gemm->out);
+        float time = time_algo(context, gemm, plan, &proposals[i].algo);
 
         if (time >= 0.0f && (best_time < 0.0f || time < CLEARLY_FASTER * best_time)) {
             best_time = time;
             best = i;
         }
     }
-    cuda_region_done(context, &scratch);
     *ret_measured = best_time >= 0.0f;
     return best;
 }
@@ -331,7 +322,7 @@ static struct plan_key make_key(const struct cuda_context *context, const struct
     key.ldo = gemm->ldo;
     key.act = context->act;
     key.out_type = gemm->out_type;
-    key.accumulates = gemm->beta != 0.0f;
+    key.accumulates = gemm->add != NULL;
     key.alignments = alignment_log(gemm->a) | alignment_log(gemm->b) << 4 |
                      alignment_log(added(gemm)) << 8 | alignment_log(gemm->out) << 12;
     key.exact = exact;
@@ -562,6 +553,10 @@ static int check_gemm(const struct cuda_gemm *gemm)
         return claas_fail(CLAAS_ERR_INTERNAL,
                           "a matrix product of %d x %d x %d with rows of %d, %d and %d", gemm->m,
                           gemm->n, gemm->k, gemm->lda, gemm->ldb, gemm->ldo);
+    if (gemm->add == gemm->out)
+        return claas_fail(CLAAS_ERR_INTERNAL,
+                          "a matrix product of %d x %d x %d that adds to its own output", gemm->m,
+                          gemm->n, gemm->k);
     return 0;
 }
 
@@ -574,13 +569,13 @@ static int run_library(struct cuda_context *context, const struct cuda_gemm *gem
 
     if (rc < 0)
         return rc;
-    status = run(context, gemm, plan, &plan->algo, gemm->out);
+    status = run(context, gemm, plan, &plan->algo);
     /* An algorithm that suits one size of a class need not suit all of them. */
     if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
         rc = look_up(context, gemm, true, &plan);
         if (rc < 0)
             return rc;
-        status = run(context, gemm, plan, &plan->algo, gemm->out);
+        status = run(context, gemm, plan, &plan->algo);
     }
     if (context->plans->unsaved)
         keep_choices(context);

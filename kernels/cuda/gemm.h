@@ -20,7 +20,7 @@ enum cuda_gemm_form {
     CUDA_GEMM_NN, /* out[m][n] = a[m][k] b[k][n]     dy W */
 };
 
-/* out = alpha a b + beta add; a, b, add: act (device). */
+/* out = a b (+ add), on the device; a, b: act. */
 struct cuda_gemm {
     enum cuda_gemm_form form;
     int m, n, k;
@@ -29,10 +29,8 @@ struct cuda_gemm {
     void *out;
     int ldo;
     enum cuda_type out_type; /* the context's act, or float32 */
-    float alpha;
-    float beta;      /* 0: `add` is not read */
-    const void *add; /* [m][n] of out_type, row length ldo; NULL = out itself */
-    bool frozen;     /* b never changes: it may be read before the work queued so far is done */
+    const void *add;         /* [m][n] of out_type, row length ldo, not `out` itself; NULL: none */
+    bool frozen; /* b never changes: it may be read before the work queued so far is done */
     /* NULL, or a LoRA to add (x and y are a and out): S = x A^T is made and S (sB)^T added, rounded
      * as if by launches of their own. Only if cuda_gemm_adds_lora; takes a turn of lora->pair. */
     const struct cuda_lora *lora;

@@ -1,4 +1,4 @@
-/* Products of few rows: out[m][n] = alpha a[m][k] b[n][k]^T + beta add, 1 <= m <= 64.
+/* Products of few rows: out[m][n] = a[m][k] b[n][k]^T (+ add), 1 <= m <= 64.
  *
  * A block takes 128 rows of b (columns of out) and all rows of a; its 8 warps take 16 rows of b
  * each. Tensor cores multiply b, as the left operand, by 8, 16, 32 or 64 rows of a. k comes in
@@ -68,12 +68,11 @@
 
 struct few_args {
     const bf16 *a, *b;
-    const void *add;
+    const void *add; /* or NULL */
     void *out;
     int m, n, k;
     int lda, ldb, ldo;
     int splits;
-    float alpha, beta;
     bool wide;   /* out and add are float32 */
     bool quads;  /* four columns of out and add are aligned and exist together */
     bool frozen; /* b may be fetched before the kernel before this one is done */
@@ -496,6 +495,12 @@ static __device__ __forceinline__ void write_quad(const struct few_args *args, s
     }
 }
 
+static __device__ __forceinline__ float4 add_quads(float4 x, float4 y)
+{
+    return make_float4(__fadd_rn(x.x, y.x), __fadd_rn(x.y, y.y), __fadd_rn(x.z, y.z),
+                       __fadd_rn(x.w, y.w));
+}
+
 /* The parts added in the order of k, `step` quads from one to the next. All are asked for before
  * the first is waited for. */
 static __device__ __forceinline__ float4 add_parts(const float4 *from, int step, int splits)
@@ -509,29 +514,8 @@ static __device__ __forceinline__ float4 add_parts(const float4 *from, int step,
     sum = parts[0];
 #pragma unroll
     for (int rank = 1; rank < SPLITS_MAX; rank++)
-        if (rank < splits) {
-            sum.x += parts[rank].x;
-            sum.y += parts[rank].y;
-            sum.z += parts[rank].z;
-            sum.w += parts[rank].w;
-        }
-    return sum;
-}
-
-/* alpha sum + beta add. The product is rounded before anything is added, whichever way the result
- * is stored. */
-static __device__ __forceinline__ float4 blend(const struct few_args *args, float4 sum, float4 add)
-{
-    sum.x = __fmul_rn(args->alpha, sum.x);
-    sum.y = __fmul_rn(args->alpha, sum.y);
-    sum.z = __fmul_rn(args->alpha, sum.z);
-    sum.w = __fmul_rn(args->alpha, sum.w);
-    if (args->beta != 0.0f) {
-        sum.x = __fmaf_rn(args->beta, add.x, sum.x);
-        sum.y = __fmaf_rn(args->beta, add.y, sum.y);
-        sum.z = __fmaf_rn(args->beta, add.z, sum.z);
-        sum.w = __fmaf_rn(args->beta, add.w, sum.w);
-    }
+        if (rank < splits)
+            sum = add_quads(sum, parts[rank]);
     return sum;
 }
 
@@ -562,14 +546,16 @@ store_share(const struct few_args *args, int first_row, int rank, const float4 *
         size_t at = (size_t)row * (size_t)args->ldo + (size_t)first_row + (size_t)column;
         float4 out, add = make_float4(0, 0, 0, 0);
 
-        if (left > 0 && args->beta != 0.0f)
+        if (left > 0 && args->add)
             add = read_quad(args, at, left); /* on its way while the parts are */
         if (args->splits > 1)
             mbarrier_wait(barrier, 0); /* also in a block that stores nothing: it is sent parts,
                                           too */
         if (left <= 0)
             continue;
-        out = blend(args, add_parts(parts + i + row, step, args->splits), add);
+        out = add_parts(parts + i + row, step, args->splits);
+        if (args->add)
+            out = add_quads(out, add);
         if (LORA && lines->of[row] != LORA_NOBODY)
             out = add_lora(out, sums + row * PART_PITCH + 4 * quad);
         write_quad(args, at, left, out);
@@ -733,12 +719,11 @@ static bf16 *pair_at(const struct cuda_lora_pair *pair, unsigned turn)
 static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm,
                       struct few_args *args)
 {
-    const void *add = gemm->add ? gemm->add : gemm->out;
     size_t quad = gemm->out_type == CUDA_TYPE_F32 ? 16 : 8;
 
     args->a = (const bf16 *)gemm->a;
     args->b = (const bf16 *)gemm->b;
-    args->add = add;
+    args->add = gemm->add;
     args->out = gemm->out;
     args->m = gemm->m;
     args->n = gemm->n;
@@ -747,12 +732,10 @@ static void fill_args(struct cuda_context *context, const struct cuda_gemm *gemm
     args->ldb = gemm->ldb;
     args->ldo = gemm->ldo;
     args->splits = cut_k(context, gemm->n, gemm->k);
-    args->alpha = gemm->alpha;
-    args->beta = gemm->beta;
     args->wide = gemm->out_type == CUDA_TYPE_F32;
     args->frozen = gemm->frozen;
     args->quads = gemm->n % 4 == 0 && gemm->ldo % 4 == 0 &&
-                  ((uintptr_t)gemm->out | (uintptr_t)add) % quad == 0;
+                  ((uintptr_t)gemm->out | (uintptr_t)gemm->add) % quad == 0;
     if (gemm->lora) {
         const struct cuda_lora_pair *pair = gemm->lora->pair;
 

@@ -115,7 +115,6 @@ static int chunk_backward(const struct chunk *chunk)
                                       .out = space->head_dxn,
                                       .ldo = c->hidden,
                                       .out_type = context->act,
-                                      .alpha = 1,
                                   });
     if (code >= 0)
         code = cuda_check(context,

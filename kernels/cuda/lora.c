@@ -128,7 +128,6 @@ static int gemm_shrink(struct cuda_context *context, const struct cuda_lora *lor
                                   .out = row_at(context, lora, lora->s, lora->ld, 0),
                                   .ldo = lora->ld,
                                   .out_type = context->act,
-                                  .alpha = 1,
                               });
 }
 
@@ -158,7 +157,6 @@ static int gemm_outer(struct cuda_context *context, const struct cuda_lora *lora
                                            (size_t)place * (size_t)group->rank),
                              .ldo = lora->ld,
                              .out_type = context->act,
-                             .alpha = 1,
                          });
     }
     return code;

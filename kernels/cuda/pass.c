@@ -109,8 +109,6 @@ int cuda_linear(const struct cuda_pass *pass, const struct cuda_lora_rows *rows,
         .out = out,
         .ldo = weight->n,
         .out_type = context->act,
-        .alpha = 1,
-        .beta = residual ? 1 : 0,
         .add = residual,
         .frozen = true,
         .lora = rows->group_count > 0 ? &lora : NULL,
@@ -328,7 +326,6 @@ int cuda_logits(claas_backend_t *backend, int m, const void *x, float *logits)
                                             .out = logits,
                                             .ldo = c->vocab,
                                             .out_type = CUDA_TYPE_F32,
-                                            .alpha = 1,
                                             .frozen = true,
                                         });
 }

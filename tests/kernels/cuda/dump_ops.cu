@@ -346,9 +346,8 @@ static void dump_gemm(const char *name, enum cuda_gemm_form form, int m, int n, 
 
     g.form = form, g.m = m, g.n = n, g.k = k;
     g.lda = k, g.ldb = form == CUDA_GEMM_NT ? k : n, g.ldo = n;
-    g.a = a.data, g.b = b.data, g.out = out.data, g.out_type = out_type, g.alpha = 1;
-    if (add)
-        g.beta = 1, g.add = residual.data;
+    g.a = a.data, g.b = b.data, g.out = out.data, g.out_type = out_type;
+    g.add = add ? residual.data : NULL;
     check_rc(cuda_gemm(&context, &g), name);
     op_begin("gemm", name, ", \"form\": \"%s\"", forms[form]);
     write_array("a", &a, g.lda), write_array("b", &b, g.ldb);
@@ -489,7 +488,7 @@ static void logits_of(const struct check_array *hidden, const struct check_array
 
     g.form = CUDA_GEMM_NT, g.m = rows, g.n = vocab, g.k = d;
     g.a = hidden->data, g.lda = d, g.b = head->data, g.ldb = d;
-    g.out = logits->data, g.ldo = vocab, g.out_type = CUDA_TYPE_F32, g.alpha = 1;
+    g.out = logits->data, g.ldo = vocab, g.out_type = CUDA_TYPE_F32;
     check_rc(cuda_gemm(&context, &g), "logits");
 }
 

@@ -47,8 +47,6 @@ static struct cuda_gemm product_of(const struct rig *r, bool joined)
     gemm.b = r->w.data;
     gemm.out = r->lora.y;
     gemm.out_type = CUDA_TYPE_BF16;
-    gemm.alpha = 1.0f;
-    gemm.beta = adds ? 1.0f : 0.0f;
     gemm.add = adds ? r->residual.data : NULL;
     gemm.frozen = true;
     gemm.lora = joined ? &r->lora : NULL;
@@ -604,7 +602,6 @@ static void queue_layers(struct cuda_context *context, struct timed *t, const ui
         gemm.b = weight;
         gemm.out = lora.y;
         gemm.out_type = CUDA_TYPE_BF16;
-        gemm.alpha = 1.0f;
         gemm.frozen = true;
         gemm.lora = way == JOINED ? &lora : NULL;
         weight += (size_t)gemm.n * (size_t)gemm.k * 2;
