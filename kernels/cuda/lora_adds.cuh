@@ -98,7 +98,7 @@ static __device__ __forceinline__ void add_columns(const lora_problem<bf16> &p, 
         if (i >= ADD_STAGES) { /* the piece asked for ADD_STAGES turns ago */
             copies_wait_but<ADD_STAGES - 1>();
             __syncthreads();
-            multiply_pieces<false, TURNED>(sum, shared + walk.piece * PIECE, right,
+            multiply_pieces<TURNED>(sum, shared + walk.piece * PIECE, right,
                                            p.k_end - walk.piece * STEP);
             if (walk.piece == pieces - 1) {
                 add_rows(p, walk.j, sum, right + PIECE);

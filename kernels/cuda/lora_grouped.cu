@@ -155,16 +155,30 @@ static int launch_join(struct cuda_context *context, const struct lora_args *arg
                   section->splits, (bf16 *)(section->form == CUDA_LORA_S ? args->s : args->ds));
 }
 
+template <enum cuda_lora_form FORM, int STAGES>
+static int launch_stages(struct cuda_context *context, const struct lora_args *args,
+                         unsigned blocks)
+{
+    static bool allowed;
+    int code = allow_shared(context, sum_kernel<FORM, STAGES>, sum_bytes(STAGES), &allowed);
+
+    if (code < 0)
+        return code;
+    return launch(context, "LoRA's sums", sum_kernel<FORM, STAGES>, dim3(blocks),
+                  dim3(SUM_THREADS), sum_bytes(STAGES), *args);
+}
+
 template <enum cuda_lora_form FORM>
 static int launch_sums(struct cuda_context *context, const struct lora_args *args, unsigned blocks)
 {
-    const size_t bytes = sum_bytes(SUM_STAGES(context->warpgroups));
-    static bool allowed;
-    int code = allow_shared(context, sum_kernel<FORM>, bytes, &allowed);
+    int code;
 
-    if (code >= 0)
-        code = launch(context, "LoRA's sums", sum_kernel<FORM>, dim3(blocks), dim3(SUM_THREADS),
-                      bytes, *args);
+    if (!context->warpgroups)
+        code = launch_stages<FORM, STAGES_ANY>(context, args, blocks);
+    else if (blocks > (unsigned)context->multiprocessors)
+        code = launch_stages<FORM, STAGES_FULL>(context, args, blocks);
+    else
+        code = launch_stages<FORM, STAGES_DEEP>(context, args, blocks);
     return code < 0 ? code : launch_join(context, args, blocks);
 }
 

@@ -104,7 +104,7 @@ static __device__ __forceinline__ void right_operand(uint32_t (&to)[4], const bf
 typedef float warp_sums[2][4][4];
 
 /* sum += left right^T over the first `terms` terms of the pieces, or all 64. */
-template <bool TURNED_LEFT, bool TURNED_RIGHT>
+template <bool TURNED_RIGHT>
 static __device__ __forceinline__ void multiply_pieces(warp_sums &sum, const bf16 *left,
                                                        const bf16 *right, int terms)
 {
@@ -116,7 +116,7 @@ static __device__ __forceinline__ void multiply_pieces(warp_sums &sum, const bf1
             break;
 #pragma unroll
         for (int mt = 0; mt < 2; mt++)
-            left_operand<TURNED_LEFT>(rows[mt], left, warp_row() + 16 * mt, k);
+            left_operand<false>(rows[mt], left, warp_row() + 16 * mt, k);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             uint32_t columns[4];
@@ -129,16 +129,6 @@ static __device__ __forceinline__ void multiply_pieces(warp_sums &sum, const bf1
             }
         }
     }
-}
-
-/* Where the two elements of a fragment's half (0, 1 or 2, 3) lie in the team's 64 x 64. */
-static __device__ __forceinline__ int pair_row(int mt, int half)
-{
-    return warp_row() + 16 * mt + 8 * half + (int)threadIdx.x % 32 / 4;
-}
-static __device__ __forceinline__ int pair_column(int nt)
-{
-    return warp_column() + 8 * nt + 2 * ((int)threadIdx.x % 4);
 }
 
 /* The inverse of left_operand<false>: puts 16 x 16 into a piece. */

@@ -8,7 +8,7 @@
  *
  *   an operand along its columns (c += a b^T over D): 16 columns are 32 bytes further in the panel;
  *     the descriptor's stride is from 8 rows to the next, 1024 bytes
- *   the right operand along its rows (c += a b over the rows; "transposed"): 16 rows are 2048 bytes
+ *   an operand along its rows (c += a b over the rows; "transposed"): 16 rows are 2048 bytes
  *     further; the stride is the same, and the leading dimension from panel to panel
  *
  * A result, and a left operand in registers, lie in each warp as those of mma.sync.m16n8k16 do:
@@ -151,6 +151,18 @@ static __device__ __forceinline__ void wgmma_nn(float (&c)[16][4], const uint32_
               "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
               : WGMMA_32(c, 0), WGMMA_32(c, 8)
               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+}
+
+/* c += a b, both from shared memory, 64 of each: along their columns, or turned, along their rows
+ * (wgmma_rows). */
+template <bool TURNED_A, bool TURNED_B>
+static __device__ __forceinline__ void wgmma_add(float (&c)[8][4], uint64_t a, uint64_t b)
+{
+    WGMMA_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+              "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_REGISTERS_32
+              "}, %32, %33, p, 1, 1, %35, %36;\n}"
+              : WGMMA_32(c, 0)
+              : "l"(a), "l"(b), "r"(1), "n"((int)TURNED_A), "n"((int)TURNED_B));
 }
 
 /* c = a b^T over D columns: 64 rows of a from a_row on, all rows of b; the group stays open. */
