@@ -67,6 +67,20 @@ static int outer_gradient(const struct backward *bw, const struct cuda_lora *lor
     return code >= 0 ? cuda_turn(&bw->step->space.pass) : code;
 }
 
+/* The output of a norm that the forward pass kept, or made again in the pass's xn. */
+static int find_norm(const struct backward *bw, const void *kept, const void *x,
+                     const float *weight, const void **ret)
+{
+    const struct cuda_pass *pass = &bw->step->space.pass;
+    const struct claas_model_config *c = &bw->step->backend->model.config;
+
+    *ret = kept ? kept : pass->xn;
+    if (kept)
+        return 0;
+    return cuda_rmsnorm(context_of(bw), bw->rows->m, c->hidden, x, weight, c->norm_eps, pass->xn,
+                        NULL);
+}
+
 /* Everything of one weight: the adapters' gradients, and dx unless it is NULL. */
 static int weight_gradient(const struct backward *bw, const struct cuda_lora *lora)
 {
@@ -87,7 +101,7 @@ static int mlp_backward(const struct backward *bw)
     const struct cuda_acts *acts = bw->acts;
     const float *norm = model->layers[bw->layer].norm_mid;
     struct cuda_lora down = lora_of(bw, CUDA_DOWN, space->dy, space->pass.h, space->dh);
-    struct cuda_lora gate_up = lora_of(bw, CUDA_GATE_UP, space->dgu, space->pass.xn, space->dxn);
+    struct cuda_lora gate_up = lora_of(bw, CUDA_GATE_UP, space->dgu, NULL, space->dxn);
     int m = bw->rows->m, code = outer_gradient(bw, &down);
 
     if (code >= 0)
@@ -99,8 +113,7 @@ static int mlp_backward(const struct backward *bw)
     if (code >= 0)
         code = cuda_lora_inner(context, &down, true, false);
     if (code >= 0)
-        code = cuda_rmsnorm(context, m, c->hidden, acts->x_mid, norm, c->norm_eps, space->pass.xn,
-                            NULL);
+        code = find_norm(bw, acts->xn_mid, acts->x_mid, norm, &gate_up.x);
     if (code >= 0)
         code = weight_gradient(bw, &gate_up);
     if (code >= 0)
@@ -162,13 +175,11 @@ static int input_backward(const struct backward *bw)
     const struct claas_model_config *c = &model->config;
     const float *norm = model->layers[bw->layer].norm_in;
     bool first = bw->layer == 0;
-    struct cuda_lora lora =
-        lora_of(bw, CUDA_QKV, space->dy, space->pass.xn, first ? NULL : space->dxn);
+    struct cuda_lora lora = lora_of(bw, CUDA_QKV, space->dy, NULL, first ? NULL : space->dxn);
     int m = bw->rows->m, code = attention_backward(bw);
 
     if (code >= 0)
-        code = cuda_rmsnorm(context, m, c->hidden, bw->acts->x_in, norm, c->norm_eps,
-                            space->pass.xn, NULL);
+        code = find_norm(bw, bw->acts->xn_in, bw->acts->x_in, norm, &lora.x);
     if (code >= 0)
         code = weight_gradient(bw, &lora);
     if (code >= 0 && !first)

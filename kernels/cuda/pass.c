@@ -17,7 +17,7 @@ void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, i
 }
 
 struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,
-                                 const int lds[CUDA_WEIGHTS], bool saved)
+                                 const int lds[CUDA_WEIGHTS], enum cuda_keep keep)
 {
     const struct cuda_model *model = &backend->model;
     const struct claas_model_config *c = &model->config;
@@ -30,8 +30,12 @@ struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_are
     acts.gate_up = cuda_take(arena, act * 2 * (size_t)c->intermediate);
     for (int kind = 0; kind < CUDA_WEIGHTS; kind++)
         acts.s[kind] = cuda_take(arena, act * (size_t)lds[kind]);
-    if (!saved)
+    if (keep == CUDA_KEEP_NOTHING)
         return acts;
+    if (keep == CUDA_KEEP_ALL) {
+        acts.xn_in = cuda_take(arena, act * (size_t)c->hidden);
+        acts.xn_mid = cuda_take(arena, act * (size_t)c->hidden);
+    }
     acts.rstd_in = cuda_take(arena, real);
     acts.rstd_mid = cuda_take(arena, real);
     acts.lse = cuda_take(arena, real * (size_t)c->heads);
@@ -48,7 +52,7 @@ void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, 
 {
     size_t act = backend->context.act_bytes, d = (size_t)backend->model.config.hidden;
 
-    infer->acts = cuda_place_acts(backend, arena, m, pass->lds, false);
+    infer->acts = cuda_place_acts(backend, arena, m, pass->lds, CUDA_KEEP_NOTHING);
     infer->acts.x_in = infer->acts.x_out = cuda_take(arena, (size_t)m * d * act);
     infer->tail_x = cuda_take(arena, (size_t)tail * d * act);
     infer->tail_attn = cuda_take(arena, (size_t)tail * (size_t)backend->model.nq * act);
@@ -197,13 +201,13 @@ int cuda_attention_half(const struct cuda_pass *pass, int layer, const struct cu
     const struct cuda_pack *pack = &pass->pack;
     struct cuda_qkv qkv = cuda_qkv_args(pass, layer, acts);
     struct cuda_attention attention = cuda_attention_args(pass, layer, acts);
-    int code =
-        cuda_rmsnorm(context, pack->m, c->hidden, acts->x_in, backend->model.layers[layer].norm_in,
-                     c->norm_eps, pass->xn, acts->rstd_in);
+    void *xn = acts->xn_in ? acts->xn_in : pass->xn;
+    int code = cuda_rmsnorm(context, pack->m, c->hidden, acts->x_in,
+                            backend->model.layers[layer].norm_in, c->norm_eps, xn, acts->rstd_in);
 
     if (code >= 0)
-        code = cuda_linear(pass, &pack->rows, layer, CUDA_QKV, pass->xn, acts->s[CUDA_QKV], NULL,
-                           acts->qkv);
+        code =
+            cuda_linear(pass, &pack->rows, layer, CUDA_QKV, xn, acts->s[CUDA_QKV], NULL, acts->qkv);
     attention.finish = pack->decoding ? &qkv : NULL;
     if (!cuda_attention_finishes(context, &attention)) {
         attention.finish = NULL;
@@ -218,15 +222,15 @@ int cuda_mlp_half(const struct cuda_pass *pass, const struct cuda_lora_rows *row
     claas_backend_t *backend = pass->backend;
     struct cuda_context *context = &backend->context;
     const struct claas_model_config *c = &backend->model.config;
+    void *xn = acts->xn_mid ? acts->xn_mid : pass->xn;
     int m = rows->m, code = cuda_linear(pass, rows, layer, CUDA_O, acts->attn, acts->s[CUDA_O],
                                         acts->x_in, acts->x_mid);
 
     if (code >= 0)
-        code =
-            cuda_rmsnorm(context, m, c->hidden, acts->x_mid, backend->model.layers[layer].norm_mid,
-                         c->norm_eps, pass->xn, acts->rstd_mid);
+        code = cuda_rmsnorm(context, m, c->hidden, acts->x_mid,
+                            backend->model.layers[layer].norm_mid, c->norm_eps, xn, acts->rstd_mid);
     if (code >= 0)
-        code = cuda_linear(pass, rows, layer, CUDA_GATE_UP, pass->xn, acts->s[CUDA_GATE_UP], NULL,
+        code = cuda_linear(pass, rows, layer, CUDA_GATE_UP, xn, acts->s[CUDA_GATE_UP], NULL,
                            acts->gate_up);
     if (code >= 0)
         code = cuda_swiglu(context, m, c->intermediate, acts->gate_up, pass->h);

@@ -74,6 +74,7 @@ struct cuda_acts {
     void *gate_up;         /* [m][2F] */
     void *s[CUDA_WEIGHTS]; /* [m][lds]: x A^T of a weight's modules side by side */
     float *rstd_in, *rstd_mid, *rstd_q, *rstd_k, *lse; /* NULL when nothing is saved */
+    void *xn_in, *xn_mid; /* [m][D]: outputs of the norms; NULL: in the pass's xn, until the next */
 };
 
 /* Memory of a pass over at most m rows. */
@@ -129,9 +130,15 @@ int cuda_infer(const struct cuda_pass *pass, struct cuda_infer *infer, void *out
 
 void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, int m,
                      struct cuda_pass *pass);
-/* One layer's activations; saved: also what only a backward pass reads. */
+/* What is kept of a layer. */
+enum cuda_keep {
+    CUDA_KEEP_NOTHING, /* an inference pass */
+    CUDA_KEEP_LEAST,   /* what a backward pass reads; norms' outputs are made again there */
+    CUDA_KEEP_ALL,     /* these, too */
+};
+/* One layer's activations. */
 struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,
-                                 const int lds[CUDA_WEIGHTS], bool saved);
+                                 const int lds[CUDA_WEIGHTS], enum cuda_keep keep);
 void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, int m, int tail,
                       const struct cuda_pass *pass, struct cuda_infer *infer);
 

@@ -108,15 +108,17 @@ static void place_head(const struct cuda_step *step, struct cuda_arena *arena,
     space->dlogits = cuda_take(arena, rows * vocab * act);
 }
 
-/* Every layer's activations if they fit; else only the residual stream between the layers, and one
- * set of activations, into which each layer is computed a second time on the way back. A layer's
- * x_out is the next one's x_in. */
+/* Every layer's activations if they fit, those of a joint pass with the norms' outputs: it is
+ * short, and a launch saved counts for more than their bytes. Else only the residual stream between
+ * the layers, and one set of activations, into which each layer is computed a second time on the
+ * way back. A layer's x_out is the next one's x_in. */
 static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, int m,
                         struct cuda_step_space *space)
 {
     const claas_backend_t *backend = step->backend;
     const struct claas_model_config *c = &backend->model.config;
     size_t stream = (size_t)m * (size_t)c->hidden * backend->context.act_bytes;
+    enum cuda_keep keep = step->plan.joint.batch_count > 0 ? CUDA_KEEP_ALL : CUDA_KEEP_LEAST;
     struct cuda_acts acts;
     void *x = cuda_take(arena, stream);
 
@@ -124,7 +126,7 @@ static void place_saved(const struct cuda_step *step, struct cuda_arena *arena, 
     space->saved = step->saved;
     for (int l = 0; l < c->layers; l++) {
         if (l == 0 || !space->recompute)
-            acts = cuda_place_acts(backend, arena, m, space->pass.lds, true);
+            acts = cuda_place_acts(backend, arena, m, space->pass.lds, keep);
         acts.x_in = x;
         acts.x_out = x = cuda_take(arena, stream);
         if (arena->base)
@@ -244,7 +246,7 @@ int cuda_train_tokens(claas_backend_t *backend, size_t gradients, struct cuda_tr
         return code;
     free_bytes += backend->step.bytes;
     free_bytes = free_bytes > gradients ? free_bytes - gradients : 0;
-    (void)cuda_place_acts(backend, &one, 256, lds, true);
+    (void)cuda_place_acts(backend, &one, 256, lds, CUDA_KEEP_LEAST);
     one.used += 256 * (size_t)c->hidden * backend->context.act_bytes;
     tokens = (size_t)(SAVED_SHARE * (double)free_bytes) / (one.used / 256 * (size_t)c->layers + 1);
     ret->kept = tokens < INT_MAX ? (int)tokens : INT_MAX;

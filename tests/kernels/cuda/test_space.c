@@ -69,9 +69,9 @@ void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, i
 }
 
 struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,
-                                 const int lds[CUDA_WEIGHTS], bool saved)
+                                 const int lds[CUDA_WEIGHTS], enum cuda_keep keep)
 {
-    (void)backend, (void)lds, (void)saved;
+    (void)backend, (void)lds, (void)keep;
     (void)cuda_take(arena, (size_t)m * LAYER_BYTES);
     return (struct cuda_acts){0};
 }
