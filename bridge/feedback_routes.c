@@ -142,6 +142,7 @@ int route_feedback(struct request *request)
     CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
     struct feedback *feedback = CLAAS_NEW(struct feedback);
     CLAAS_AUTO(claas_json_free) cJSON *body = NULL;
+    const char *lora_id = "";
     int rc;
 
     if (!feedback)
@@ -152,6 +153,10 @@ int route_feedback(struct request *request)
         return 0;
     body = feedback_body(request, json, &feedback->batch);
     if (!body) /* answered */
+        return 0;
+    claas_json_get_string(cJSON_GetArrayItem(claas_json_get(body, "requests"), 0), "lora_id",
+                          &lora_id);
+    if (request_take_share(request, lora_id) < 0)
         return 0;
     feedback->wait = true;
     claas_json_get_bool(json, "wait", &feedback->wait);

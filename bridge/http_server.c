@@ -343,6 +343,7 @@ static void read_limits(struct http_server *server)
     server->max_body = claas_config_int(config, "http.max_body");
     server->max_import = claas_config_int(config, "http.max_import");
     server->max_inflight = claas_config_int(config, "http.max_inflight");
+    server->max_inflight_per_user = claas_config_int(config, "http.max_inflight_per_user");
     server->header_ms = claas_config_int(config, "http.header_timeout");
     server->body_ms = claas_config_int(config, "http.body_timeout");
     server->idle_ms = claas_config_int(config, "http.idle_timeout");

@@ -16,6 +16,7 @@
 #include "claas/config.h"
 
 struct request;
+struct share;
 
 /* What a connection waits for; each has its own deadline. */
 enum peer_phase {
@@ -50,8 +51,9 @@ struct http_server {
     uint64_t last_peer;
     struct request *requests; /* alive, newest first */
     size_t inflight;          /* of them, those that count against http.max_inflight */
+    struct share *shares;     /* of the users among them; see shares.h */
     size_t body_bytes;        /* request bodies in memory */
-    int64_t max_body, max_import, max_inflight;
+    int64_t max_body, max_import, max_inflight, max_inflight_per_user;
     int64_t header_ms, body_ms, idle_ms, sweep_ms;
     int sweep_timer;
     bool pumping; /* inside MHD_run */

@@ -198,6 +198,8 @@ int route_job_events(struct request *request)
 
     if (rc < 0)
         return rc;
+    if (request_take_share(request, "") < 0)
+        return 0;
     body = job_body(request);
     if (last) {
         char *end;

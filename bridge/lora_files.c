@@ -112,7 +112,8 @@ int route_lora_export(struct request *request)
 
     if (rc < 0)
         return rc;
-    if (lora_id_query(request, &lora_id) < 0 || !read_optimizer(request, text, &optimizer))
+    if (lora_id_query(request, &lora_id) < 0 || !read_optimizer(request, text, &optimizer) ||
+        request_take_share(request, lora_id) < 0)
         return 0;
     body = cJSON_CreateObject();
     claas_json_set_string(body, "lora_id", lora_id);
@@ -197,10 +198,12 @@ static int upload_open(struct request *request)
 int take_lora_import(struct request *request, const char *data, size_t length)
 {
     struct upload *upload;
+    const char *lora_id;
     int rc = 0;
 
     if (!request->state) {
-        if (check_type(request) < 0) {
+        if (check_type(request) < 0 || lora_id_query(request, &lora_id) < 0 ||
+            request_take_share(request, lora_id) < 0) {
             request->drop_body = true;
             return 0;
         }

@@ -113,6 +113,7 @@ static int initialized(struct request *request, claas_message_t *reply, void *ar
 int route_lora_init(struct request *request)
 {
     CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
+    const char *lora_id = "";
     cJSON *faults, *body;
 
     if (request_json(request, &json) < 0)
@@ -124,6 +125,9 @@ int route_lora_init(struct request *request)
         return 0;
     }
     cJSON_Delete(faults);
+    claas_json_get_string(json, "lora_id", &lora_id);
+    if (request_take_share(request, lora_id) < 0)
+        return 0;
     body = cJSON_CreateObject();
     for (size_t i = 0; i < CLAAS_COUNT(init_fields); i++) {
         const cJSON *value = claas_json_get(json, init_fields[i].name);

@@ -20,7 +20,7 @@ static int start(struct request *request,
 {
     CLAAS_AUTO(claas_json_free) cJSON *json = NULL;
     struct openai_call *call = CLAAS_NEW(struct openai_call);
-    cJSON *body;
+    CLAAS_AUTO(claas_json_free) cJSON *body = NULL;
 
     if (!call)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -29,13 +29,13 @@ static int start(struct request *request,
     if (request_json(request, &json) < 0)
         return 0;
     body = read(request, json, call);
-    if (!body) /* answered */
+    if (!body || request_take_share(request, call->model) < 0) /* answered */
         return 0;
     return request_ask(request,
                        &(struct request_ask){
                            .to = "sampler",
                            .type = CLAAS_MSG_CHAT,
-                           .body = body,
+                           .body = CLAAS_TAKE(body),
                            .timeout_ms = claas_config_int(request->server->config, "chat.timeout"),
                            .reply = call->stream ? openai_stream : answered,
                        });

@@ -16,6 +16,7 @@
 #include "claas/random.h"
 #include "errors.h"
 #include "http_guard.h"
+#include "shares.h"
 
 /* A chunked body may go this many times over its limit before the connection is cut: the daemon
  * cannot answer in the middle of an upload. */
@@ -304,6 +305,26 @@ void request_wake(struct request *request)
     request->server->again = true;
 }
 
+int request_take_share(struct request *request, const char *name)
+{
+    struct http_server *server = request->server;
+    int rc;
+
+    if (server->max_inflight_per_user == 0 || request->share)
+        return 0;
+    rc = share_take(&server->shares, name, (size_t)server->max_inflight_per_user, &request->share);
+    if (rc == 0)
+        return 0;
+    if (rc == CLAAS_ERR_OVERLOADED) { /* by this user: the server itself is not */
+        claas_metric_add(CLAAS_METRIC_HTTP_SHARE_REFUSED, 1);
+        request_fail_status(request, MHD_HTTP_TOO_MANY_REQUESTS, claas_error_text(), NULL,
+                            "rate_limit_exceeded");
+    } else {
+        request_fail(request, rc, claas_error_text());
+    }
+    return -1;
+}
+
 /* --- end --- */
 
 void request_gone(struct request *request)
@@ -348,6 +369,7 @@ void request_end(struct request *request, bool complete)
         peer_unwatch(request->peer);
     if (request->counted)
         claas_metric_set(CLAAS_METRIC_HTTP_INFLIGHT, (double)--server->inflight);
+    share_give_back(&request->share);
     if (request->response)
         MHD_destroy_response(request->response);
     if (request->state_free)

@@ -45,11 +45,12 @@ struct request {
     int64_t body_limit, body_received;
     bool drop_body;
 
-    bool working;   /* the route's function was called */
-    bool suspended; /* the connection is suspended, and peer is watched */
-    bool gone;      /* the client is gone; nothing more may be sent */
-    bool counted;   /* in server->inflight */
-    bool close;     /* answer with Connection: close */
+    bool working;        /* the route's function was called */
+    bool suspended;      /* the connection is suspended, and peer is watched */
+    bool gone;           /* the client is gone; nothing more may be sent */
+    bool counted;        /* in server->inflight */
+    bool close;          /* answer with Connection: close */
+    struct share *share; /* counted in it, too; or NULL */
 
     struct request_ask_entry *asks;
     struct {
@@ -107,6 +108,11 @@ const char *request_header_in(struct request *request, const char *name);
 /* Parses the body as a JSON object (*ret is the caller's). If it is none, answers the request and
  * returns -1: the route then returns 0. */
 int request_json(struct request *request, cJSON **ret);
+
+/* To be called before work that may take long, with the adapter's name ("": the request names
+ * none): counts the request against http.max_inflight_per_user. If that is reached, answers it and
+ * returns -1: the route then returns 0. */
+int request_take_share(struct request *request, const char *name);
 
 /* Adds a header to the answer to come. */
 void request_header(struct request *request, const char *name, const char *value);

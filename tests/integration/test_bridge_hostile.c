@@ -19,6 +19,7 @@
 #include "claas/clock.h"
 #include "claas/err.h"
 #include "claas/mem.h"
+#include "claas/metrics.h"
 #include "http_probe.h"
 
 #define GET_ROOT     "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -614,6 +615,139 @@ static void test_inflight_limit(void **state)
     fake_server_stop(&own);
 }
 
+#define CHAT_OF(model, text)                                                                       \
+    "{\"model\":\"" model "\",\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]}"
+#define STREAM_OF(model, text)                                                                     \
+    "{\"stream\":true,\"model\":\"" model                                                          \
+    "\",\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]}"
+
+/* Over a user's share: 429 that says which bound it is, with Retry-After and the route's shape of
+ * errors. */
+static void check_share_refused(int port, const char *method, const char *path, const char *body,
+                                const char *whose)
+{
+    struct answer answer;
+    char value[32];
+
+    http_ask(port, method, path, "", body, &answer);
+    if (answer.status != 429)
+        fail_msg("%s %s %s: %d %s", method, path, body ? body : "", answer.status, answer.body);
+    assert_string_equal(answer_header(&answer, "Retry-After", value, sizeof(value)), "2");
+    assert_non_null(strstr(answer.body, whose));
+    assert_non_null(strstr(answer.body, "http.max_inflight_per_user is 2,"));
+    if (strstr(path, "completions")) {
+        assert_non_null(strstr(answer.body, "\"type\":\"rate_limit_error\""));
+        assert_non_null(strstr(answer.body, "\"code\":\"rate_limit_exceeded\""));
+    } else {
+        assert_non_null(strstr(answer.body, "\"detail\":\""));
+    }
+    answer_done(&answer);
+}
+
+/* Everything that may take long for the user's adapters, however they are spelt. */
+static void check_all_refused(int port, const char *whose)
+{
+    static const struct {
+        const char *method, *path, *body;
+    } asks[] = {
+        {"POST", "/v1/chat/completions", CHAT_OF("alice/x", "hi")},
+        {"POST", "/v1/chat/completions", STREAM_OF("/alice/other@3", "hi")},
+        {"POST", "/v1/completions", "{\"model\":\"alice/x-latest\",\"prompt\":\"hi\"}"},
+        {"POST", "/v1/feedback",
+         "{\"lora_id\":\"alice/x\",\"response\":\"r\",\"feedback\":\"good\"}"},
+        {"POST", "/v1/feedback",
+         "{\"requests\":[{\"lora_id\":\"alice/x\",\"response\":\"r\",\"feedback\":\"good\"}]}"},
+        {"POST", "/v1/lora/init", "{\"lora_id\":\"alice/new\"}"},
+        {"POST", "/v1/lora/import?lora_id=alice/new", "PK zip"},
+        {"GET", "/v1/lora/export?lora_id=alice/x", NULL},
+    };
+
+    for (size_t i = 0; i < CLAAS_COUNT(asks); i++)
+        check_share_refused(port, asks[i].method, asks[i].path, asks[i].body, whose);
+    assert_true(claas_metric_value(CLAAS_METRIC_HTTP_SHARE_REFUSED) == CLAAS_COUNT(asks));
+}
+
+/* The end of a request is known to the bridge a moment after its client left. */
+static void wait_inflight(int port, int64_t wanted)
+{
+    int64_t end = claas_clock_ms() + 10000, inflight = -1;
+
+    while (inflight != wanted) {
+        cJSON *health = http_json(port, "GET", "/health", NULL, 200);
+
+        claas_json_get_int(claas_json_get(health, "http"), "inflight", 0, INT64_MAX, &inflight);
+        cJSON_Delete(health);
+        if (claas_clock_ms() > end)
+            fail_msg("%d requests are being answered", (int)inflight);
+    }
+}
+
+/* One user's long requests leave the rest of the pool to others. */
+static void test_share_of_a_user(void **state)
+{
+    static const char *const settings[] = {"log.level=error", "http.max_inflight=4",
+                                           "http.max_inflight_per_user=2", NULL};
+    const char *chat = "/v1/chat/completions";
+    struct probe first, second, watch;
+    struct fake_server own;
+
+    (void)state;
+    fake_server_start(&own, settings);
+    claas_metric_set(CLAAS_METRIC_HTTP_SHARE_REFUSED, 0);
+    probe_open(&first, own.port);
+    probe_open(&second, own.port);
+    send_chat(&first, CHAT_OF("alice/x", "hang"));
+    send_chat(&second, STREAM_OF("alice/y", "piece then hang"));
+    fake_wait(&fake_held, 2);
+    check_all_refused(own.port, "user 'alice'");
+    wait_inflight(own.port, 2);
+    /* What ends at once is answered, and so are others, with or without a user's name. */
+    cJSON_Delete(http_json(own.port, "GET", "/v1/lora/versions?lora_id=alice/x", NULL, 200));
+    cJSON_Delete(http_json(own.port, "DELETE", "/v1/jobs/job-1", NULL, 200));
+    cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("bob/x", "hi"), 200));
+    cJSON_Delete(http_json(own.port, "POST", chat, CHAT("hi"), 200));
+    probe_close(&second);
+    wait_inflight(own.port, 1);
+    cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("alice/x", "hi"), 200));
+    cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("alice/x", "hi"), 200));
+    /* Those without a user's name have one share, whatever they name. */
+    probe_open(&second, own.port);
+    probe_open(&watch, own.port);
+    send_chat(&second, CHAT_OF("alice-x", "hang"));
+    probe_send(&watch, "GET /v1/jobs/job-hang/events HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    fake_wait(&fake_held, 4);
+    check_share_refused(own.port, "POST", chat, CHAT("hi"), "that name no user");
+    check_share_refused(own.port, "GET", "/v1/jobs/job-1/events", NULL, "that name no user");
+    cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("bob/x", "hi"), 200));
+    probe_close(&first);
+    probe_close(&second);
+    probe_close(&watch);
+    wait_inflight(own.port, 0);
+    fake_server_stop(&own);
+}
+
+/* Without the setting a single user may have the whole pool. */
+static void test_no_share_by_default(void **state)
+{
+    static const char *const settings[] = {"log.level=error", "http.max_inflight=3", NULL};
+    struct probe probes[3];
+    struct fake_server own;
+
+    (void)state;
+    fake_server_start(&own, settings);
+    for (size_t i = 0; i < CLAAS_COUNT(probes); i++) {
+        probe_open(&probes[i], own.port);
+        send_chat(&probes[i], CHAT_OF("alice/x", "hang"));
+    }
+    fake_wait(&fake_held, 3);
+    cJSON_Delete(
+        http_json(own.port, "POST", "/v1/chat/completions", CHAT_OF("alice/x", "hi"), 503));
+    for (size_t i = 0; i < CLAAS_COUNT(probes); i++)
+        probe_close(&probes[i]);
+    wait_inflight(own.port, 0);
+    fake_server_stop(&own);
+}
+
 static void test_bad_addresses(void **state)
 {
     static const char *const addresses[] = {"listen=0.0.0.0:0", "listen=[::]:0", "listen=nowhere"};
@@ -689,6 +823,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_many_idle_connections),
         cmocka_unit_test(test_connection_limit_recovers),
         cmocka_unit_test(test_inflight_limit),
+        cmocka_unit_test(test_share_of_a_user),
+        cmocka_unit_test(test_no_share_by_default),
     };
     struct rlimit limit;
     int failed;

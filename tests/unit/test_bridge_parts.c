@@ -1,5 +1,5 @@
 /* The bridge's pure parts: the header guard, body schemas, contents of messages, the route table,
- * the listen address. */
+ * the users' shares, the listen address. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -17,6 +17,7 @@
 #include "openai.h"
 #include "routes.h"
 #include "schema.h"
+#include "shares.h"
 
 /* --- guard --- */
 
@@ -336,6 +337,55 @@ static void test_listen(void **state)
     close(fd);
 }
 
+/* --- shares --- */
+
+static void test_shares(void **state)
+{
+    struct share *shares = NULL, *taken[4] = {NULL}, *refused = NULL;
+
+    (void)state;
+    assert_int_equal(share_take(&shares, "alice/one", 2, &taken[0]), 0);
+    assert_int_equal(share_take(&shares, "alice/two-latest", 2, &taken[1]), 0);
+    assert_ptr_equal(taken[0], taken[1]);
+    assert_int_equal(share_take(&shares, "alice/one@7", 2, &refused), CLAAS_ERR_OVERLOADED);
+    assert_null(refused);
+    assert_non_null(strstr(claas_error_text(), "http.max_inflight_per_user is 2,"));
+    assert_non_null(strstr(claas_error_text(), "user 'alice'"));
+    assert_int_equal(share_take(&shares, "bob/one", 2, &taken[2]), 0);
+    share_give_back(&taken[0]); /* not the last of the list, which goes on */
+    assert_null(taken[0]);
+    assert_int_equal(share_take(&shares, "alice/one", 2, &taken[0]), 0);
+    for (size_t i = 0; i < CLAAS_COUNT(taken); i++)
+        share_give_back(&taken[i]);
+    assert_null(shares); /* nothing is kept of users who have no requests */
+}
+
+/* Every spelling of a user's name counts as that user, and nothing else does. */
+static void test_shares_of_names(void **state)
+{
+    static const char *const same[] = {"/alice/one", "//alice/one", "alice/one/", "alice//one"};
+    static const char *const others[] = {"alic/one", "alicex/one", "Alice/one", "a/alice"};
+    static const char *const nobodys[] = {"",       "/",      "base",     "alice",
+                                          "alice/", "/alice", "alice-one"};
+    struct share *shares = NULL, *alice = NULL, *nobody = NULL, *share = NULL;
+
+    (void)state;
+    assert_int_equal(share_take(&shares, "alice/one", 1, &alice), 0);
+    for (size_t i = 0; i < CLAAS_COUNT(same); i++)
+        assert_int_equal(share_take(&shares, same[i], 1, &share), CLAAS_ERR_OVERLOADED);
+    for (size_t i = 0; i < CLAAS_COUNT(others); i++) {
+        assert_int_equal(share_take(&shares, others[i], 1, &share), 0);
+        share_give_back(&share);
+    }
+    assert_int_equal(share_take(&shares, "default", 1, &nobody), 0);
+    for (size_t i = 0; i < CLAAS_COUNT(nobodys); i++)
+        assert_int_equal(share_take(&shares, nobodys[i], 1, &share), CLAAS_ERR_OVERLOADED);
+    assert_non_null(strstr(claas_error_text(), "that name no user"));
+    share_give_back(&alice);
+    share_give_back(&nobody);
+    assert_null(shares);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -343,6 +393,7 @@ int main(void)
         cmocka_unit_test(test_guard_refuses), cmocka_unit_test(test_guard_embedded_nul),
         cmocka_unit_test(test_guard_target),  cmocka_unit_test(test_schema),
         cmocka_unit_test(test_content),       cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_shares),        cmocka_unit_test(test_shares_of_names),
         cmocka_unit_test(test_listen),
     };
 
