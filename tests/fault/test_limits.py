@@ -238,23 +238,61 @@ def test_slow_reader(tmp_path):
 def test_inflight_limit(tmp_path):
     """Beyond the limit: 503 with Retry-After at once; health and metrics still answer."""
     with serving(tmp_path / "db", settings=FAST + ("http.max_inflight=3",)) as server:
-        stop = threading.Event()
+        with streaming(server, ["base"] * 3):
+            refused = ask(server, "base")
+            assert refused.status == 503 and refused.headers["Retry-After"]
+            assert server.request("GET", "/metrics").status == 200
+        assert server.chat("base")["choices"]
 
-        def stream():
-            body = {"model": "base", "max_tokens": 1500, "n": 8, "stream": True, "messages": [{"role": "user", "content": "x"}]}
-            for _ in server.events("/v1/chat/completions", body):
-                if stop.is_set():
-                    return
 
-        threads = [threading.Thread(target=stream) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        server.wait_until(lambda: server.health()["http"]["inflight"] == 3)
-        refused = server.request("POST", "/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "x"}]})
-        assert refused.status == 503 and refused.headers["Retry-After"]
-        assert server.request("GET", "/metrics").status == 200
+def test_inflight_limit_of_a_user(tmp_path):
+    """A user at the bound gets 429; another is answered meanwhile, and so is the first once a stream has ended."""
+    with serving(tmp_path / "db", settings=FAST + ("http.max_inflight=4", "http.max_inflight_per_user=2")) as server:
+        for name in ("alice/one", "alice/two", "bob/one"):
+            server.init(name)
+        answer = server.chat("alice/one")["id"]
+        with streaming(server, ["alice/one", "alice/two"]) as has_ended:
+            for name in ("alice/one", "alice/two-latest", "/alice/one@0"):
+                refused = ask(server, name)
+                assert refused.status == 429 and refused.headers["Retry-After"], refused
+                assert refused.json["error"]["type"] == "rate_limit_error" and refused.json["error"]["code"] == "rate_limit_exceeded"
+                assert "http.max_inflight_per_user is 2" in refused.detail and "'alice'" in refused.detail
+            feedback = {"lora_id": "alice/one", "response_id": answer, "feedback": "Better."}
+            assert server.request("POST", "/v1/feedback", feedback).status == 429
+            assert server.versions("alice/one")["current"] == 0  # what takes no time is not counted
+            assert server.chat("bob/one")["choices"] and server.chat("base")["choices"]
+            assert server.feedback("bob/one", wait=False)["job_id"]
+            assert "claas_http_share_refused_total 4" in server.request("GET", "/metrics").body.decode().splitlines()
+            assert not has_ended()  # alice's streams went on all the while
+        assert server.chat("alice/one")["choices"]
+        assert server.feedback("alice/one", response_id=answer)["status"] in ("ok", "rejected")
+
+
+def ask(server, model):
+    return server.request("POST", "/v1/chat/completions", {"model": model, "max_tokens": 8, "messages": [{"role": "user", "content": "x"}]})
+
+
+@contextlib.contextmanager
+def streaming(server, models):
+    """Long answers, one of each model named, that are read until the block ends; tells whether one has ended before."""
+    stop, ended = threading.Event(), threading.Event()
+
+    # At temperature 0 the tiny model never ends by itself: together they take seconds, however they are scheduled.
+    def stream(model):
+        body = {"model": model, "max_tokens": 1500, "n": 16, "stream": True, "temperature": 0, "messages": [{"role": "user", "content": "x"}]}
+        for _ in server.events("/v1/chat/completions", body):
+            if stop.is_set():
+                return
+        ended.set()
+
+    threads = [threading.Thread(target=stream, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    try:
+        server.wait_until(lambda: server.health()["http"]["inflight"] == len(models), what="the streams")
+        yield ended.is_set
+    finally:
         stop.set()
         for thread in threads:
             thread.join()
-        server.wait_until(lambda: server.health()["http"]["inflight"] == 0)
-        assert server.chat("base")["choices"]
+    server.wait_until(lambda: server.health()["http"]["inflight"] == 0, what="the end of the streams")
