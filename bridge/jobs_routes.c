@@ -198,7 +198,7 @@ int route_job_events(struct request *request)
 
     if (rc < 0)
         return rc;
-    if (request_take_share(request, "") < 0)
+    if (request_take_share(request, NULL) < 0)
         return 0;
     body = job_body(request);
     if (last) {

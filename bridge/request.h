@@ -109,9 +109,9 @@ const char *request_header_in(struct request *request, const char *name);
  * returns -1: the route then returns 0. */
 int request_json(struct request *request, cJSON **ret);
 
-/* To be called before work that may take long, with the adapter's name ("": the request names
- * none): counts the request against http.max_inflight_per_user. If that is reached, answers it and
- * returns -1: the route then returns 0. */
+/* To be called before work that may take long, with the adapter's name ("": the request names none;
+ * NULL: a stream of a job's events): counts the request against http.max_inflight_per_user. If that
+ * is reached, answers it and returns -1: the route then returns 0. */
 int request_take_share(struct request *request, const char *name);
 
 /* Adds a header to the answer to come. */

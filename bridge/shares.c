@@ -7,6 +7,8 @@
 #include "claas/err.h"
 #include "claas/mem.h"
 
+#define EVENTS "/" /* the user of streams of events: no name has one with a slash */
+
 /* The length of the user in a name, 0 if there is none. Slashes at its ends mean nothing to storage
  * either. */
 static size_t find_user(const char **name)
@@ -41,6 +43,11 @@ static struct share *share_new(struct share **shares, const char *user, size_t l
 
 static int fail_full(const struct share *share)
 {
+    if (strcmp(share->user, EVENTS) == 0)
+        return claas_fail(CLAAS_ERR_OVERLOADED,
+                          "http.max_inflight_per_user is %zu, and as many streams of jobs' events "
+                          "are open; try again later",
+                          share->count);
     if (share->user[0])
         return claas_fail(CLAAS_ERR_OVERLOADED,
                           "http.max_inflight_per_user is %zu, and as many requests of user '%s' "
@@ -54,13 +61,14 @@ static int fail_full(const struct share *share)
 
 int share_take(struct share **shares, const char *name, size_t most, struct share **ret)
 {
-    size_t length = find_user(&name);
+    const char *user = name ? name : EVENTS;
+    size_t length = name ? find_user(&user) : strlen(EVENTS);
     struct share *share = *shares;
 
-    while (share && (strncmp(share->user, name, length) != 0 || share->user[length]))
+    while (share && (strncmp(share->user, user, length) != 0 || share->user[length]))
         share = share->next;
     if (!share)
-        share = share_new(shares, name, length);
+        share = share_new(shares, user, length);
     if (!share)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     if (share->count >= most)

@@ -685,10 +685,11 @@ static void wait_inflight(int port, int64_t wanted)
 /* One user's long requests leave the rest of the pool to others. */
 static void test_share_of_a_user(void **state)
 {
-    static const char *const settings[] = {"log.level=error", "http.max_inflight=4",
+    static const char *const settings[] = {"log.level=error", "http.max_inflight=6",
                                            "http.max_inflight_per_user=2", NULL};
     const char *chat = "/v1/chat/completions";
-    struct probe first, second, watch;
+    const char *watch = "GET /v1/jobs/job-hang/events HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    struct probe first, second, third, watches[2];
     struct fake_server own;
 
     (void)state;
@@ -710,18 +711,27 @@ static void test_share_of_a_user(void **state)
     wait_inflight(own.port, 1);
     cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("alice/x", "hi"), 200));
     cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("alice/x", "hi"), 200));
-    /* Those without a user's name have one share, whatever they name. */
-    probe_open(&second, own.port);
-    probe_open(&watch, own.port);
-    send_chat(&second, CHAT_OF("alice-x", "hang"));
-    probe_send(&watch, "GET /v1/jobs/job-hang/events HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    /* Streams of events have a share of their own, and so have, whatever they name, all that name
+     * no user. */
+    for (size_t i = 0; i < CLAAS_COUNT(watches); i++) {
+        probe_open(&watches[i], own.port);
+        probe_send(&watches[i], watch);
+    }
     fake_wait(&fake_held, 4);
+    check_share_refused(own.port, "GET", "/v1/jobs/job-1/events", NULL, "streams of jobs' events");
+    cJSON_Delete(http_json(own.port, "POST", chat, CHAT("hi"), 200));
+    probe_open(&second, own.port);
+    probe_open(&third, own.port);
+    send_chat(&second, CHAT_OF("alice-x", "hang"));
+    send_chat(&third, CHAT("hang"));
+    fake_wait(&fake_held, 6);
     check_share_refused(own.port, "POST", chat, CHAT("hi"), "that name no user");
-    check_share_refused(own.port, "GET", "/v1/jobs/job-1/events", NULL, "that name no user");
     cJSON_Delete(http_json(own.port, "POST", chat, CHAT_OF("bob/x", "hi"), 200));
     probe_close(&first);
     probe_close(&second);
-    probe_close(&watch);
+    probe_close(&third);
+    for (size_t i = 0; i < CLAAS_COUNT(watches); i++)
+        probe_close(&watches[i]);
     wait_inflight(own.port, 0);
     fake_server_stop(&own);
 }

@@ -367,7 +367,7 @@ static void test_shares_of_names(void **state)
     static const char *const others[] = {"alic/one", "alicex/one", "Alice/one", "a/alice"};
     static const char *const nobodys[] = {"",       "/",      "base",     "alice",
                                           "alice/", "/alice", "alice-one"};
-    struct share *shares = NULL, *alice = NULL, *nobody = NULL, *share = NULL;
+    struct share *shares = NULL, *alice = NULL, *nobody = NULL, *share = NULL, *more = NULL;
 
     (void)state;
     assert_int_equal(share_take(&shares, "alice/one", 1, &alice), 0);
@@ -381,6 +381,10 @@ static void test_shares_of_names(void **state)
     for (size_t i = 0; i < CLAAS_COUNT(nobodys); i++)
         assert_int_equal(share_take(&shares, nobodys[i], 1, &share), CLAAS_ERR_OVERLOADED);
     assert_non_null(strstr(claas_error_text(), "that name no user"));
+    assert_int_equal(share_take(&shares, NULL, 1, &share), 0); /* streams of events are apart */
+    assert_int_equal(share_take(&shares, NULL, 1, &more), CLAAS_ERR_OVERLOADED);
+    assert_int_equal(share_take(&shares, "/", 1, &more), CLAAS_ERR_OVERLOADED);
+    share_give_back(&share);
     share_give_back(&alice);
     share_give_back(&nobody);
     assert_null(shares);
