@@ -46,7 +46,8 @@ struct cuda_lora_group {
 struct cuda_lora_tile {
     int32_t group, first, count;
 };
-/* The rows of a pack. An adapter has at most one group, except in serving. */
+/* The rows of a pack. An adapter has at most one group where gradients are made: two would add to
+ * the same elements at once. */
 struct cuda_lora_rows {
     const struct cuda_lora_group *groups; /* device [group_count] */
     const struct cuda_lora_tile *tiles;   /* device [tile_count] */

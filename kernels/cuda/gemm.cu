@@ -553,7 +553,7 @@ static int check_gemm(const struct cuda_gemm *gemm)
         return claas_fail(CLAAS_ERR_INTERNAL,
                           "a matrix product of %d x %d x %d with rows of %d, %d and %d", gemm->m,
                           gemm->n, gemm->k, gemm->lda, gemm->ldb, gemm->ldo);
-    if (gemm->add == gemm->out)
+    if (gemm->add && gemm->add == gemm->out)
         return claas_fail(CLAAS_ERR_INTERNAL,
                           "a matrix product of %d x %d x %d that adds to its own output", gemm->m,
                           gemm->n, gemm->k);

@@ -99,7 +99,7 @@ static __device__ __forceinline__ void add_columns(const lora_problem<bf16> &p, 
             copies_wait_but<ADD_STAGES - 1>();
             __syncthreads();
             multiply_pieces<TURNED>(sum, shared + walk.piece * PIECE, right,
-                                           p.k_end - walk.piece * STEP);
+                                    p.k_end - walk.piece * STEP);
             if (walk.piece == pieces - 1) {
                 add_rows(p, walk.j, sum, right + PIECE);
 #pragma unroll

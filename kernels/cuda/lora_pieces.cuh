@@ -1,10 +1,10 @@
 /* Operands in pieces of 64 x 64 bf16 in shared memory, and the products of two of them by a team of
  * four warps: what LoRA's sums (lora_sums.cuh) and additions (lora_adds.cuh) are made of.
  *
- * A piece is a copy of 64 rows of memory, 64 elements (128 bytes) each, swizzled. A turned operand
- * is copied the same way: ldmatrix turns it. What lies outside of the product is not read but
- * filled with zeros. Each warp makes 32 x 32 of the team's 64 x 64, by mma.sync.m16n8k16 with
- * float32 sums. */
+ * A piece is a copy of 64 rows of memory, 64 elements (128 bytes) each, swizzled as wgmma.cuh has
+ * it. A turned operand is copied the same way: ldmatrix or the warpgroup's product turns it. What
+ * lies outside of the product is not read but filled with zeros. In multiply_pieces each warp makes
+ * 32 x 32 of the team's 64 x 64, by mma.sync.m16n8k16 with float32 sums. */
 #ifndef CLAAS_CUDA_LORA_PIECES_CUH
 #define CLAAS_CUDA_LORA_PIECES_CUH
 

@@ -169,15 +169,19 @@ static __device__ __forceinline__ void add_span(share_sums &total, share_sums &s
     }
 }
 
-/* Asks for the team's i-th piece of both operands. */
+/* Asks for the team's i-th piece of both operands, if there are so many: a group of copies. */
 template <int STAGES, bool TURNED_LEFT, bool TURNED_RIGHT>
-static __device__ __forceinline__ void load_pieces(bf16 *tiles, const lora_problem<bf16> &p, int i)
+static __device__ __forceinline__ void ask_pieces(bf16 *tiles, const lora_problem<bf16> &p, int i,
+                                                  int pieces)
 {
     bf16 *left = tiles + i % STAGES * 2 * PIECE;
     const int k = min(team_term(p, i), p.k_end);
 
-    load_left<TURNED_LEFT>(left, p, k);
-    load_right<TURNED_RIGHT>(left + PIECE, p, p.j, k);
+    if (i < pieces) {
+        load_left<TURNED_LEFT>(left, p, k);
+        load_right<TURNED_RIGHT>(left + PIECE, p, p.j, k);
+    }
+    copies_commit();
 }
 
 /* total = the team's share of the product's square at (i, j). SPANS: span by span. */
@@ -191,11 +195,8 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
     team_sums sum = {};
     share_sums span = {};
 
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < pieces)
-            load_pieces<STAGES, TURNED_LEFT, TURNED_RIGHT>(tiles, p, i);
-        copies_commit();
-    }
+    for (int i = 0; i < STAGES - 1; i++)
+        ask_pieces<STAGES, TURNED_LEFT, TURNED_RIGHT>(tiles, p, i, pieces);
     for (int i = 0; i < pieces;) {
         for (const int end = min(i + CHUNK_PIECES, pieces); i < end; i++) {
             const bf16 *left = tiles + i % STAGES * 2 * PIECE;
@@ -204,10 +205,11 @@ static __device__ __forceinline__ void sum_terms(share_sums &total, const lora_p
             await_products(sum);           /* piece i - 1 is used up, */
             wgmma_publish();
             __syncthreads(); /* for all warps; and all have taken their share, so `swap` is free */
+            if (STAGES == STAGES_ANY) /* products are done when they are asked for */
+                ask_pieces<STAGES, TURNED_LEFT, TURNED_RIGHT>(tiles, p, i + STAGES - 1, pieces);
             ask_products<TURNED_LEFT, TURNED_RIGHT>(sum, left, left + PIECE);
-            if (i + STAGES - 1 < pieces)
-                load_pieces<STAGES, TURNED_LEFT, TURNED_RIGHT>(tiles, p, i + STAGES - 1);
-            copies_commit();
+            if (STAGES != STAGES_ANY)
+                ask_pieces<STAGES, TURNED_LEFT, TURNED_RIGHT>(tiles, p, i + STAGES - 1, pieces);
         }
         await_products(sum);
         give_share(sum, swap);

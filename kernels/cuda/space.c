@@ -320,13 +320,17 @@ int cuda_space_reserve(struct cuda_step *step)
     if (need <= step->backend->step.bytes)
         return 0;
     code = grow_region(step, need);
+    if (code == CLAAS_ERR_NO_MEMORY && step->plan.joint.batch_count > 0) {
+        claas_plan_part(&step->plan);
+        need = count_stages(step);
+        code = take_region(step, need);
+    }
     if (code == CLAAS_ERR_NO_MEMORY && request->make_room) {
         request->make_room(request->yield_arg);
         code = take_region(step, need);
     }
     if (code == CLAAS_ERR_NO_MEMORY && request->update) {
         step->kept_tokens = 0;
-        claas_plan_part(&step->plan);
         code = take_region(step, count_stages(step));
     }
     return code;

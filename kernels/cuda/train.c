@@ -533,15 +533,17 @@ static size_t gradient_bytes(const struct claas_backend_train *request)
     return bytes;
 }
 
-/* The most rows of a joint pass. CLAAS_CUDA_JOINT: so many instead, to measure and to compare; 0 =
+/* The most rows of a joint pass: like the batches' limit, which bounds it, this hardly ever depends
+ * on what else is on the card. CLAAS_CUDA_JOINT: so many instead, to measure and to compare; 0 =
  * none. */
 static int joint_tokens(const claas_backend_t *backend, const struct cuda_train_tokens *tokens)
 {
     const char *wish = getenv("CLAAS_CUDA_JOINT");
     int most = wish ? (int)strtol(wish, NULL, 10) : JOINT_VALUES / backend->model.config.hidden;
 
-    most = most < tokens->batch ? most : tokens->batch;
-    return most < tokens->kept ? most : tokens->kept;
+    if (tokens->kept < tokens->batch) /* the least limit, and no room even for that */
+        return 0;
+    return most < tokens->batch ? most : tokens->batch;
 }
 
 static int prepare(claas_backend_t *backend, const struct claas_backend_train *request,

@@ -24,8 +24,8 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-/* In code of other kinds than sm_90a these functions have no body: the host never launches kernels
- * that use them there. */
+/* In code of other kinds than sm_90a these functions have no body: what needs a product of theirs is
+ * never run there. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else

@@ -172,10 +172,10 @@ static size_t find_steps(const char *mark, long steps, size_t *ret_end, long *re
     return begin;
 }
 
-/* Milliseconds in which some kernel ran. */
+/* Milliseconds in which some kernel ran, after the launch before `begin`. */
 static double busy_ms(size_t begin, size_t end)
 {
-    uint64_t busy = 0, until = 0;
+    uint64_t busy = 0, until = launches.items[begin - 1].end;
 
     for (size_t i = begin; i < end; i++) {
         uint64_t from = launches.items[i].start > until ? launches.items[i].start : until;

@@ -21,7 +21,9 @@
 static struct {
     size_t bytes, others; /* all there is; what other processes hold */
     int taken, refused, swept;
-    size_t hot; /* bytes that make_room lets go */
+    int pass_rows;       /* of the pass that was placed last */
+    enum cuda_keep keep; /* of the activations that were placed last */
+    size_t hot;          /* bytes that make_room lets go */
 } card;
 
 int cuda_memory_free(struct cuda_context *context, size_t *ret)
@@ -65,13 +67,15 @@ void *cuda_take(struct cuda_arena *arena, size_t bytes)
 void cuda_place_pass(const claas_backend_t *backend, struct cuda_arena *arena, int m,
                      struct cuda_pass *pass)
 {
-    (void)backend, (void)arena, (void)m, (void)pass;
+    (void)backend, (void)arena, (void)pass;
+    card.pass_rows = m;
 }
 
 struct cuda_acts cuda_place_acts(const claas_backend_t *backend, struct cuda_arena *arena, int m,
                                  const int lds[CUDA_WEIGHTS], enum cuda_keep keep)
 {
-    (void)backend, (void)lds, (void)keep;
+    (void)backend, (void)lds;
+    card.keep = keep;
     (void)cuda_take(arena, (size_t)m * LAYER_BYTES);
     return (struct cuda_acts){0};
 }
@@ -240,8 +244,9 @@ static void test_no_room(void **state)
     assert_int_equal(reserve(&rig), CLAAS_ERR_NO_MEMORY);
 }
 
-/* Student's and teacher's rows in one batch: both are kept. Where the room is gone meanwhile, they
- * go one after the other, the student's computed twice. */
+/* Student's and teacher's rows in one batch: both are kept, and what norms gave. Where the room is
+ * gone meanwhile, they go one after the other; where more is gone, the student's are computed
+ * twice, but not before saved copies went. */
 static void test_joint(void **state)
 {
     struct claas_plan_batch teacher = {.pack.m = 600};
@@ -249,7 +254,7 @@ static void test_joint(void **state)
     size_t alone;
 
     (void)state;
-    for (int gone = 0; gone < 2; gone++) {
+    for (int gone = 0; gone < 3; gone++) {
         set_up(NULL);
         card.bytes = (size_t)3000 * TOKEN_BYTES;
         rig_open(&rig, 500);
@@ -261,12 +266,17 @@ static void test_joint(void **state)
             .batches = CLAAS_NEW_ARRAY(struct claas_plan_batch, 1), .batch_count = 1};
         assert_non_null(rig.step.plan.joint.batches);
         rig.step.plan.joint.batches[0].pack.m = 500 + 600;
-        card.others = gone ? (size_t)2300 * TOKEN_BYTES : 0;
+        rig.step.plan.joint.batches[0].tail_count = 70;
+        card.others = (size_t)(gone == 0 ? 0 : gone == 1 ? 2300 : 2600) * TOKEN_BYTES;
         assert_int_equal(reserve(&rig), 0);
-        assert_int_equal(rig.step.space.recompute, gone);
-        assert_int_equal(rig.step.plan.joint.batch_count, !gone);
-        if (!gone)
-            assert_true(backend.step.bytes >= alone + (size_t)600 * TOKEN_BYTES);
+        assert_int_equal(rig.step.space.recompute, gone == 2);
+        assert_int_equal(rig.step.plan.joint.batch_count, gone == 0);
+        assert_int_equal(card.pass_rows, gone == 0 ? 500 + 600 : 500);
+        assert_int_equal(card.keep, gone == 0 ? CUDA_KEEP_ALL : CUDA_KEEP_LEAST);
+        assert_int_equal(card.swept, gone == 2);
+        if (gone == 0) /* a tail row: what the last layer's second half reads, and its final norm */
+            assert_true(backend.step.bytes >=
+                        alone + (size_t)600 * TOKEN_BYTES + (size_t)70 * 2 * 2 * HIDDEN);
         claas_plan_part(&rig.step.plan);
     }
 }
