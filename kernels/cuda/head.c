@@ -1,6 +1,9 @@
 /* The head and the loss over the trained positions of a batch, a chunk of rows at a time: logits of
  * student and teacher, the loss of every row and its gradient over the vocabulary, and from there
- * back to the hidden rows. Logits of a whole batch never exist. */
+ * back to the hidden rows. Logits of a whole batch never exist.
+ *
+ * Chats get their turn behind each product: where its shape is new, the product is timed first, and
+ * over a whole vocabulary that takes tens of milliseconds. */
 #include "cuda/cuda_train.h"
 
 #include "claas/mem.h"
@@ -34,6 +37,14 @@ static int gather(const struct chunk *chunk, bool saved)
         return code;
     return cuda_rmsnorm(&backend->context, chunk->count, c->hidden, space->head_x,
                         backend->model.norm_out, c->norm_eps, space->head_xn, space->head_rstd);
+}
+
+/* Logits of count rows after the final norm. */
+static int make_logits(const struct chunk *chunk, const void *x, float *logits)
+{
+    int code = cuda_logits(chunk->step->backend, chunk->count, x, logits);
+
+    return code >= 0 ? cuda_turn(&chunk->step->space.pass) : code;
 }
 
 /* Which rows of the chunk go to which tail row, in order, for cuda_add_rows. */
@@ -117,6 +128,8 @@ static int chunk_backward(const struct chunk *chunk)
                                       .out_type = context->act,
                                   });
     if (code >= 0)
+        code = cuda_turn(&space->pass);
+    if (code >= 0)
         code = cuda_check(context,
                           cudaMemsetAsync(space->head_dx, 0,
                                           (size_t)chunk->count * (size_t)c->hidden * sizeof(float),
@@ -141,14 +154,13 @@ static int run_chunk(const struct chunk *chunk, bool saved)
     int code = gather(chunk, saved);
 
     if (code >= 0)
-        code = cuda_logits(backend, chunk->count, space->head_xn, space->logits);
+        code = make_logits(chunk, space->head_xn, space->logits);
     /* positions are numbered along the student's sequences, so the teacher's rows of a chunk lie
      * together */
     if (code >= 0)
-        code =
-            cuda_logits(backend, chunk->count,
-                        cuda_at(context, space->teacher_hidden, chunk->index * (size_t)c->hidden),
-                        space->teacher_logits);
+        code = make_logits(
+            chunk, cuda_at(context, space->teacher_hidden, chunk->index * (size_t)c->hidden),
+            space->teacher_logits);
     if (code >= 0)
         code = cuda_loss(context, &chunk->step->plan.request->loss, c->vocab, chunk->count,
                          space->logits, space->teacher_logits, space->positions + chunk->index,
@@ -198,7 +210,7 @@ int cuda_head_logprobs(struct cuda_step *step, const struct cuda_batch *batch)
 
         code = gather(&chunk, false);
         if (code >= 0)
-            code = cuda_logits(backend, chunk.count, space->head_xn, space->logits);
+            code = make_logits(&chunk, space->head_xn, space->logits);
         if (code >= 0)
             code = cuda_logprobs(context, backend->model.config.vocab, chunk.count, space->logits,
                                  b->scored_token + first, space->base_logprobs + chunk.index);

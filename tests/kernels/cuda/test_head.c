@@ -26,6 +26,7 @@ struct call {
 static struct {
     struct call calls[CALLS_MAX];
     int count, waits, done; /* done: chunks that were looked at */
+    int products, turns;    /* products since the last turn; turns in all */
 } stream;
 
 static const int32_t scored_tail[] = {3, 1, 3, 0, 2, 2, 1, 0};
@@ -173,9 +174,16 @@ int cuda_rmsnorm_bwd(struct cuda_context *context, int m, int n, const void *x, 
     return 0;
 }
 
+/* A product may be timed first, so chats must have had their turn since the last one. */
+static void note_product(void)
+{
+    assert_int_equal(stream.products++, 0);
+}
+
 int cuda_logits(claas_backend_t *backend, int m, const void *x, float *logits)
 {
     (void)backend, (void)m, (void)x, (void)logits;
+    note_product();
     return 0;
 }
 
@@ -199,13 +207,21 @@ int cuda_logprobs(struct cuda_context *context, int vocab, int rows, const float
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm)
 {
     (void)context, (void)gemm;
+    note_product();
+    return 0;
+}
+
+int cuda_turn(const struct cuda_pass *pass)
+{
+    (void)pass;
+    stream.products = 0;
+    stream.turns++;
     return 0;
 }
 
 int cuda_yield(const struct cuda_pass *pass)
 {
-    (void)pass;
-    return 0;
+    return cuda_turn(pass);
 }
 
 struct cuda_lora_group cuda_lora_group(const struct cuda_adapter *adapter, float *grad, int first,
@@ -258,9 +274,10 @@ static void test_chunks(void **state)
         cuda_upload_new(&backend.context, upload, cuda_head_bytes(positions), "chunks"), 0);
     for (int run = 0; run < 2; run++) { /* the second step begins when the first one is done */
         assert_int_equal(cuda_upload_begin(&backend.context, upload), 0);
-        stream.waits = stream.done = 0;
+        stream.waits = stream.done = stream.turns = 0;
         assert_int_equal(cuda_head(&step, &batch, true), 0);
         assert_int_equal(stream.waits, 0);
+        assert_int_equal(stream.turns, 4 * sizeof(firsts) / sizeof(firsts[0]));
         run_all();
         assert_int_equal(stream.done, sizeof(firsts) / sizeof(firsts[0]));
     }
