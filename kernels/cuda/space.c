@@ -3,6 +3,9 @@
  * one after the other. The same code counts (with an arena that has no base) and places. */
 #include "cuda/cuda_train.h"
 
+#include "claas/clock.h"
+#include "claas/log.h"
+
 #include <limits.h>
 
 /* Floats of one logits buffer: 2,048 rows of a small vocabulary, 883 of a large one. */
@@ -14,6 +17,10 @@
 #define SAVED_SHARE      0.6
 #define TRAIN_TOKENS_MIN 1024
 #define TRAIN_TOKENS_MAX 16384
+/* What the region takes beyond a step's need where that is nothing to the free memory. */
+#define SPARE_BYTES ((size_t)1 << 30)
+#define SPARE_SHARE 16 /* of the free memory: one part of so many */
+#define SLOW_MS     10 /* an allocation that is worth a line in the log */
 
 /* The most rows of each kind that a batch of a side has. */
 struct extent {
@@ -272,23 +279,36 @@ static size_t count_stages(struct cuda_step *step)
 static int take_region(struct cuda_step *step, size_t bytes)
 {
     claas_backend_t *backend = step->backend;
+    int64_t start = claas_clock_ms(), ms;
+    int code = cuda_region_new(&backend->context, &backend->step, bytes, "a training step");
 
-    return cuda_region_new(&backend->context, &backend->step, bytes, "a training step");
+    ms = claas_clock_ms() - start;
+    if (ms >= SLOW_MS)
+        claas_debug("%zu MiB for a training step took %lld ms", bytes >> 20, (long long)ms);
+    return code;
 }
 
-/* Takes a quarter more than before where as much again stays free, so that steps which are each a
- * little longer do not each allocate and zero gigabytes. */
+/* Chats wait while the region is given back, taken anew and zeroed, so steps which are each a
+ * little longer must not each do that: twice what is needed, a GiB more at most, where that is a
+ * small part of what is free; else a quarter more than before, where as much again stays free. */
+static size_t with_spare(size_t need, size_t before, size_t available)
+{
+    size_t twice = need + (need < SPARE_BYTES ? need : SPARE_BYTES), more = before + before / 4;
+
+    if (twice <= available / SPARE_SHARE)
+        return twice;
+    return need < more && more <= available / 2 ? more : need;
+}
+
 static int grow_region(struct cuda_step *step, size_t need)
 {
     claas_backend_t *backend = step->backend;
-    size_t roomy = backend->step.bytes + backend->step.bytes / 4, available = 0;
+    size_t before = backend->step.bytes, available = 0;
     int code;
 
     cuda_region_done(&backend->context, &backend->step);
     code = cuda_memory_free(&backend->context, &available);
-    if (code < 0)
-        return code;
-    return take_region(step, need < roomy && roomy <= available / 2 ? roomy : need);
+    return code < 0 ? code : take_region(step, with_spare(need, before, available));
 }
 
 /* Rather than compute layers twice, lets go of copies of adapters that only save time. */
