@@ -282,8 +282,12 @@ static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, st
     rc = propose(context, gemm, plan, proposals, &count);
     if (rc < 0)
         return rc;
-    if (count > 1 && context->plans->tunes && !capturing)
+    if (count > 1 && context->plans->tunes && !capturing) {
+        int64_t start = gemm_choices_clock();
+
         best = pick_fastest(context, gemm, plan, proposals, count, &measured);
+        gemm_choices_note(gemm->m, gemm->n, gemm->k, gemm_choices_clock() - start);
+    }
     plan->algo = proposals[best].algo;
     rc = cuda_check_launch(context, "timing a matrix product");
     if (rc == 0 && !capturing) {

@@ -26,6 +26,7 @@
 #define FILE_LIMIT     (sizeof(struct header) + GEMM_CHOICES_MAX * sizeof(struct gemm_choice))
 #define LOCK_WAIT      500     /* ms; it is held for one or two */
 #define LOCK_PAUSE     1000000 /* ns */
+#define SLOW_MS        10      /* of choosing: worth a line in the log */
 
 static const char magic[8] = "CLaaSmm";
 
@@ -272,4 +273,11 @@ int gemm_choices_write(const char *path, const struct gemm_choices_origin *origi
 int64_t gemm_choices_clock(void)
 {
     return claas_clock_ms();
+}
+
+void gemm_choices_note(int m, int n, int k, int64_t ms)
+{
+    if (ms >= SLOW_MS)
+        claas_debug("choosing for a matrix product of %d x %d x %d took %lld ms", m, n, k,
+                    (long long)ms);
 }

@@ -60,6 +60,8 @@ int gemm_choices_write(const char *path, const struct gemm_choices_origin *origi
                        const struct gemm_choices *choices);
 /* Monotonic milliseconds, to space writes. */
 int64_t gemm_choices_clock(void);
+/* A line in the log if choosing for a product of m x n x k took long enough to delay a chat. */
+void gemm_choices_note(int m, int n, int k, int64_t ms);
 
 #ifdef __cplusplus
 }

@@ -8,12 +8,13 @@ takes, how much memory is resident.
 In this order: short streamed chats on the idle server, each another question; one default feedback alone; then --feedbacks
 more, one after the other, while --streams clients read one chat after the other each. A gap is the time between two pieces of text as a client reads them. Everything is
 measured from outside, over HTTP, so the client's own share of the cores is part of it. Exits 1 if something failed; a
-bound that is missed is shown, not an error.
+bound that is missed is shown, not an error. With --set log.level=debug the server's lines about what kept its device long are shown, too.
 """
 import argparse
 import json
 import os
 import pathlib
+import re
 import signal
 import statistics
 import sys
@@ -178,7 +179,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Many readers in one interpreter: none may hold it for long while another's token waits.
     sys.setswitchinterval(5e-4)
-    load = os.getloadavg()[0]
+    load, reasons = os.getloadavg()[0], []
     if args.url:
         server = Server("unused")
         server.url = args.url
@@ -195,10 +196,13 @@ def main():
                            **measure(server, server.process.pid, args.chats, args.feedbacks, args.streams)}
             finally:
                 server.stop()
+            reasons = [line for line in server.log().splitlines() if " ms of a step" in line or re.search(r" took \d+ ms$", line)]
     figures["load_before"] = round(load, 2)
     busy = load > 0.5
     print(f"load before: {load:.2f}" + (": BUSY, so the times below are no measurement and their verdicts mean nothing" if busy else ""))
     report(figures, args.worst_gap, args.most_memory or None)
+    for line in reasons:
+        print(line)
     if args.json:
         text = json.dumps(figures)
         if args.json == "-":

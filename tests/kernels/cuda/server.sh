@@ -76,7 +76,8 @@ run_part() {
     loop) "$here/tools/quickstart" --once --device "$device" --claas "$claas" --model "$model" ;;
     learn) python3 "$tests/e2e/learning.py" "${on[@]}" --seeds 1 ;;
     learn3) python3 "$tests/e2e/learning.py" "${on[@]}" --seeds 1,2,3 ;;
-    gap) python3 "$tests/bench/chat_gap.py" "${on[@]}" --streams 8 --feedbacks 4 --worst-gap 100 --most-memory 0 --json - ;;
+    gap) python3 "$tests/bench/chat_gap.py" "${on[@]}" --set log.level=debug --streams 8 --feedbacks 4 --worst-gap 100 --most-memory 0 \
+        --json - ;;
     tenants) python3 "$tests/bench/tenants.py" "${on[@]}" --tenants 1,8 --rounds 2 ;;
     kill9) run_kill9 ;;
     memory) python3 "$tests/fault/out_of_memory.py" --claas "$claas" --model "$model" --device "$device" --share "$share" ;;
