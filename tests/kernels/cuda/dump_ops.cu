@@ -481,15 +481,23 @@ static void dump_lora(const char *name, int m, int k, int n, bool few)
 
 /* --- head and loss --- */
 
+/* By way of a copy, which initcheck sees: cuBLASLt's own stores it does not. */
 static void logits_of(const struct check_array *hidden, const struct check_array *head, int rows,
                       int vocab, int d, struct check_array *logits)
 {
+    const size_t bytes = (size_t)rows * vocab * sizeof(float);
+    struct check_buffer made = check_buffer_new(bytes);
     struct cuda_gemm g = {};
 
     g.form = CUDA_GEMM_NT, g.m = rows, g.n = vocab, g.k = d;
     g.a = hidden->data, g.lda = d, g.b = head->data, g.ldb = d;
-    g.out = logits->data, g.ldo = vocab, g.out_type = CUDA_TYPE_F32;
+    g.out = made.data, g.ldo = vocab, g.out_type = CUDA_TYPE_F32;
     check_rc(cuda_gemm(&context, &g), "logits");
+    check_cuda(cudaMemcpyAsync(logits->data, made.data, bytes, cudaMemcpyDeviceToDevice,
+                               context.stream),
+               "logits");
+    check_cuda(cudaStreamSynchronize(context.stream), "logits");
+    check_buffer_free(&made, "logits");
 }
 
 /* From the hidden rows of student and teacher, which are alike, to loss, log-prob and dlogits. */
