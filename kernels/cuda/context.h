@@ -40,6 +40,11 @@ struct cuda_use {
     size_t bytes;
 };
 #define CUDA_USES 16
+/* How chats get their turn within something long; give NULL: none waits. */
+struct cuda_turns {
+    int (*give)(void *arg);
+    void *arg;
+};
 
 struct cuda_context {
     int ordinal;
@@ -60,9 +65,10 @@ struct cuda_context {
     void *lt_space; /* workspace of every product on the stream: lt_region.base */
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
-    size_t bytes;  /* device memory taken through cuda_region_new */
-    uint64_t peak; /* the most that `bytes` was (pack/peak.h) */
-    size_t limit;  /* the most that `bytes` may be; 0: no limit */
+    struct cuda_turns turns; /* during a training step: given while a product is timed */
+    size_t bytes;            /* device memory taken through cuda_region_new */
+    uint64_t peak;           /* the most that `bytes` was (pack/peak.h) */
+    size_t limit;            /* the most that `bytes` may be; 0: no limit */
     struct cuda_use uses[CUDA_USES];
     bool lost; /* a sticky error was seen: nothing works any more */
     /* Held while work of the stream is captured into a graph. Another thread than the computing one

@@ -258,8 +258,8 @@ static int compute_decoding(claas_backend_t *backend)
     return cuda_graphs_run(&backend->context, &space->graphs, &key, compute, backend);
 }
 
-int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
-                 struct claas_sample *samples)
+static int run_pass(claas_backend_t *backend, const struct claas_segment *segments, int count,
+                    struct claas_sample *samples)
 {
     struct cuda_forward_space *space = &backend->forward;
     struct cuda_context *context = &backend->context;
@@ -289,5 +289,18 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
             code = cuda_sample(context, c->vocab, rows, space->logits, samples + row,
                                space->staging, space->device_samples, space->sampling);
     }
+    return code;
+}
+
+/* A pass within a step's turn gives none itself. */
+int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments, int count,
+                 struct claas_sample *samples)
+{
+    const struct cuda_turns turns = backend->context.turns;
+    int code;
+
+    backend->context.turns = (struct cuda_turns){0};
+    code = run_pass(backend, segments, count, samples);
+    backend->context.turns = turns;
     return code;
 }

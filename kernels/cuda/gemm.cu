@@ -225,7 +225,19 @@ static float time_algo(struct cuda_context *context, const struct cuda_gemm *gem
     return good ? milliseconds / (float)repeats : -1.0f;
 }
 
-/* The fastest of the proposals; each makes the product where it is wanted anyway. */
+/* A chat's turn between two timings: what is new to a process is loaded first, which takes
+ * milliseconds each. Its pass may describe the plan for rows of its own, and choose for it. */
+static cublasStatus_t give_turn(struct cuda_context *context, const struct cuda_gemm *gemm,
+                                struct plan *plan)
+{
+    if (!context->turns.give)
+        return CUBLAS_STATUS_SUCCESS;
+    (void)context->turns.give(context->turns.arg); /* a step given up ends behind the product */
+    return plan->m == gemm->m ? CUBLAS_STATUS_SUCCESS : describe(context, gemm, plan);
+}
+
+/* The fastest of the proposals; each makes the product where it is wanted anyway. Ends early where
+ * a chat's pass has chosen meanwhile. */
 static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *gemm,
                         struct plan *plan, const cublasLtMatmulHeuristicResult_t *proposals,
                         int count, bool *ret_measured)
@@ -234,8 +246,12 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
     int best = 0;
 
     for (int i = 0; i < count; i++) {
-        float time = time_algo(context, gemm, plan, &proposals[i].algo);
+        float time;
 
+        if (i > 0 && (give_turn(context, gemm, plan) != CUBLAS_STATUS_SUCCESS ||
+                      plan->state != PLAN_OPEN))
+            break;
+        time = time_algo(context, gemm, plan, &proposals[i].algo);
         if (time >= 0.0f && (best_time < 0.0f || time < CLEARLY_FASTER * best_time)) {
             best_time = time;
             best = i;
@@ -287,6 +303,8 @@ static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, st
 
         best = pick_fastest(context, gemm, plan, proposals, count, &measured);
         gemm_choices_note(gemm->m, gemm->n, gemm->k, gemm_choices_clock() - start);
+        if (plan->state != PLAN_OPEN)
+            return 0;
     }
     plan->algo = proposals[best].algo;
     rc = cuda_check_launch(context, "timing a matrix product");

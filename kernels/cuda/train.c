@@ -485,7 +485,7 @@ static int update(struct cuda_step *step)
     return code;
 }
 
-static int run_step(struct cuda_step *step, struct claas_train_result *ret)
+static int run_stages(struct cuda_step *step, struct claas_train_result *ret)
 {
     int64_t start = claas_clock_ns();
     int code = cuda_space_reserve(step);
@@ -501,6 +501,18 @@ static int run_step(struct cuda_step *step, struct claas_train_result *ret)
         code = fetch_figures(step, ret);
     if (code >= 0 && step->plan.request->update && ret->finite)
         code = update(step);
+    return code;
+}
+
+static int run_step(struct cuda_step *step, struct claas_train_result *ret)
+{
+    const struct claas_backend_train *request = step->plan.request;
+    struct cuda_turns *turns = &step->backend->context.turns;
+    int code;
+
+    *turns = (struct cuda_turns){.give = request->yield, .arg = request->yield_arg};
+    code = run_stages(step, ret);
+    *turns = (struct cuda_turns){0};
     return code;
 }
 
