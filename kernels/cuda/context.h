@@ -40,10 +40,12 @@ struct cuda_use {
     size_t bytes;
 };
 #define CUDA_USES 16
-/* How chats get their turn within something long; give NULL: none waits. */
+/* How chats get their turn within something long; give NULL: none waits. refused: give returned
+ * nonzero, the step is to be given up. */
 struct cuda_turns {
     int (*give)(void *arg);
     void *arg;
+    bool refused;
 };
 
 struct cuda_context {

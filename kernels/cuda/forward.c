@@ -1,7 +1,7 @@
 /* One forward pass of the engine: segments become rows of a pack, the layers run once, and the
  * wanted rows' logits are turned into tokens or scores on the device, in chunks. The only waiting
  * is for the samples, and for the timing of a product whose shape is new. Its workspace is its own:
- * the pass may run between two layers of a training step.
+ * the pass may run between two products of a training step, or between two timings of one.
  *
  * Decoding, one row of each sequence, is the same few hundred launches again and again: its rows
  * are filled up to one of a few numbers, and what is launched then follows from that number and

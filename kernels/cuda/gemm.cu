@@ -225,14 +225,20 @@ static float time_algo(struct cuda_context *context, const struct cuda_gemm *gem
     return good ? milliseconds / (float)repeats : -1.0f;
 }
 
-/* A chat's turn between two timings: what is new to a process is loaded first, which takes
- * milliseconds each. Its pass may describe the plan for rows of its own, and choose for it. */
+/* A chat's turn before a timing: what is new to a process is loaded first, which takes milliseconds
+ * each. Its pass may describe the plan for rows of its own, and choose for it. A step that is to be
+ * given up ends behind the product (cuda_turn). An error of CUDA's is this product's, so it must
+ * not meet the chat. Adds the turn's milliseconds to *away. */
 static cublasStatus_t give_turn(struct cuda_context *context, const struct cuda_gemm *gemm,
-                                struct plan *plan)
+                                struct plan *plan, int64_t *away)
 {
-    if (!context->turns.give)
+    struct cuda_turns *turns = &context->turns;
+    int64_t start = gemm_choices_clock();
+
+    if (!turns->give || turns->refused || cudaPeekAtLastError() != cudaSuccess)
         return CUBLAS_STATUS_SUCCESS;
-    (void)context->turns.give(context->turns.arg); /* a step given up ends behind the product */
+    turns->refused = turns->give(turns->arg) != 0;
+    *away += gemm_choices_clock() - start;
     return plan->m == gemm->m ? CUBLAS_STATUS_SUCCESS : describe(context, gemm, plan);
 }
 
@@ -242,14 +248,15 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
                         struct plan *plan, const cublasLtMatmulHeuristicResult_t *proposals,
                         int count, bool *ret_measured)
 {
+    int64_t start = gemm_choices_clock(), away = 0;
     float best_time = -1.0f;
     int best = 0;
 
     for (int i = 0; i < count; i++) {
         float time;
 
-        if (i > 0 && (give_turn(context, gemm, plan) != CUBLAS_STATUS_SUCCESS ||
-                      plan->state != PLAN_OPEN))
+        if (give_turn(context, gemm, plan, &away) != CUBLAS_STATUS_SUCCESS ||
+            plan->state != PLAN_OPEN)
             break;
         time = time_algo(context, gemm, plan, &proposals[i].algo);
         if (time >= 0.0f && (best_time < 0.0f || time < CLEARLY_FASTER * best_time)) {
@@ -257,6 +264,7 @@ static int pick_fastest(struct cuda_context *context, const struct cuda_gemm *ge
             best = i;
         }
     }
+    gemm_choices_note(gemm->m, gemm->n, gemm->k, gemm_choices_clock() - start - away);
     *ret_measured = best_time >= 0.0f;
     return best;
 }
@@ -299,10 +307,7 @@ static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, st
     if (rc < 0)
         return rc;
     if (count > 1 && context->plans->tunes && !capturing) {
-        int64_t start = gemm_choices_clock();
-
         best = pick_fastest(context, gemm, plan, proposals, count, &measured);
-        gemm_choices_note(gemm->m, gemm->n, gemm->k, gemm_choices_clock() - start);
         if (plan->state != PLAN_OPEN)
             return 0;
     }

@@ -35,6 +35,9 @@ struct cuda_gemm {
      * as if by launches of their own. Only if cuda_gemm_adds_lora; takes a turn of lora->pair. */
     const struct cuda_lora *lora;
 };
+/* Within a training step (context->turns) other passes may run inside of it, on the same stream: so
+ * nothing may be left in the context's workspace across a call, and no kernel may rely on being
+ * launched just behind another one with a call between them. */
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);
 /* Whether cuda_gemm can do this product with this LoRA in one launch. */
 bool cuda_gemm_adds_lora(struct cuda_context *context, const struct cuda_gemm *gemm);

@@ -62,7 +62,7 @@ void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, 
 
 int cuda_turn(const struct cuda_pass *pass)
 {
-    if (pass->yield && pass->yield(pass->yield_arg) != 0)
+    if (pass->backend->context.turns.refused || (pass->yield && pass->yield(pass->yield_arg) != 0))
         return claas_fail(CLAAS_ERR_CANCELLED, NULL);
     return 0;
 }

@@ -97,9 +97,9 @@ struct cuda_pass {
  * the device, so that time measured by the host means something. CANCELLED when the engine gives
  * up. */
 int cuda_yield(const struct cuda_pass *pass);
-/* Called after the products of one weight: gives the turn alone. It is needed that often because a
- * kernel's first launch loads it, which takes milliseconds, and a first step meets dozens of
- * kernels in its first layer. */
+/* Called after each product: gives the turn alone. It is needed that often because a kernel's first
+ * launch loads it, which takes milliseconds, and a first step meets dozens of kernels in its first
+ * layer. A product whose shape is new also gives turns itself, while it is timed. */
 int cuda_turn(const struct cuda_pass *pass);
 
 /* One weight of one layer over rows->m rows, with LoRA: out = x W^T (+ residual) + S (sB)^T. */

@@ -303,12 +303,16 @@ static size_t with_spare(size_t need, size_t before, size_t available)
 static int grow_region(struct cuda_step *step, size_t need)
 {
     claas_backend_t *backend = step->backend;
-    size_t before = backend->step.bytes, available = 0;
+    size_t before = backend->step.bytes, available = 0, bytes;
     int code;
 
     cuda_region_done(&backend->context, &backend->step);
     code = cuda_memory_free(&backend->context, &available);
-    return code < 0 ? code : take_region(step, with_spare(need, before, available));
+    if (code < 0)
+        return code;
+    bytes = with_spare(need, before, available);
+    code = take_region(step, bytes);
+    return code == CLAAS_ERR_NO_MEMORY && bytes > need ? take_region(step, need) : code;
 }
 
 /* Rather than compute layers twice, lets go of copies of adapters that only save time. */

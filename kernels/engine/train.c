@@ -15,7 +15,7 @@
 #include "claas/clock.h"
 #include "claas/log.h"
 
-#define LONG_NS INT64_C(50000000) /* between two turns of chats: worth a line in the log */
+#define LONG_NS INT64_C(50000000) /* between two turns of a chat: worth a line in the log */
 
 /* --- making a request --- */
 
@@ -263,8 +263,8 @@ static void give_turn(claas_device_t *device)
     int64_t ahead = now - device->last_yield;
 
     device->last_yield = now;
-    if (ahead >= LONG_NS)
-        claas_debug("no chat had its turn for %lld ms of a step", (long long)(ahead / 1000000));
+    if (ahead >= LONG_NS && claas_generate_has_chat(device))
+        claas_debug("a chat waited %lld ms for its turn", (long long)(ahead / 1000000));
     if (now - device->slice_start + ahead <= slice)
         return;
     while (claas_generate_iterate(device)) {

@@ -1,5 +1,5 @@
-/* Products that are timed while chats wait, on a cuBLASLt of the test's own: a turn between two
- * timings, and what a chat's pass may do in it to the plan that is being made. Needs no card. */
+/* Products that are timed while chats wait, on a cuBLASLt of the test's own: a turn before each
+ * timing, and what a chat's pass may do in it to the plan that is being made. Needs no card. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -23,6 +23,7 @@ static struct {
     uint64_t algo;                  /* of the last product */
     int products, timings, turns;   /* so many so far */
     uint64_t rows[256], algos[256]; /* of each product */
+    cudaError_t error;              /* pending */
 } library;
 
 /* --- cuBLASLt and CUDA --- */
@@ -157,11 +158,17 @@ cudaError_t cudaGetLastError(void)
     return cudaSuccess;
 }
 
+cudaError_t cudaPeekAtLastError(void)
+{
+    return library.error;
+}
+
 /* --- a step and the chats --- */
 
 static struct cuda_context context;
 static struct chat {
-    int m, n; /* of its pass's only product; 0: it has no pass */
+    int m, n;     /* of its pass's only product; 0: it has no pass */
+    bool refuses; /* the step is to be given up */
 } chat;
 
 static void multiply(int m, int n)
@@ -193,7 +200,7 @@ static int give(void *arg)
     if (chat.m > 0)
         multiply(chat.m, chat.n);
     context.turns = turns;
-    return 0;
+    return chat.refuses;
 }
 
 static int set_up(void **state)
@@ -205,7 +212,7 @@ static int set_up(void **state)
     context.act = CUDA_TYPE_F32;
     context.act_bytes = 4;
     context.turns = (struct cuda_turns){.give = give, .arg = &library};
-    return 0;
+    return unsetenv("CLAAS_CUDA_TUNE") == 0 ? setenv("CLAAS_CUDA_CHOICES", "", 1) : -1;
 }
 
 static int tear_down(void **state)
@@ -221,16 +228,37 @@ static void expect_last(int m)
     assert_int_equal(library.algos[library.products - 1], FASTEST);
 }
 
-static void a_turn_between_two_timings(void **state)
+static void a_turn_before_each_timing(void **state)
 {
     (void)state;
     multiply(300, N);
     assert_int_equal(library.timings, PROPOSALS);
-    assert_int_equal(library.turns, PROPOSALS - 1);
+    assert_int_equal(library.turns, PROPOSALS);
     expect_last(300);
     multiply(300, N); /* chosen already */
-    assert_int_equal(library.turns, PROPOSALS - 1);
+    assert_int_equal(library.turns, PROPOSALS);
     expect_last(300);
+}
+
+/* The product is made all the same, and whoever asked for it learns that the step is given up. */
+static void a_step_that_is_given_up(void **state)
+{
+    (void)state;
+    chat.refuses = true;
+    multiply(300, N);
+    assert_int_equal(library.timings, PROPOSALS);
+    assert_int_equal(library.turns, 1);
+    assert_true(context.turns.refused);
+    expect_last(300);
+}
+
+/* An error of CUDA's is not handed to a chat. */
+static void no_turn_behind_an_error(void **state)
+{
+    (void)state;
+    library.error = cudaErrorInvalidValue;
+    multiply(300, N);
+    assert_int_equal(library.turns, 0);
 }
 
 static void outside_of_a_step_none(void **state)
@@ -249,7 +277,7 @@ static void a_pass_with_another_product(void **state)
     (void)state;
     chat = (struct chat){.m = 20, .n = 2 * N};
     multiply(300, N);
-    assert_int_equal(library.turns, PROPOSALS - 1);
+    assert_int_equal(library.turns, PROPOSALS);
     assert_int_equal(library.timings, 2 * PROPOSALS);
     expect_last(300);
 }
@@ -262,14 +290,16 @@ static void a_pass_with_the_same_plan(void **state)
     chat = (struct chat){.m = 400, .n = N};
     multiply(300, N);
     assert_int_equal(library.turns, 1);
-    assert_int_equal(library.timings, 1 + PROPOSALS);
+    assert_int_equal(library.timings, PROPOSALS);
     expect_last(300);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(a_turn_between_two_timings, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_turn_before_each_timing, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_step_that_is_given_up, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(no_turn_behind_an_error, set_up, tear_down),
         cmocka_unit_test_setup_teardown(outside_of_a_step_none, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_pass_with_another_product, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_pass_with_the_same_plan, set_up, tear_down),
