@@ -55,6 +55,7 @@ int process_open_device(struct process *process)
         .precision = claas_config_string(config, "device.precision"),
         .threads = (int)claas_config_int(config, "device.threads"),
         .kv_tokens = (size_t)claas_config_int(config, "device.kv_tokens"),
+        .warm = true,
         .prefill_chunk = (int)claas_config_int(config, "device.prefill_chunk"),
         .max_batch = (int)claas_config_int(config, "device.max_batch"),
         .slice_ms = (int)claas_config_int(config, "device.slice"),

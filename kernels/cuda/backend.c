@@ -244,6 +244,7 @@ static int measure_floor(const struct claas_backend_options *options,
 const struct claas_backend_ops claas_backend_cuda = {
     .name = "cuda",
     .prefill_chunk = 2048,
+    .warm = cuda_warm,
     .cycles = 8,
     .open = open_backend,
     .free = close_backend,

@@ -323,14 +323,14 @@ static int choose(struct cuda_context *context, const struct cuda_gemm *gemm, st
 /* --- the table of choices --- */
 
 /* Finer where a few rows more change what is best. */
-static int32_t size_class(int size)
+int cuda_gemm_class(int m)
 {
-    int step = size <= 4096 ? 256 : 1024;
+    int step = m <= 4096 ? 256 : 1024;
     int power = 1;
 
-    if (size > 256)
-        return (int32_t)(((int64_t)size + step - 1) / step * step);
-    while (power < size)
+    if (m > 256)
+        return (int)(((int64_t)m + step - 1) / step * step);
+    while (power < m)
         power *= 2;
     return power;
 }
@@ -341,7 +341,7 @@ static struct plan_key make_key(const struct cuda_context *context, const struct
     struct plan_key key;
 
     key.form = gemm->form;
-    key.m = exact ? gemm->m : size_class(gemm->m);
+    key.m = exact ? gemm->m : cuda_gemm_class(gemm->m);
     key.n = gemm->n;
     key.k = gemm->k;
     key.lda = gemm->lda;

@@ -39,6 +39,8 @@ struct cuda_gemm {
  * nothing may be left in the context's workspace across a call, and no kernel may rely on being
  * launched just behind another one with a call between them. */
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);
+/* The most rows that take what was chosen for m rows. */
+int cuda_gemm_class(int m);
 /* Whether cuda_gemm can do this product with this LoRA in one launch. */
 bool cuda_gemm_adds_lora(struct cuda_context *context, const struct cuda_gemm *gemm);
 void cuda_gemm_plans_free(struct cuda_context *context);

@@ -185,5 +185,7 @@ int cuda_forward(claas_backend_t *backend, const struct claas_segment *segments,
                  struct claas_sample *samples);
 int cuda_train(claas_backend_t *backend, const struct claas_backend_train *request,
                struct claas_train_result *ret);
+/* Passes of every size class of rows. Only what makes the device useless is an error. */
+int cuda_warm(claas_backend_t *backend);
 
 #endif

@@ -206,6 +206,8 @@ static int open_backend(claas_device_t *device)
     if (device->segments == NULL || device->samples == NULL || device->planned == NULL)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     rc = device->ops->open(&options, device->model, &device->backend);
+    if (rc >= 0 && device->options.warm && device->ops->warm != NULL)
+        rc = device->ops->warm(device->backend);
     if (rc >= 0)
         rc = claas_kv_new(device->ops->kv_blocks ? device->ops->kv_blocks(device->backend)
                                                  : options.kv_blocks,

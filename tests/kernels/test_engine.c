@@ -875,9 +875,38 @@ static void test_forward_error(void **state)
     rig_close(&rig);
 }
 
+/* --- passes before the first chat --- */
+
+static int warm_passes;
+
+static int count_warm(claas_backend_t *backend)
+{
+    assert_non_null(backend);
+    warm_passes++;
+    return 0;
+}
+
+static void a_device_is_warmed_where_that_is_asked_for(void **state)
+{
+    struct claas_backend_ops ops = fake_backend;
+
+    (void)state;
+    warm_passes = 0;
+    for (int asked = 0; asked < 2; asked++)
+        for (int has = 0; has < 2; has++) {
+            struct rig rig;
+
+            ops.warm = has ? count_warm : NULL;
+            rig = rig_open_on(&ops, (struct claas_device_options){.warm = asked});
+            rig_close(&rig);
+        }
+    assert_int_equal(warm_passes, 1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_device_is_warmed_where_that_is_asked_for),
         cmocka_unit_test(test_kv_table),
         cmocka_unit_test(test_kv_memory),
         cmocka_unit_test(test_one),
