@@ -44,8 +44,8 @@ struct claas_device_options {
                               its control group is limited to), at most 16 GiB, else none */
     claas_loading_fn *loading; /* NULL, or called by the thread that opens while weights are read */
     void *loading_arg;
-    bool warm; /* on a GPU: opens only after passes of every size, whose products are timed once for
-                  a card and then known; else the first chats wait for that */
+    bool warm; /* on a GPU: opens only after passes of every size (5 s at most), whose products are
+                  timed once for a card and then known; else the first chats wait for that */
 };
 
 /* `model` must outlive the device; its weights are copied into the device's layout. INVALID (an

@@ -514,6 +514,14 @@ static void keep_choices(struct cuda_context *context)
         write_choices(plans);
 }
 
+void cuda_gemm_keep(struct cuda_context *context)
+{
+    struct cuda_gemm_plans *plans = context->plans;
+
+    if (plans && plans->path && plans->unsaved)
+        write_choices(plans);
+}
+
 /* --- opening and closing --- */
 
 static bool is_off(const char *variable)

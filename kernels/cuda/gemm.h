@@ -41,6 +41,8 @@ struct cuda_gemm {
 int cuda_gemm(struct cuda_context *context, const struct cuda_gemm *gemm);
 /* The most rows that take what was chosen for m rows. */
 int cuda_gemm_class(int m);
+/* Writes what was chosen to its file now. */
+void cuda_gemm_keep(struct cuda_context *context);
 /* Whether cuda_gemm can do this product with this LoRA in one launch. */
 bool cuda_gemm_adds_lora(struct cuda_context *context, const struct cuda_gemm *gemm);
 void cuda_gemm_plans_free(struct cuda_context *context);

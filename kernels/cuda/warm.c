@@ -1,17 +1,30 @@
 /* Passes before the first chat. Kernels are loaded when they are first used, and cuBLASLt's
  * products of a new size class are timed then, each with several algorithms: milliseconds each, in
  * a pass that nothing can come between, while every chat waits. So there is a pass of every class
- * of rows, over key/value blocks that nobody uses yet. What is chosen is kept in a file
- * (gemm_choices.h), so all but a machine's first start take a fraction of a second. */
+ * of rows, without an adapter, over key/value blocks that nobody uses yet. What is chosen is kept
+ * in a file (gemm_choices.h), so all but a machine's first start take a fraction of a second.
+ * CLAAS_CUDA_WARM=0: no such passes. */
 #include "cuda/pass.h"
 
 #include "claas/clock.h"
 #include "claas/log.h"
 #include "claas/mem.h"
 
+#include <stdlib.h>
+#include <string.h>
+
+#define LONGEST_MS 5000 /* what is left then is for the chats */
+
 static int least(int a, int b)
 {
     return a < b ? a : b;
+}
+
+static bool is_off(void)
+{
+    const char *wish = getenv("CLAAS_CUDA_WARM");
+
+    return wish && strcmp(wish, "0") == 0;
 }
 
 /* m tokens of a sequence, and the score of the last one. */
@@ -33,12 +46,16 @@ int cuda_warm(claas_backend_t *backend)
     CLAAS_AUTO_FREE int32_t *blocks = CLAAS_NEW_ARRAY(int32_t, (size_t)(most / CUDA_KV_BLOCK) + 1);
     int code = 0, passes = 0;
 
+    if (is_off())
+        return 0;
     if (!tokens || !blocks)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     for (int i = 0; i <= most / CUDA_KV_BLOCK; i++)
         blocks[i] = i;
-    for (int m = 1; m <= most && code >= 0; m = cuda_gemm_class(m) + 1, passes++)
+    for (int m = 1; m <= most && code >= 0 && claas_clock_ms() - start < LONGEST_MS;
+         m = cuda_gemm_class(m) + 1, passes++)
         code = run_rows(backend, least(cuda_gemm_class(m), most), tokens, blocks);
+    cuda_gemm_keep(&backend->context);
     if (code == CLAAS_ERR_DEVICE_LOST)
         return code;
     if (code < 0)

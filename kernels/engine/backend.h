@@ -109,8 +109,9 @@ struct claas_backend_ops {
     int (*open)(const struct claas_backend_options *options, claas_model_t *model,
                 claas_backend_t **ret);
     void (*free)(claas_backend_t **backend);
-    /* Runs passes of every size, so that nothing is new to the first chats; nothing else uses the
-     * back-end yet. NULL: there is nothing to learn from them. */
+    /* Runs passes of every size, so that their products are known to the first chats. Called by the
+     * thread that opens, before anything else uses the back-end. NULL: there is nothing to learn
+     * from them. */
     int (*warm)(claas_backend_t *backend);
     /* "cpu bf16-avx512bf16 x2" */
     const char *(*describe)(const claas_backend_t *backend);

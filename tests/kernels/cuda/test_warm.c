@@ -13,9 +13,15 @@
 
 static claas_backend_t backend;
 static struct {
-    int rows[64], count;
+    int rows[64], count, kept;
     int failing, code; /* the pass with this number returns code */
 } passes;
+
+void cuda_gemm_keep(struct cuda_context *context)
+{
+    assert_ptr_equal(context, &backend.context);
+    passes.kept++;
+}
 
 int cuda_gemm_class(int m)
 {
@@ -53,8 +59,7 @@ int cuda_forward(claas_backend_t *of, const struct claas_segment *segments, int 
 
 static int warm(int max_tokens, int kv_blocks, int context)
 {
-    memset(&passes, 0, sizeof(passes));
-    passes.failing = -1;
+    passes.count = passes.kept = 0;
     backend.max_tokens = max_tokens;
     backend.kv_blocks = kv_blocks;
     backend.model.config.context = context;
@@ -80,6 +85,11 @@ static void there_is_a_pass_of_each_class(void **state)
     assert_int_equal(warm(2112, 100000, 40960), 0);
     expect_classes(2112);
     assert_int_equal(passes.count, 7 + 10); /* to 64, to 2,112 */
+    assert_int_equal(passes.kept, 1);
+    assert_int_equal(setenv("CLAAS_CUDA_WARM", "0", 1), 0);
+    assert_int_equal(warm(2112, 100000, 40960), 0);
+    assert_int_equal(passes.count, 0);
+    assert_int_equal(unsetenv("CLAAS_CUDA_WARM"), 0);
 }
 
 static void they_fit_pool_and_context(void **state)
@@ -99,23 +109,30 @@ static void they_fit_pool_and_context(void **state)
 static void a_failure_ends_them(void **state)
 {
     (void)state;
-    memset(&passes, 0, sizeof(passes));
     passes.failing = 3;
     passes.code = CLAAS_ERR_NO_MEMORY;
-    assert_int_equal(cuda_warm(&backend), 0);
+    assert_int_equal(warm(2112, 100000, 40960), 0);
     assert_int_equal(passes.count, 4);
-    memset(&passes, 0, sizeof(passes));
+    passes.failing = 0;
     passes.code = CLAAS_ERR_DEVICE_LOST;
-    assert_int_equal(cuda_warm(&backend), CLAAS_ERR_DEVICE_LOST);
+    assert_int_equal(warm(2112, 100000, 40960), CLAAS_ERR_DEVICE_LOST);
     assert_int_equal(passes.count, 1);
+}
+
+static int set_up(void **state)
+{
+    (void)state;
+    memset(&passes, 0, sizeof(passes));
+    passes.failing = -1;
+    return unsetenv("CLAAS_CUDA_WARM");
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(there_is_a_pass_of_each_class),
-        cmocka_unit_test(they_fit_pool_and_context),
-        cmocka_unit_test(a_failure_ends_them),
+        cmocka_unit_test_setup(there_is_a_pass_of_each_class, set_up),
+        cmocka_unit_test_setup(they_fit_pool_and_context, set_up),
+        cmocka_unit_test_setup(a_failure_ends_them, set_up),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
