@@ -268,7 +268,6 @@ static __global__ void probe_kernel(void)
 
 static int check_device(struct cuda_context *context)
 {
-    const char *early = getenv("CLAAS_CUDA_EARLY"), *fuse = getenv("CLAAS_CUDA_FUSE");
     struct cudaFuncAttributes attributes;
     cudaDeviceProp properties;
     cudaError_t code = cudaSetDevice(0);
@@ -299,8 +298,8 @@ static int check_device(struct cuda_context *context)
     if (attributes.ptxVersion >= OLDEST_ARCH && attributes.ptxVersion < context->arch)
         context->arch = attributes.ptxVersion;
     context->warpgroups = attributes.sharedSizeBytes >= PROBE_MARK * sizeof(int);
-    context->early = context->arch >= 90 && !(early && strcmp(early, "0") == 0);
-    context->fuse = !(fuse && strcmp(fuse, "0") == 0);
+    context->early = context->arch >= 90 && !cuda_is_off("CLAAS_CUDA_EARLY");
+    context->fuse = !cuda_is_off("CLAAS_CUDA_FUSE");
     return 0;
 }
 

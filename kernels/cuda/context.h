@@ -19,6 +19,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -47,6 +49,13 @@ struct cuda_turns {
     void *arg;
     bool refused;
 };
+/* Gives one turn. true: the step is to be given up. */
+static inline bool cuda_give_turn(struct cuda_turns *turns)
+{
+    if (turns->give && !turns->refused)
+        turns->refused = turns->give(turns->arg) != 0;
+    return turns->refused;
+}
 
 struct cuda_context {
     int ordinal;
@@ -67,7 +76,7 @@ struct cuda_context {
     void *lt_space; /* workspace of every product on the stream: lt_region.base */
     size_t lt_space_bytes;
     struct cuda_gemm_plans *plans;
-    struct cuda_turns turns; /* during a training step: given while a product is timed */
+    struct cuda_turns turns; /* of the training step under way */
     size_t bytes;            /* device memory taken through cuda_region_new */
     uint64_t peak;           /* the most that `bytes` was (pack/peak.h) */
     size_t limit;            /* the most that `bytes` may be; 0: no limit */
@@ -78,6 +87,14 @@ struct cuda_context {
      * captured, or spoil the capture. */
     pthread_mutex_t capture;
 };
+
+/* Whether an environment variable says 0, which turns off what it is about. */
+static inline bool cuda_is_off(const char *variable)
+{
+    const char *value = getenv(variable);
+
+    return value && strcmp(value, "0") == 0;
+}
 
 /* Whether there is a usable driver and a card: 0, or UNSUPPORTED with one clear line. */
 int cuda_find_device(void);

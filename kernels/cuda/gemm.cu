@@ -232,12 +232,11 @@ static float time_algo(struct cuda_context *context, const struct cuda_gemm *gem
 static cublasStatus_t give_turn(struct cuda_context *context, const struct cuda_gemm *gemm,
                                 struct plan *plan, int64_t *away)
 {
-    struct cuda_turns *turns = &context->turns;
     int64_t start = gemm_choices_clock();
 
-    if (!turns->give || turns->refused || cudaPeekAtLastError() != cudaSuccess)
+    if (cudaPeekAtLastError() != cudaSuccess)
         return CUBLAS_STATUS_SUCCESS;
-    turns->refused = turns->give(turns->arg) != 0;
+    (void)cuda_give_turn(&context->turns);
     *away += gemm_choices_clock() - start;
     return plan->m == gemm->m ? CUBLAS_STATUS_SUCCESS : describe(context, gemm, plan);
 }
@@ -524,13 +523,6 @@ void cuda_gemm_keep(struct cuda_context *context)
 
 /* --- opening and closing --- */
 
-static bool is_off(const char *variable)
-{
-    const char *value = getenv(variable);
-
-    return value && strcmp(value, "0") == 0;
-}
-
 static int open_plans(struct cuda_context *context)
 {
     struct cuda_gemm_plans *plans;
@@ -542,8 +534,8 @@ static int open_plans(struct cuda_context *context)
     if (!plans)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
     context->plans = plans;
-    plans->tunes = !is_off("CLAAS_CUDA_TUNE");
-    plans->few = !is_off("CLAAS_CUDA_FEW");
+    plans->tunes = !cuda_is_off("CLAAS_CUDA_TUNE");
+    plans->few = !cuda_is_off("CLAAS_CUDA_FEW");
     plans->written = gemm_choices_clock();
     rc = grow(plans);
     if (rc == 0)

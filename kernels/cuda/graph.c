@@ -4,14 +4,9 @@
 
 #include "claas/log.h"
 
-#include <stdlib.h>
-#include <string.h>
-
 void cuda_graphs_open(struct cuda_graphs *graphs)
 {
-    const char *wish = getenv("CLAAS_CUDA_GRAPHS");
-
-    *graphs = (struct cuda_graphs){.off = wish && strcmp(wish, "0") == 0};
+    *graphs = (struct cuda_graphs){.off = cuda_is_off("CLAAS_CUDA_GRAPHS")};
 }
 
 static void drop(struct cuda_graph *graph)

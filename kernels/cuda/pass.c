@@ -62,7 +62,7 @@ void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, 
 
 int cuda_turn(const struct cuda_pass *pass)
 {
-    if (pass->backend->context.turns.refused || (pass->yield && pass->yield(pass->yield_arg) != 0))
+    if (cuda_give_turn(&pass->backend->context.turns))
         return claas_fail(CLAAS_ERR_CANCELLED, NULL);
     return 0;
 }
@@ -73,7 +73,7 @@ int cuda_yield(const struct cuda_pass *pass)
     struct cuda_context *context = &backend->context;
     int code;
 
-    if (!pass->yield)
+    if (!context->turns.give)
         return 0;
     code = cuda_check(context, cudaEventRecord(backend->turns[backend->turn], context->stream),
                       "a step");

@@ -89,8 +89,6 @@ struct cuda_pass {
     size_t split_bytes;
     uint8_t *kv; /* serving: block 0 of layer 0 */
     size_t kv_layer_bytes;
-    claas_yield_fn *yield;
-    void *yield_arg;
 };
 
 /* Called between layers: gives the engine its turn, and keeps the host at most two calls ahead of

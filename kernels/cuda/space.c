@@ -367,6 +367,4 @@ void cuda_space_enter(struct cuda_step *step, enum cuda_stage stage)
     step->space = (struct cuda_step_space){0};
     place_stage(step, stage, &arena, &step->space);
     step->space.pass.backend = step->backend;
-    step->space.pass.yield = step->plan.request->yield;
-    step->space.pass.yield_arg = step->plan.request->yield_arg;
 }

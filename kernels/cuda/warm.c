@@ -10,21 +10,11 @@
 #include "claas/log.h"
 #include "claas/mem.h"
 
-#include <stdlib.h>
-#include <string.h>
-
 #define LONGEST_MS 5000 /* what is left then is for the chats */
 
 static int least(int a, int b)
 {
     return a < b ? a : b;
-}
-
-static bool is_off(void)
-{
-    const char *wish = getenv("CLAAS_CUDA_WARM");
-
-    return wish && strcmp(wish, "0") == 0;
 }
 
 /* m tokens of a sequence, and the score of the last one. */
@@ -46,7 +36,7 @@ int cuda_warm(claas_backend_t *backend)
     CLAAS_AUTO_FREE int32_t *blocks = CLAAS_NEW_ARRAY(int32_t, (size_t)(most / CUDA_KV_BLOCK) + 1);
     int code = 0, passes = 0;
 
-    if (is_off())
+    if (cuda_is_off("CLAAS_CUDA_WARM"))
         return 0;
     if (!tokens || !blocks)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
