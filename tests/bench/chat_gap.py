@@ -196,7 +196,7 @@ def main():
                            **measure(server, server.process.pid, args.chats, args.feedbacks, args.streams)}
             finally:
                 server.stop()
-            reasons = [line for line in server.log().splitlines() if " ms for its turn" in line or re.search(r" took \d+ ms$", line)]
+            reasons = [line for line in server.log().splitlines() if re.search(r" ms for its turn| took \d+ ms$| passes before the first chat", line)]
     figures["load_before"] = round(load, 2)
     busy = load > 0.5
     print(f"load before: {load:.2f}" + (": BUSY, so the times below are no measurement and their verdicts mean nothing" if busy else ""))

@@ -131,6 +131,15 @@ class Server:
         self.process.stdout.close()
         self.process = None
 
+    @contextlib.contextmanager
+    def stopped(self):
+        """Meanwhile the process does nothing, so what is sent is there at once when it goes on."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def is_running(self):
         return self.process is not None and self.process.poll() is None
 

@@ -272,8 +272,10 @@ def test_client_that_does_not_read(server):
     job = server.feedback("a/one", "x" * 6_000_000, server.answer, wait=False)["job_id"]
     server.wait_state(job)
     before = server.memory_mb()
-    with Client(server.data, receive_hwm=1) as one, Client(server.data) as other:
-        numbers = []
+    with server.stopped():  # so the first are all under way before any is answered, and those after them are refused
+        one = Client(server.data, receive_hwm=1)
+        numbers = [one.send("storage", JOB_GET, {"job_id": job}) for _ in range(20)]
+    with one, Client(server.data) as other:
         for _ in range(10):
             numbers += [one.send("storage", JOB_GET, {"job_id": job}) for _ in range(20)]
             assert other.ask("storage", JOB_GET, {"job_id": job}).kind == REP  # behind the others in the mailbox
