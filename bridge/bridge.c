@@ -15,6 +15,11 @@ int claas_bridge_check(const claas_config_t *config)
     return listen_check(claas_config_string(config, "listen"));
 }
 
+int claas_bridge_try(const claas_config_t *config)
+{
+    return listen_try(claas_config_string(config, "listen"));
+}
+
 static void stop(void **self)
 {
     struct http_server *server = *self;

@@ -18,6 +18,8 @@ struct claas_bridge_args {
 /* Checks the setting `listen`, before anything is opened. INVALID: malformed; DENIED: not a
  * loopback address. */
 int claas_bridge_check(const claas_config_t *config);
+/* Whether `listen` could be bound now: CONFLICT while another program has it. */
+int claas_bridge_try(const claas_config_t *config);
 
 /* Start argument: struct claas_bridge_args. Starting fails with a clear sentence if the address is
  * taken, malformed, or not a loopback address. */

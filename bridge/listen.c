@@ -106,7 +106,8 @@ static int fail_bind(int fd, const char *text)
     return claas_fail_errno("listen: %s", text);
 }
 
-int listen_open(const char *text, int port_hint, int backlog, int *ret_fd, int *ret_port)
+/* A socket that has the address, and does not listen yet. */
+static int bind_socket(const char *text, int port_hint, int *ret_fd)
 {
     union address address;
     socklen_t size;
@@ -126,9 +127,31 @@ int listen_open(const char *text, int port_hint, int backlog, int *ret_fd, int *
     if (fd < 0)
         return claas_fail_errno("listen: socket");
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
-    if (bind(fd, &address.any, size) < 0 || listen(fd, backlog) < 0)
+    if (bind(fd, &address.any, size) < 0)
         return fail_bind(fd, text);
-    size = sizeof(address);
+    *ret_fd = fd;
+    return 0;
+}
+
+int listen_try(const char *text)
+{
+    int fd = -1, rc = bind_socket(text, 0, &fd);
+
+    if (rc == 0)
+        close(fd);
+    return rc;
+}
+
+int listen_open(const char *text, int port_hint, int backlog, int *ret_fd, int *ret_port)
+{
+    union address address;
+    socklen_t size = sizeof(address);
+    int fd = -1, rc = bind_socket(text, port_hint, &fd);
+
+    if (rc < 0)
+        return rc;
+    if (listen(fd, backlog) < 0)
+        return fail_bind(fd, text);
     getsockname(fd, &address.any, &size);
     *ret_port =
         ntohs(address.any.sa_family == AF_INET6 ? address.v6.sin6_port : address.v4.sin_port);

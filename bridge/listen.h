@@ -6,6 +6,8 @@
 
 /* Whether `address` is well formed (else INVALID) and may be bound (else DENIED). */
 int listen_check(const char *address);
+/* Whether `address` can be bound now; it is let go again. */
+int listen_try(const char *address);
 /* `address` is "127.0.0.1:8080", "[::1]:8080" or "localhost:8080"; `port_hint` > 0 replaces port 0.
  * INVALID: syntax; DENIED: not a loopback address; CONFLICT: taken. */
 int listen_open(const char *address, int port_hint, int backlog, int *ret_fd, int *ret_port);

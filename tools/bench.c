@@ -49,7 +49,8 @@ enum {
     }
 #define OPTION_ITERS                                                                               \
     {                                                                                              \
-        "iters", KEY_ITERATIONS, "N", 0, "measured runs", 0                                        \
+        "iters", KEY_ITERATIONS, "N", 0, "measured runs (step 7, prefill 5, decode and cycle 3)",  \
+            0                                                                                      \
     }
 #define OPTION_JSON                                                                                \
     {                                                                                              \

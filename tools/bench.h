@@ -36,6 +36,8 @@ struct bench_rig {
 /* The path that --model stands for: the bare name of a known shape means random weights of it. Free
  * with free(); NULL when out of memory. */
 char *bench_model_path(const char *model);
+/* The error of opening it: a name that is neither a file's nor a shape's was not understood. */
+int bench_fail_model(int rc, const char *model);
 int bench_open(struct bench_rig *rig, const struct bench_args *args, size_t kv_tokens);
 void bench_close(struct bench_rig *rig);
 /* Fills in what follows from rig->model and rig->config; bench_open has done so. */

@@ -147,7 +147,7 @@ static int open_server(struct bench_server *server, const struct bench_args *arg
     if (rc == 0)
         rc = load_config(server, args);
     if (rc == 0)
-        rc = process_open_device(process);
+        rc = bench_fail_model(process_open_device(process), args->model);
     if (rc == 0)
         rc = claas_runtime_new(process->config, &process->runtime);
     if (rc == 0)

@@ -6,7 +6,9 @@
 
 int bench_cycle(const struct bench_args *args)
 {
-    return claas_fail(CLAAS_ERR_UNSUPPORTED, "learning cycles need the server: claas bench cycle");
+    return claas_fail(
+        CLAAS_ERR_UNSUPPORTED,
+        "this program has no server, which learning cycles need: use claas bench cycle");
 }
 
 int main(int argc, char **argv)

@@ -20,13 +20,23 @@ char *bench_model_path(const char *model)
     return claas_strdup(model);
 }
 
+int bench_fail_model(int rc, const char *model)
+{
+    if (rc != CLAAS_ERR_NOT_FOUND || strchr(model, ':') != NULL || strchr(model, '/') != NULL)
+        return rc;
+    return claas_fail(rc, "--model: there is no file or directory %s here, and %s",
+                      claas_quote(model).text, claas_error_text());
+}
+
 static int open_model(const char *model, claas_model_t **ret)
 {
     CLAAS_AUTO_FREE char *path = bench_model_path(model);
     /* Random tokens are rendered by nothing: a model without a template will do. */
     struct claas_model_options options = {.path = path, .chat_template = "chatml"};
 
-    return path != NULL ? claas_model_open(&options, ret) : claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    if (path == NULL)
+        return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
+    return bench_fail_model(claas_model_open(&options, ret), model);
 }
 
 /* Random models have no file: their weights count as bfloat16. */

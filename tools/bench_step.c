@@ -166,7 +166,7 @@ int bench_step(const struct bench_args *args)
     int rc;
 
     if (args->adapters < 1 || args->adapters > args->batch[0])
-        return claas_fail(CLAAS_ERR_INVALID, "%d adapters for %d rows: each needs one",
+        return claas_fail(CLAAS_ERR_INVALID, "--adapters %d: from 1 to the rows of --batch, %d",
                           args->adapters, args->batch[0]);
     rc = measure(args, &work, &line);
     if (rc == 0)

@@ -193,7 +193,7 @@ int model_calibrate(int argc, char **argv)
                "answers that follow three built-in preferences, and the share of unrelated answers "
                "that show the first one, which must not.\vPrints the settings that follow as YAML; "
                "put them into the server's configuration. Takes minutes on a small model; uses "
-               "every CPU.",
+               "every CPU, and never a GPU.",
         .options = options,
         .take = take_option,
     };

@@ -236,10 +236,10 @@ static int load_config(struct serve_args *args, struct process *process)
     data = claas_config_string(process->config, "data");
     rc = claas_mkdir_all(data);
     if (rc < 0)
-        return rc;
+        return claas_fail(rc, "data: %s", claas_error_text());
     absolute = realpath(data, NULL);
     if (!absolute)
-        return claas_fail_errno("data directory %s", data);
+        return claas_fail_errno("data: %s", data);
     if (args->count + 2 > OVERRIDES_MAX)
         return claas_fail(CLAAS_ERR_LIMIT, "more than %d settings", OVERRIDES_MAX - 2);
     own_override(args, claas_format("data=%s", absolute));
@@ -282,6 +282,17 @@ static int check_config(const struct process *process)
     return rc;
 }
 
+/* What somebody else may have: found before the model is read, too. Whoever comes between is found
+ * later. */
+static int check_free(const struct process *process)
+{
+    int rc = claas_runtime_try(process->config);
+
+    if (rc == 0 && process_has_role(process, "bridge"))
+        rc = claas_bridge_try(process->config);
+    return rc;
+}
+
 static int run(struct serve_args *args, struct process *process)
 {
     enum claas_log_level level = CLAAS_LOG_INFO;
@@ -293,6 +304,9 @@ static int run(struct serve_args *args, struct process *process)
     claas_log_setup(level, claas_config_string(process->config, "log.format"));
     rc = check_config(process);
     process->bad_config = rc < 0;
+    if (rc < 0)
+        return rc;
+    rc = check_free(process);
     if (rc < 0)
         return rc;
     prepare_signals(process);

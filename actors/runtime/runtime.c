@@ -75,6 +75,11 @@ int claas_runtime_check(const claas_config_t *config)
     return upstream[0] ? claas_switch_check_upstream(upstream) : 0;
 }
 
+int claas_runtime_try(const claas_config_t *config)
+{
+    return claas_switch_try(config);
+}
+
 int claas_runtime_new(const claas_config_t *config, claas_runtime_t **ret)
 {
     CLAAS_AUTO(claas_runtime_free) claas_runtime_t *runtime = CLAAS_NEW(claas_runtime_t);

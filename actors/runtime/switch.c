@@ -27,6 +27,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#define OUTER_NAME "claas.ipc" /* of the socket in the data directory that others come by */
+
 /* CZMQ would install handlers for SIGINT and SIGTERM, and print to stdout. */
 static void set_up(void)
 {
@@ -270,24 +272,23 @@ static int bind_ipc(zsock_t *socket, const char *path)
 
 /* libzmq's bind takes an ipc file away from whoever has it, so a lock says whether it is stale.
  * Nodes of one name would take the name from each other in turns: they have a lock, too. */
-static int lock_data(struct claas_switch *sw, const char *name)
+static int lock_data(const char *data, const char *name, int *ret_fd)
 {
-    CLAAS_AUTO_FREE char *path = claas_format("%s/%s.lock", sw->data, name);
+    CLAAS_AUTO_FREE char *path = claas_format("%s/%s.lock", data, name);
 
     if (!path)
         return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
-    sw->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (sw->lock_fd < 0)
-        return claas_fail_errno("%s", path);
-    if (flock(sw->lock_fd, LOCK_EX | LOCK_NB) < 0)
-        return claas_fail(CLAAS_ERR_BUSY, "another server runs on %s (it holds %s)", sw->data,
-                          path);
+    *ret_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (*ret_fd < 0)
+        return claas_fail_errno("data: %s", path);
+    if (flock(*ret_fd, LOCK_EX | LOCK_NB) < 0)
+        return claas_fail(CLAAS_ERR_BUSY, "another server runs on %s (it holds %s)", data, path);
     return 0;
 }
 
 static int open_outer(struct claas_switch *sw)
 {
-    CLAAS_AUTO_FREE char *outer = claas_format("%s/claas.ipc", sw->data);
+    CLAAS_AUTO_FREE char *outer = claas_format("%s/" OUTER_NAME, sw->data);
     CLAAS_AUTO_FREE char *events = claas_format("%s/events.ipc", sw->data);
     size_t room = sizeof(((struct sockaddr_un *)0)->sun_path) - 1;
 
@@ -298,7 +299,7 @@ static int open_outer(struct claas_switch *sw)
                           "the path %s has %zu bytes, a socket's has at most %zu: use a shorter "
                           "data directory",
                           events, strlen(events), room);
-    int rc = lock_data(sw, "claas.ipc");
+    int rc = lock_data(sw->data, OUTER_NAME, &sw->lock_fd);
     if (rc == 0)
         rc = node_token(sw->data, true, sw->token);
     if (rc < 0)
@@ -318,7 +319,7 @@ static int open_link(struct claas_switch *sw)
     char lock[CLAAS_NAME_MAX + 8];
 
     snprintf(lock, sizeof(lock), "node-%s", sw->node_name);
-    int rc = lock_data(sw, lock);
+    int rc = lock_data(sw->data, lock, &sw->lock_fd);
     if (rc < 0)
         return rc;
     sw->upstream = peer_new(sw, PEER_UPSTREAM, NULL);
@@ -371,6 +372,18 @@ int claas_switch_check_upstream(const char *endpoint)
     if (stat(path, &status) == 0 && !S_ISSOCK(status.st_mode))
         return claas_fail(CLAAS_ERR_INVALID, "connect: %s is not a socket", claas_quote(path).text);
     return 0;
+}
+
+int claas_switch_try(const claas_config_t *config)
+{
+    int fd = -1, rc;
+
+    if (claas_config_string(config, "connect")[0])
+        return 0;
+    rc = lock_data(claas_config_string(config, "data"), OUTER_NAME, &fd);
+    if (fd >= 0)
+        close(fd);
+    return rc;
 }
 
 static int read_config(struct claas_switch *sw, const claas_config_t *config)

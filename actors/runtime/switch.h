@@ -15,6 +15,9 @@ int claas_switch_joined(struct claas_switch *sw);
 /* Whether `connect` can be another node's address: ipc:// and a path where a socket is or may
  * be. */
 int claas_switch_check_upstream(const char *endpoint);
+/* Whether a switch could begin on the data directory now: BUSY while another server is there, or
+ * what the file system says. With `connect` it is not asked. Nothing is kept. */
+int claas_switch_try(const claas_config_t *config);
 /* What `connect` is set to. */
 const char *claas_switch_upstream(const struct claas_switch *sw);
 /* Stops the thread and closes the sockets; answers on their way out get a second. */

@@ -10,6 +10,9 @@ typedef struct claas_runtime claas_runtime_t;
 /* INVALID when `connect` cannot be the address of a node, whether one runs there or not. For a call
  * before anything slow begins. */
 int claas_runtime_check(const claas_config_t *config);
+/* Whether claas_runtime_new would get the data directory now: BUSY while another server has it, or
+ * the file system's error. Likewise. */
+int claas_runtime_try(const claas_config_t *config);
 /* Starts the switch. Without `connect` it binds ipc://DATA/claas.ipc (0600; a stale file is
  * replaced). With it, it joins the node there by the token of DATA/keys/node.token, and waits for
  * that node without end, or until SIGTERM or SIGINT (CANCELLED). The caller has blocked these

@@ -17,6 +17,16 @@ static int fail_without_cuda(void)
     return claas_fail(CLAAS_ERR_UNSUPPORTED, "this program was built without CUDA");
 }
 
+/* Whoever insists on a card is told what to do without one. */
+static int advise(int rc)
+{
+    if (rc != CLAAS_ERR_UNSUPPORTED)
+        return rc;
+    return claas_fail(rc,
+                      "device cuda: %s; cpu does without (what cuda needs: README, \"On a GPU\")",
+                      claas_error_text());
+}
+
 int claas_device_cards(struct claas_cards *ret)
 {
     *ret = (struct claas_cards){0};
@@ -68,7 +78,7 @@ int claas_device_open(const struct claas_device_options *options, claas_model_t 
     if (strcmp(name, "auto") == 0)
         return open_any(options, model, ret);
     if (strcmp(name, "cuda") == 0)
-        return open_cuda(options, model, ret);
+        return advise(open_cuda(options, model, ret));
     if (strcmp(name, "cpu") == 0)
         return open_cpu(options, model, ret);
     return fail_unknown(name);
@@ -96,5 +106,5 @@ int claas_device_floor(const struct claas_device_options *options, struct claas_
         rc = floor_of_cuda(&backend, ret);
     if (rc == CLAAS_ERR_UNSUPPORTED && strcmp(name, "cuda") != 0)
         rc = claas_backend_cpu.floor(&backend, ret);
-    return rc;
+    return strcmp(name, "cuda") == 0 ? advise(rc) : rc;
 }

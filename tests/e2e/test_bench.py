@@ -89,6 +89,14 @@ def test_interrupted_cycle(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["step", "cycle"])
+def test_no_such_model(tmp_path, verb):
+    done = bench(verb, tmp=tmp_path, model="model.gguf")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no file or directory model.gguf here, and no random model 'model.gguf' (tiny-llama, " in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["step", "cycle"])
 def test_unknown_device(tmp_path, verb):
     done = bench(verb, "--device", "abacus", tmp=tmp_path)
     assert (done.returncode, done.stdout) == (1, "") and "abacus" in done.stderr

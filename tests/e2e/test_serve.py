@@ -64,8 +64,16 @@ def test_restart_keeps(make_server):
 def test_port_in_use(make_server, tmp_path):
     server = make_server().start()
     port = server.url.rsplit(":", 1)[1]
-    code, said = make_server(tmp_path / "other", arguments=["--listen", "127.0.0.1:" + port]).fail_to_start()
-    assert code == 1 and port in said
+    code, said = make_server(tmp_path / "other", model="no-such-model", arguments=["--listen", "127.0.0.1:" + port]).fail_to_start()
+    assert code == 1 and f"127.0.0.1:{port} is in use by another program" in said  # said before a model is looked for
+
+
+def test_data_that_cannot_be_written(tmp_path):
+    for data, words in ((tmp_path / "file", "file"), ("/proc/claas", "/proc/claas")):
+        (tmp_path / "file").write_text("", encoding="utf-8")
+        done = subprocess.run([BINARY, "serve", "--data", str(data), "--listen", "127.0.0.1:0", "--model", "no-such-model"], capture_output=True,
+                              text=True, timeout=30 * PATIENCE, check=False)
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("claas serve: data: ") and words in done.stderr, done
 
 
 @pytest.mark.parametrize("arguments, status, words", [
@@ -94,7 +102,7 @@ def test_port_in_use(make_server, tmp_path):
     (["--model", TINY, "--chat-template", "nonsense"], 2, "nonsense"),
 ])
 def test_refusals(tmp_path, arguments, status, words):
-    done = subprocess.run([BINARY, "serve", "--data", str(tmp_path / "db"), *arguments], capture_output=True, text=True,
+    done = subprocess.run([BINARY, "serve", "--data", str(tmp_path / "db"), "--listen", "127.0.0.1:0", *arguments], capture_output=True, text=True,
                           timeout=30 * PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert words in done.stderr

@@ -288,17 +288,22 @@ def test_configuration_cut_and_flipped(tmp_path):
 
 # --- model files ---
 
+def serve(tmp_path, model):
+    return subprocess.run([BINARY, "serve", "--data", tmp_path / "db", "--listen", "127.0.0.1:0", "--model", model], capture_output=True,
+                          timeout=30 * PATIENCE, check=False)
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 100, b"GGUF\x03\0\0\0" + struct.pack("<QQ", 2**60, 2**60), os.urandom(1000)])
 def test_hostile_model(tmp_path, content):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
-    ran = subprocess.run([BINARY, "serve", "--data", tmp_path / "db", "--model", path], capture_output=True, timeout=30 * PATIENCE, check=False)
+    ran = serve(tmp_path, path)
     assert ran.returncode == 1 and ran.stderr.count(str(path).encode()) == 1, ran
     directory = tmp_path / "hf"
     directory.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (directory / name).write_bytes(content)
-    ran = subprocess.run([BINARY, "serve", "--data", tmp_path / "db", "--model", directory], capture_output=True, timeout=30 * PATIENCE, check=False)
+    ran = serve(tmp_path, directory)
     assert ran.returncode == 1 and str(directory).encode() in ran.stderr, ran
 
 
@@ -311,5 +316,5 @@ def test_pipe_in_a_model(tmp_path, name):
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}), encoding="utf-8")
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name)
-    ran = subprocess.run([BINARY, "serve", "--data", tmp_path / "db", "--model", directory], capture_output=True, timeout=30 * PATIENCE, check=False)
+    ran = serve(tmp_path, directory)
     assert ran.returncode == 1 and name.encode() in ran.stderr, ran

@@ -133,7 +133,7 @@ def test_second_signal_ends_at_once(make):
 
 def test_second_server(make, data, tmp_path):
     first = make()
-    code, said = Server(data, log=tmp_path / "second").fail_to_start()
+    code, said = Server(data, "no-such-model", log=tmp_path / "second").fail_to_start()  # said before a model is looked for
     assert code == 1
     assert "another server runs on " + str(data) in said, said
     assert first.is_healthy()

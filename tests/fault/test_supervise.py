@@ -190,7 +190,8 @@ def test_unit(tmp_path):
     unit = dict(lines)
     assert len(unit) == len(lines), "a key twice"
     header = (ROOT / "include" / "claas" / "device.h").read_text(encoding="utf-8")
-    assert unit["Environment"] == re.search(r'define CLAAS_DEVICE_LOST_VARIABLE "(\w+)"', header)[1] + "=1"
+    lost = re.search(r'define CLAAS_DEVICE_LOST_VARIABLE "(\w+)"', header)[1]
+    assert unit["Environment"].split() == [lost + "=1", "XDG_CACHE_HOME=/var/cache"] and unit["CacheDirectory"] == "claas"
     codes = (ROOT / "tools" / "verbs.h").read_text(encoding="utf-8")
     assert unit["RestartForceExitStatus"] == re.search(r"EXIT_CODE_AGAIN\s*=\s*(\d+)", codes)[1]
     assert unit["Restart"] == "on-abnormal"  # no other code than that
