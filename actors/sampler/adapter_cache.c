@@ -89,21 +89,33 @@ static void entry_remove(struct adapter_cache *cache, struct entry *entry)
     entry_free(entry);
 }
 
-/* Drops the least recently used entry of an adapter (NULL: of any) if there are `limit` or more.
- * One that is still loading stays. Requests in flight hold their own references. */
-static void make_room(struct adapter_cache *cache, const char *uid, size_t limit)
+/* The least recently used entry of an adapter (NULL: of any) that is loaded, and how many entries
+ * there are, those that are still loading among them or not. */
+static struct entry *find_oldest(const struct adapter_cache *cache, const char *uid,
+                                 bool with_loading, size_t *ret_count)
 {
     struct entry *oldest = NULL;
-    size_t count = 0;
 
+    *ret_count = 0;
     for (struct entry *e = cache->entries; e; e = e->next) {
         if (uid && strcmp(e->uid, uid) != 0)
             continue;
-        count++;
+        *ret_count += with_loading || e->adapter;
         if (e->adapter && (!oldest || e->used < oldest->used))
             oldest = e;
     }
-    if (count >= limit && oldest)
+    return oldest;
+}
+
+/* Drops the least recently used entries of an adapter (NULL: of any) until there are at most
+ * `most`. Requests in flight hold their own references. */
+static void keep_at_most(struct adapter_cache *cache, const char *uid, size_t most,
+                         bool with_loading)
+{
+    struct entry *oldest;
+    size_t count;
+
+    while ((oldest = find_oldest(cache, uid, with_loading, &count)) && count > most)
         entry_remove(cache, oldest);
 }
 
@@ -170,8 +182,8 @@ int adapter_cache_get(struct adapter_cache *cache, const char *uid, int version,
         return 0;
     }
     if (!entry) {
-        make_room(cache, uid, VERSIONS_MAX);
-        make_room(cache, NULL, cache->limit);
+        keep_at_most(cache, uid, VERSIONS_MAX - 1, true);
+        keep_at_most(cache, NULL, cache->limit - 1, true);
         entry = entry_add(cache, uid, version, directory);
         if (!entry)
             return claas_fail(CLAAS_ERR_NO_MEMORY, NULL);
@@ -258,6 +270,9 @@ bool adapter_cache_event(struct adapter_cache *cache, struct claas_device_event 
         entry->adapter = CLAAS_TAKE(event->adapter);
         entry->used = ++cache->tick;
         serve_waiters(entry, 0, NULL);
+        /* Many may have been asked for while none was there that could go. */
+        keep_at_most(cache, entry->uid, VERSIONS_MAX, false);
+        keep_at_most(cache, NULL, cache->limit, false);
     } else if (event->error == CLAAS_ERR_NO_MEMORY) {
         out_of_memory(cache, entry, event->text);
     } else {

@@ -64,23 +64,27 @@ bool claas_device_trains(const claas_device_client_t *client)
     return device.trains;
 }
 
-/* The end of the load under way. */
-static bool finish_load(struct adapter_cache *cache)
+/* The end of a load. */
+static bool end_load(struct adapter_cache *cache, uint64_t id, const char *directory)
 {
-    struct claas_device_event event = {.kind = CLAAS_EVENT_FAILED,
-                                       .id = device.last_id,
-                                       .error = CLAAS_ERR_NO_MEMORY,
-                                       .text = "full"};
+    struct claas_device_event event = {
+        .kind = CLAAS_EVENT_FAILED, .id = id, .error = CLAAS_ERR_NO_MEMORY, .text = "full"};
 
     if (device.held < device.capacity) {
         event.kind = CLAAS_EVENT_ADAPTER;
         event.error = 0;
         event.adapter = CLAAS_NEW(claas_adapter_t);
         event.adapter->references = 1;
-        claas_copy_text(event.adapter->directory, sizeof(event.adapter->directory), device.asked);
+        claas_copy_text(event.adapter->directory, sizeof(event.adapter->directory), directory);
         device.held++;
     }
     return adapter_cache_event(cache, &event);
+}
+
+/* The end of the newest one. */
+static bool finish_load(struct adapter_cache *cache)
+{
+    return end_load(cache, device.last_id, device.asked);
 }
 
 /* --- the asker --- */
@@ -147,6 +151,34 @@ static void test_count(void **state)
     assert_int_equal(device.loads, 3);
     use(cache, "b");
     assert_int_equal(device.loads, 4);
+    adapter_cache_free(&cache);
+    assert_int_equal(device.held, 0);
+}
+
+/* More are asked for at once than may be held, and more versions of one: the last stay. */
+static void test_burst(void **state)
+{
+    struct adapter_cache *cache = new_cache(3, 100);
+    static const char *const uids[] = {"a", "b", "b", "b", "c", "d"};
+    struct asker askers[6] = {0};
+
+    (void)state;
+    for (int i = 0; i < 6; i++)
+        assert_int_equal(adapter_cache_get(cache, uids[i], i, uids[i], ready, &askers[i]), 0);
+    assert_int_equal(device.loads, 6);
+    for (int i = 0; i < 6; i++) {
+        assert_true(end_load(cache, (uint64_t)i + 1, uids[i]));
+        assert_int_equal(askers[i].calls, 1);
+        assert_int_equal(askers[i].error, 0);
+        claas_adapter_unref(&askers[i].adapter);
+        assert_int_equal(device.held, i < 3 ? i + 1 : 3); /* a, then of b the first */
+    }
+    for (int i = 3; i < 6; i++) {
+        assert_int_equal(adapter_cache_get(cache, uids[i], i, uids[i], ready, &askers[i]), 0);
+        assert_int_equal(askers[i].calls, 2); /* at once */
+        claas_adapter_unref(&askers[i].adapter);
+    }
+    assert_int_equal(device.loads, 6);
     adapter_cache_free(&cache);
     assert_int_equal(device.held, 0);
 }
@@ -279,10 +311,10 @@ static void test_beside_learning(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_count),           cmocka_unit_test(test_drop_idle),
-        cmocka_unit_test(test_full_device),     cmocka_unit_test(test_all_in_use),
-        cmocka_unit_test(test_idle_goes_first), cmocka_unit_test(test_never_fits),
-        cmocka_unit_test(test_beside_learning),
+        cmocka_unit_test(test_count),      cmocka_unit_test(test_burst),
+        cmocka_unit_test(test_drop_idle),  cmocka_unit_test(test_full_device),
+        cmocka_unit_test(test_all_in_use), cmocka_unit_test(test_idle_goes_first),
+        cmocka_unit_test(test_never_fits), cmocka_unit_test(test_beside_learning),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
