@@ -112,10 +112,12 @@ int process_start_actors(struct process *process)
     return rc;
 }
 
-void process_done(struct process *process)
+bool process_done(struct process *process)
 {
-    claas_runtime_free(&process->runtime);
+    if (!claas_runtime_free(&process->runtime))
+        return false;
     claas_device_free(&process->device);
     claas_model_free(&process->model);
     claas_config_free(&process->config);
+    return true;
 }

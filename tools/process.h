@@ -35,7 +35,8 @@ bool process_has_role(const struct process *process, const char *role);
 int process_open_device(struct process *process);
 /* The actors of this process's roles, those asked by others first. Needs `runtime`. */
 int process_start_actors(struct process *process);
-/* Drains and frees what there is. */
-void process_done(struct process *process);
+/* Drains and frees what there is. false: an actor's thread did not end and still uses the device,
+ * the model and the configuration, which stay then: the process has to end by _exit. */
+bool process_done(struct process *process);
 
 #endif

@@ -345,7 +345,8 @@ static int serve(void *arg)
         fprintf(stderr, "claas serve: %s\n", claas_error_text());
     if (rc == CLAAS_ERR_DEVICE_LOST)
         end_without_device(&process);
-    process_done(&process);
+    if (!process_done(&process))
+        _exit(rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK);
     if (process.bad_config)
         return EXIT_CODE_CONFIG;
     return rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK;

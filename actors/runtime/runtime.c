@@ -24,8 +24,7 @@
 
 #define JOIN_FIRST_MS 5000  /* silence of the node to join after which the log says so, */
 #define JOIN_AGAIN_MS 60000 /* and how often it says so again */
-#define STOP_MS       5000
-#define LOST_MS       3000 /* without a device there is little to finish */
+#define LOST_MS       3000  /* without a device there is little to finish */
 
 struct claas_runtime {
     struct claas_switch *sw;
@@ -167,17 +166,17 @@ static void drain(claas_runtime_t *runtime)
     }
 }
 
-void claas_runtime_free(claas_runtime_t **pointer)
+bool claas_runtime_free(claas_runtime_t **pointer)
 {
     claas_runtime_t *runtime = *pointer;
     bool is_clean = true;
 
     if (!runtime)
-        return;
+        return true;
     *pointer = NULL;
     if (runtime->supervisor) {
         drain(runtime);
-        is_clean = supervisor_stop(runtime->supervisor, STOP_MS);
+        is_clean = supervisor_stop(runtime->supervisor, supervisor_limits.stop_ms);
     }
     /* A thread that does not end still uses the switch's inproc socket and its slot. */
     if (is_clean) {
@@ -187,4 +186,5 @@ void claas_runtime_free(claas_runtime_t **pointer)
     if (runtime->signal_fd >= 0)
         close(runtime->signal_fd);
     free(runtime);
+    return is_clean;
 }

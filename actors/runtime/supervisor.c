@@ -41,6 +41,7 @@ struct supervisor_limits supervisor_limits = {
     .poke_ms = 1000,
     .slow_ms = 10000,
     .stuck_ms = 600000,
+    .stop_ms = 5000,
 };
 
 enum slot_state {

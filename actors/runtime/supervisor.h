@@ -13,6 +13,7 @@ struct supervisor_limits {
     int64_t window_ms;
     int64_t poke_ms;           /* how often an actor is asked whether its loop still turns */
     int64_t slow_ms, stuck_ms; /* silence that is worth a line in the log; that ends the process */
+    int64_t stop_ms;           /* how long a stopped actor's thread may take to end */
 };
 extern struct supervisor_limits supervisor_limits;
 

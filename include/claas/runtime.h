@@ -28,8 +28,10 @@ int claas_runtime_start(claas_runtime_t *runtime, const struct claas_actor_class
  * little time to drain. Block both signals in main before any thread starts. SIGHUP is ignored. */
 int claas_runtime_wait(claas_runtime_t *runtime);
 /* Drains actors in reverse order of their start within the configured time (a second signal cuts it
- * short), stops them, closes the switch. */
-void claas_runtime_free(claas_runtime_t **runtime);
+ * short), stops them, closes the switch. false: the thread of an actor does not end (a line in the
+ * log names it) and still uses what it was given, so that must stay, and the process end by _exit.
+ */
+bool claas_runtime_free(claas_runtime_t **runtime);
 /* All counters as Prometheus text 0.0.4; free with free(). Any thread. */
 char *claas_metrics_text(void);
 

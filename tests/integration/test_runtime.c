@@ -11,6 +11,7 @@
 #include "claas/client.h"
 #include "claas/clock.h"
 #include "claas/err.h"
+#include "claas/file.h"
 #include "claas/log.h"
 #include "claas/mem.h"
 #include "claas/metrics.h"
@@ -20,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static struct question list_question(const char *to, const char *prefix)
@@ -59,7 +61,8 @@ static int set_up_impatient(void **state)
                                                    .window_ms = 60000,
                                                    .poke_ms = 5,
                                                    .slow_ms = 500,
-                                                   .stuck_ms = 1000};
+                                                   .stuck_ms = 1000,
+                                                   .stop_ms = 5000};
     return set_up(state);
 }
 
@@ -469,6 +472,38 @@ static void stop_ends_asks(void **state)
     assert_int_equal(pending.code, CLAAS_ERR_CANCELLED);
 }
 
+/* A process whose actor works on when its time to stop is over: 0 if that is told, so that nobody
+ * frees what it uses. Nothing else can come after it. */
+static int end_with_an_actor_at_work(void)
+{
+    struct question blocker = list_question("storage", "block");
+    struct fixture fixture;
+    bool is_clean;
+
+    supervisor_limits.stop_ms = 50;
+    fixture_new(&fixture, NULL);
+    fixture_start(&fixture);
+    probe_ask(fixture.probe, &blocker);
+    probe_await_count(fixture.probe, "blocked", 1);
+    kill(getpid(), SIGTERM); /* cuts the drain short */
+    is_clean = claas_runtime_free(&fixture.runtime);
+    return is_clean || fixture.runtime || claas_remove_all(fixture.dir) < 0;
+}
+
+/* In a child, and before there is any thread: libzmq does not work on in a fork. */
+static void actor_that_does_not_stop(void **state)
+{
+    pid_t child = fork();
+    int status;
+
+    assert_true(child >= 0);
+    if (child == 0)
+        _exit(end_with_an_actor_at_work());
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+
 static void one_runtime_per_directory(void **state)
 {
     struct fixture *fixture = *state;
@@ -498,6 +533,7 @@ int main(void)
 #define TEST_SMALL(name) cmocka_unit_test_setup_teardown(name, set_up_small, tear_down)
 #define TEST_IMPATIENT(name)                                                                       \
     cmocka_unit_test_setup_teardown(name, set_up_impatient, tear_down_impatient)
+        cmocka_unit_test(actor_that_does_not_stop), /* the first: see there */
         TEST(ask_and_reply),
         TEST(progress_then_reply),
         TEST(attachments_there_and_back),
