@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -132,14 +133,11 @@ int gemm_choices_decode(const struct gemm_choices_origin *origin, const void *da
 
 /* --- the file --- */
 
-char *gemm_choices_path(const char *device)
+static char *default_path(const char *device)
 {
     char card[64]; /* as in the origin */
-    const char *path = getenv("CLAAS_CUDA_CHOICES"), *cache = getenv("XDG_CACHE_HOME");
-    const char *home = getenv("HOME");
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
 
-    if (path)
-        return path[0] ? claas_strdup(path) : NULL;
     claas_copy_text(card, sizeof(card), device);
     for (char *c = card; *c; c++)
         if (!isalnum((unsigned char)*c))
@@ -149,6 +147,21 @@ char *gemm_choices_path(const char *device)
     if (home && home[0] == '/')
         return claas_format("%s/.cache/claas/gemm-%s.bin", home, card);
     return NULL;
+}
+
+char *gemm_choices_path(const char *device)
+{
+    const char *wish = getenv("CLAAS_CUDA_CHOICES");
+    char *path = wish == NULL ? default_path(device) : wish[0] ? claas_strdup(wish) : NULL;
+    struct stat status;
+
+    /* The file is replaced by another one: a device, as /dev/null, must not be. */
+    if (path && stat(path, &status) == 0 && !S_ISREG(status.st_mode)) {
+        claas_warning("chosen algorithms are not kept in %s, which is not a file", path);
+        free(path);
+        return NULL;
+    }
+    return path;
 }
 
 /* NOT_FOUND without such a file. */

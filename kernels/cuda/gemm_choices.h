@@ -46,8 +46,9 @@ int gemm_choices_decode(const struct gemm_choices_origin *origin, const void *da
                         struct gemm_choices *ret);
 
 /* A new string: CLAAS_CUDA_CHOICES, else gemm-<device>.bin in $XDG_CACHE_HOME/claas or
- * ~/.cache/claas; NULL: no file is kept (CLAAS_CUDA_CHOICES is empty, there is no home). device:
- * the card's name, of which letters and digits are kept: cards of two kinds share a home. */
+ * ~/.cache/claas; NULL: no file is kept (CLAAS_CUDA_CHOICES is empty, there is no home, something
+ * else than a file is there, as /dev/null). device: the card's name, of which letters and digits
+ * are kept: cards of two kinds share a home. */
 char *gemm_choices_path(const char *device);
 /* Reads the file; no choices, and a line in the log, if it is no good. A missing file is not worth
  * a line. */

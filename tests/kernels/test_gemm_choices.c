@@ -334,6 +334,13 @@ static void test_paths(void **state)
     expect_path("here.bin");
     setenv("CLAAS_CUDA_CHOICES", "", 1);
     expect_path(NULL);
+    setenv("CLAAS_CUDA_CHOICES", "/dev/null", 1); /* would be replaced by a file */
+    expect_path(NULL);
+    setenv("CLAAS_CUDA_CHOICES", root, 1);
+    expect_path(NULL);
+    assert_int_equal(claas_file_write(path("there"), "x", 1), 0);
+    setenv("CLAAS_CUDA_CHOICES", path("there"), 1);
+    expect_path(path("there"));
 }
 
 int main(void)
