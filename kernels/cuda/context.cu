@@ -35,17 +35,17 @@ void cuda_capture_unlock(struct cuda_context *context)
 /* A sticky error (a kernel that faulted, a device that fell off the bus) is the answer to every
  * later call, even to one as harmless as asking whether the stream is done. While the stream is
  * captured it cannot be asked; what comes after the capture will meet the error again. */
-static bool is_lost(struct cuda_context *context)
+static cudaError_t sticky_error(struct cuda_context *context)
 {
     cudaError_t now;
 
-    if (holds_capture)
-        return false;
+    if (holds_capture || !context->stream)
+        return cudaSuccess;
     cuda_capture_lock(context);
     now = cudaStreamQuery(context->stream);
     cuda_capture_unlock(context);
     (void)cudaGetLastError();
-    return now != cudaSuccess && now != cudaErrorNotReady;
+    return now == cudaErrorNotReady ? cudaSuccess : now;
 }
 
 int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
@@ -55,7 +55,7 @@ int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
     (void)cudaGetLastError(); /* clears it, or the next launch would be blamed for it */
     if (code == cudaErrorMemoryAllocation)
         return claas_fail(CLAAS_ERR_NO_MEMORY, "%s: the device's memory is full", what);
-    if (context->stream && is_lost(context))
+    if (sticky_error(context) != cudaSuccess)
         __atomic_store_n(&context->lost, true, __ATOMIC_RELAXED);
     return claas_fail(__atomic_load_n(&context->lost, __ATOMIC_RELAXED) ? CLAAS_ERR_DEVICE_LOST
                                                                         : CLAAS_ERR_DEVICE,
@@ -65,6 +65,11 @@ int cuda_check(struct cuda_context *context, cudaError_t code, const char *what)
 int cuda_check_launch(struct cuda_context *context, const char *what)
 {
     return cuda_check(context, cudaGetLastError(), what);
+}
+
+int cuda_check_device(struct cuda_context *context, const char *what)
+{
+    return cuda_check(context, sticky_error(context), what);
 }
 
 bool cuda_is_capturing(const struct cuda_context *context)

@@ -111,6 +111,9 @@ void cuda_context_close(struct cuda_context *context);
 int cuda_check(struct cuda_context *context, cudaError_t code, const char *what);
 /* After launches: the first error that CUDA has noted since the last call. Does not wait. */
 int cuda_check_launch(struct cuda_context *context, const char *what);
+/* After a library's failure, of which CUDA's own last error knows nothing: DEVICE_LOST when the
+ * device is, else 0. Does not wait. */
+int cuda_check_device(struct cuda_context *context, const char *what);
 /* Takes and gives back context->capture. */
 void cuda_capture_lock(struct cuda_context *context);
 void cuda_capture_unlock(struct cuda_context *context);

@@ -89,9 +89,12 @@ static int check_status(struct cuda_context *context, const struct cuda_gemm *ge
     if (status == CUBLAS_STATUS_SUCCESS)
         return 0;
     rc = cuda_check_launch(context, "a matrix product");
+    if (rc == 0)
+        rc = cuda_check_device(context, "a matrix product");
     if (rc < 0)
         return rc;
-    return claas_fail(CLAAS_ERR_DEVICE, "a matrix product %s of %d x %d x %d: %s: %s",
+    rc = status == CUBLAS_STATUS_ALLOC_FAILED ? CLAAS_ERR_NO_MEMORY : CLAAS_ERR_DEVICE;
+    return claas_fail(rc, "a matrix product %s of %d x %d x %d: %s: %s",
                       names[gemm->form], gemm->m, gemm->n, gemm->k, what,
                       cublasLtGetStatusString(status));
 }

@@ -456,6 +456,7 @@ static int update(struct cuda_step *step)
     struct cuda_context *context = &step->backend->context;
     const struct claas_plan *plan = &step->plan;
     const struct claas_adamw_config *config = &plan->request->adamw;
+    bool changed = false;
     int code = 0;
 
     for (int i = 0; i < plan->learner_count && code >= 0; i++) {
@@ -463,7 +464,6 @@ static int update(struct cuda_step *step)
 
         if (plan->learners[i].tokens == 0)
             continue;
-        adapter->step++;
         code = cuda_adamw(context, &(struct cuda_adamw){
                                        .count = adapter->layout.count,
                                        .parameters = adapter->parameters,
@@ -476,12 +476,18 @@ static int update(struct cuda_step *step)
                                        .eps = config->eps,
                                        .weight_decay = config->weight_decay,
                                        .max_grad_norm = config->max_grad_norm,
-                                       .step = adapter->step,
+                                       .step = adapter->step + 1,
                                        .learned = step->space.learned + i,
                                    });
-        if (code >= 0)
-            code = cuda_adapter_refresh(context, &step->backend->model, adapter);
+        if (code < 0)
+            break;
+        adapter->step++;
+        changed = true;
+        code = cuda_adapter_refresh(context, &step->backend->model, adapter);
     }
+    /* A step that finds no memory is made again, which must not update anything twice. */
+    if (code == CLAAS_ERR_NO_MEMORY && changed)
+        return claas_fail(CLAAS_ERR_DEVICE, "in the middle of an update: %s", claas_error_text());
     return code;
 }
 
@@ -551,11 +557,11 @@ static size_t gradient_bytes(const struct claas_backend_train *request)
 static int joint_tokens(const claas_backend_t *backend, const struct cuda_train_tokens *tokens)
 {
     const char *wish = getenv("CLAAS_CUDA_JOINT");
-    int most = wish ? (int)strtol(wish, NULL, 10) : JOINT_VALUES / backend->model.config.hidden;
+    long most = wish ? strtol(wish, NULL, 10) : JOINT_VALUES / backend->model.config.hidden;
 
     if (tokens->kept < tokens->batch) /* the least limit, and no room even for that */
         return 0;
-    return most < tokens->batch ? most : tokens->batch;
+    return most < 0 ? 0 : most < tokens->batch ? (int)most : tokens->batch;
 }
 
 static int prepare(claas_backend_t *backend, const struct claas_backend_train *request,
