@@ -266,13 +266,10 @@ def test_flood(server):
         assert errors["NOT_FOUND"] > 0
 
 
-def test_client_that_does_not_read(server):
-    """Large answers: what is unread is bounded in bytes, the rest is refused or said to be lost, and reading sets it right.
-    BYE does not begin the count anew."""
-    job = server.feedback("a/one", "x" * 6_000_000, server.answer, wait=False)["job_id"]
-    server.wait_state(job)
+def flood(server, job):
+    """What a client gets that asks for large answers, over and over, before it reads any."""
     before = server.memory_mb()
-    with server.stopped():  # so the first are all under way before any is answered, and those after them are refused
+    with server.stopped():  # so the first are under way together, and those after them are refused
         one = Client(server.data, receive_hwm=1)
         numbers = [one.send("storage", JOB_GET, {"job_id": job}) for _ in range(20)]
     with one, Client(server.data) as other:
@@ -286,8 +283,21 @@ def test_client_that_does_not_read(server):
             answers.append(answer)
         kinds = [answer.kind for answer in answers]
         assert kinds.count(REP) >= 5 and len({answer.correlation for answer in answers}) == len(answers) <= len(numbers)
-        assert {answer.error for answer in answers} == {None, "LIMIT", "OVERLOADED"}
         assert one.ask("storage", JOB_GET, {"job_id": job}).kind == REP
+    return {answer.error for answer in answers}
+
+
+def test_client_that_does_not_read(server):
+    """Large answers: what is unread is bounded in bytes, the rest is refused or said to be lost, and reading sets it right.
+    BYE does not begin the count anew."""
+    job = server.feedback("a/one", "x" * 6_000_000, server.answer, wait=False)["job_id"]
+    server.wait_state(job)
+    errors = flood(server, job)
+    for _ in range(9):  # lost is what was asked for and then too much: on a busy machine all may be answered before more is asked for
+        if "LIMIT" in errors:
+            break
+        errors |= flood(server, job)
+    assert errors == {None, "LIMIT", "OVERLOADED"}
 
 
 def test_clients_that_vanish(server):
