@@ -52,7 +52,7 @@ template <int D, int PANEL = 0> static __device__ __forceinline__ int place(int 
 }
 
 /* Starts the copy of the keys and values at positions first … first+63; zeros beyond `last`, which
- * may be before `first`. */
+ * may be before `first`: behind it not even block numbers are looked up. */
 template <int D>
 static __device__ __forceinline__ void
 load_keys(bf16 *k, bf16 *v, const struct attn_keys<bf16> &keys, int first, int last)
@@ -64,7 +64,7 @@ load_keys(bf16 *k, bf16 *v, const struct attn_keys<bf16> &keys, int first, int l
     for (int i = 0; i < ATTN_KEYS / rows; i++) {
         const int r = row + i * rows, p = first + r;
         const bool valid = p <= last;
-        const size_t at = attn_key_at(keys, valid ? p : first) + (size_t)(chunk * 8);
+        const size_t at = attn_key_at(keys, min(p, last)) + (size_t)(chunk * 8);
 
         copy_16(k + place<D>(r, chunk), keys.k + at, valid);
         copy_16(v + place<D>(r, chunk), keys.v + at, valid);
