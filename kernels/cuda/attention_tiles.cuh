@@ -1,12 +1,11 @@
 /* Tiles of attention on tensor cores: copies into shared memory, fragments, products.
  *
- * A tile is bf16 [rows][D], D = 64 or 128, in shared memory. Its 16-byte chunks are swizzled: chunk
- * c of row r lies at c ^ (r % 8), so that the eight rows an ldmatrix reads at one chunk fall into
- * eight different groups of four banks. A warp owns 16 rows of a product (or MT times 16) and all
- * of its columns, by mma.sync.m16n8k16 with float32 sums; lane l holds of a 16 x 8 result the
- * columns 2 (l % 4) + {0, 1} of row l / 4 (elements 0, 1) and of row l / 4 + 8 (elements 2, 3). The
- * same layout, rounded to bf16, is the left operand of a next product over those columns, so P and
- * dS never leave the registers. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16".
+ * A tile is bf16 [rows][D], D = 64 or 128, in shared memory, swizzled (tiles.cuh). A warp owns 16
+ * rows of a product (or MT times 16) and all of its columns, by mma.sync.m16n8k16 with float32
+ * sums; lane l holds of a 16 x 8 result the columns 2 (l % 4) + {0, 1} of row l / 4 (elements 0, 1)
+ * and of row l / 4 + 8 (elements 2, 3). The same layout, rounded to bf16, is the left operand of a
+ * next product over those columns, so P and dS never leave the registers. Fragment layouts: PTX
+ * ISA, "Matrix fragments for mma.m16n8k16".
  *
  * A row of a result depends on that row of the left tile alone and on the right tile: how rows are
  * put together in tiles never shows in the numbers. Key tiles begin at multiples of 64 positions of
@@ -15,8 +14,7 @@
 #define CLAAS_CUDA_ATTENTION_TILES_CUH
 
 #include "cuda/attention_internal.h"
-#include "cuda/mma.cuh"
-#include "cuda/wgmma.cuh"
+#include "cuda/tiles.cuh"
 
 #define ATTN_WARPS   4
 #define ATTN_THREADS (32 * ATTN_WARPS)
@@ -43,13 +41,6 @@ static __device__ __forceinline__ float power_of_2(float x)
 }
 
 /* --- tiles --- */
-
-/* Element of chunk `chunk` (8 elements) of a row. PANEL: rows of a tile that lies in panels of 64
- * columns (wgmma.cuh); 0: of one whose rows lie whole. */
-template <int D, int PANEL = 0> static __device__ __forceinline__ int place(int row, int chunk)
-{
-    return PANEL > 0 ? wgmma_place<PANEL>(row, chunk) : row * D + ((chunk ^ (row & 7)) << 3);
-}
 
 /* Starts the copy of the keys and values at positions first … first+63; zeros beyond `last`, which
  * may be before `first`: behind it not even block numbers are looked up. */
@@ -228,24 +219,6 @@ static __device__ __forceinline__ float row_sum(float x)
 {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-/* --- host --- */
-
-/* Lets a kernel have more than 48 KB of shared memory. */
-template <typename K>
-static int allow_shared(struct cuda_context *context, K kernel, size_t bytes, bool *done)
-{
-    int err = 0;
-
-    if (*done)
-        return 0;
-    err = cuda_check(
-        context,
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
-        "a kernel's shared memory");
-    *done = err == 0;
-    return err;
 }
 
 #endif

@@ -73,4 +73,20 @@ static int launch(struct cuda_context *context, const char *what, void (*kernel)
     return launch_clusters(context, what, kernel, grid, block, shared, 1, args...);
 }
 
+/* Lets a kernel have more than 48 KB of shared memory. *done: an earlier call has. */
+template <typename K>
+static int allow_shared(struct cuda_context *context, K kernel, size_t bytes, bool *done)
+{
+    int err = 0;
+
+    if (*done)
+        return 0;
+    err = cuda_check(
+        context,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+        "a kernel's shared memory");
+    *done = err == 0;
+    return err;
+}
+
 #endif

@@ -8,8 +8,8 @@
 #ifndef CLAAS_CUDA_LORA_PIECES_CUH
 #define CLAAS_CUDA_LORA_PIECES_CUH
 
-#include "cuda/attention_tiles.cuh"
 #include "cuda/lora_problem.cuh"
+#include "cuda/tiles.cuh"
 
 #define TEAM   128 /* threads */
 #define STEP   64  /* terms of a piece */
