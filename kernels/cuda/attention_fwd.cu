@@ -38,7 +38,7 @@
  * mix: a row's result never depends on what else is in the pass.
  *
  * Sources: Dao, FlashAttention-2 (2023); flash-decoding (2023) for parts. */
-#include "cuda/attention_tiles.cuh"
+#include "cuda/attention_fwd.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/qkv_head.cuh"
 
@@ -84,72 +84,6 @@ static __device__ __forceinline__ int parts_of(const struct attend_args &args,
     return (end + (1 << shift) - 1) >> shift;
 }
 
-/* --- one tile of keys --- */
-
-/* What a warp keeps of 16 MT rows; [..][0] is of row l / 4, [..][1] of row l / 4 + 8. The sum is
- * this lane's share. */
-template <int D, int MT> struct attend_state {
-    float out[MT][D / 8][4];
-    float max[MT][2], sum[MT][2];
-};
-
-template <int D, int MT>
-static __device__ __forceinline__ void attend_begin(struct attend_state<D, MT> &state)
-{
-#pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        state.max[mt][0] = state.max[mt][1] = -INFINITY;
-        state.sum[mt][0] = state.sum[mt][1] = 0;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++)
-            state.out[mt][n][0] = state.out[mt][n][1] = state.out[mt][n][2] = state.out[mt][n][3] =
-                0;
-    }
-}
-
-/* soften(), and rescales what was summed before. */
-template <int D, int NT>
-static __device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&out)[D / 8][4],
-                                                    float &max, float &sum, int half, float scale2)
-{
-    const float shrink = soften(s, max, sum, half, scale2);
-
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-        out[n][2 * half] *= shrink;
-        out[n][2 * half + 1] *= shrink;
-    }
-}
-
-/* The warp's rows q_row … against keys k_row … k_row+8 NT-1 of the tile, the first of which is at
- * position `key`. position: that of each row, which sees the keys up to its own. */
-template <int D, int MT, int NT>
-static __device__ __forceinline__ void attend_tile(struct attend_state<D, MT> &state, const bf16 *q,
-                                                   int q_row, const bf16 *k, const bf16 *v,
-                                                   int k_row, int key, const int (&position)[MT][2],
-                                                   bool masked, float scale2)
-{
-    const int column = key + 2 * ((int)threadIdx.x % 4);
-    float s[MT][NT][4] = {};
-    uint32_t p[MT][NT / 2][4];
-
-    product_nt<D, MT, NT>(s, q, q_row, k, k_row);
-#pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        if (masked)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (column + 8 * n + e % 2 > position[mt][e / 2])
-                        s[mt][n][e] = -INFINITY;
-        softmax_rows<D, NT>(s[mt], state.out[mt], state.max[mt][0], state.sum[mt][0], 0, scale2);
-        softmax_rows<D, NT>(s[mt], state.out[mt], state.max[mt][1], state.sum[mt][1], 1, scale2);
-        as_operand<NT>(p[mt], s[mt]);
-    }
-    product_nn<D, MT, NT / 2>(state.out, p, v, k_row);
-}
-
 /* --- windows of queries --- */
 
 /* The run's queries i0 … i0+count-1 of kv head g. Ends with all warps past their use of `shared`.
@@ -192,23 +126,9 @@ static __device__ __forceinline__ void attend_segment(const struct attend_args &
                                           (t + 1) * ATTN_KEYS - 1 > first_pos, args.scale2);
     }
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        const float low = row_sum(state.sum[mt][0]), high = row_sum(state.sum[mt][1]);
-        const int r = row0 + 16 * mt + lane / 4;
-
-        if (a.lse && lane % 4 == 0) {
-            if (r < used)
-                a.lse[(size_t)(first + r / args.group) * a.heads + head + r % args.group] =
-                    state.max[mt][0] * a.scale + logf(low);
-            if (r + 8 < used)
-                a.lse[(size_t)(first + (r + 8) / args.group) * a.heads + head +
-                      (r + 8) % args.group] = state.max[mt][1] * a.scale + logf(high);
-        }
-        /* Q's rows of this warp are read by no other. */
-        stage_rows<D>(q, row0 + 16 * mt, state.out[mt], 1.0f / low, 1.0f / high);
-        store_rows<D>((bf16 *)a.out + (size_t)head * D, (size_t)(a.heads * D), first, args.group, q,
-                      row0 + 16 * mt, used);
-    }
+    for (int mt = 0; mt < MT; mt++) /* Q's rows of this warp are read by no other */
+        store_result<D>(a, args.group, state.out[mt], state.max[mt], state.sum[mt], q,
+                        row0 + 16 * mt, first, head, used);
     __syncthreads();
 }
 
@@ -273,13 +193,6 @@ static __device__ __forceinline__ int part_slot(const struct attend_args &args, 
                                                 int part, int row)
 {
     return ((run * args.a.kv_heads + g) * args.parts_max + part) * args.part_rows + row;
-}
-
-/* Which row and head of the result row r of kv head g is, of a run that begins at row `first`. */
-static __device__ __forceinline__ size_t row_head(const struct attend_args &args, int first, int g,
-                                                  int r)
-{
-    return (size_t)(first + r / args.group) * args.a.heads + g * args.group + r % args.group;
 }
 
 /* The number of the block of the pool that is this warp's share of the tile at position `key`; the
@@ -563,7 +476,7 @@ join_warps(const struct attend_args &args, const struct part &part,
             value.w = fmaf(weight, out.w, value.w);
         }
         if (part_is_all(part)) {
-            const size_t at = row_head(args, part.first, part.g, r);
+            const size_t at = row_head(args.a, args.group, part.first, part.g * args.group, r);
             const float one = 1.0f / sum;
 
             *(uint2 *)((bf16 *)args.a.out + at * D + 4 * chunk) = make_uint2(
@@ -830,9 +743,12 @@ static __global__ __launch_bounds__(ATTN_THREADS) void join_parts(const struct a
         }
     }
     if (args.a.lse && lane == 0)
-        args.a.lse[row_head(args, run.first, g, r)] = max * args.a.scale + logf(sum);
+        args.a.lse[row_head(args.a, args.group, run.first, g * args.group, r)] =
+            max * args.a.scale + logf(sum);
     sum = 1.0f / sum;
-    store_joined(value, sum, (bf16 *)args.a.out + row_head(args, run.first, g, r) * D + n * lane);
+    store_joined(value, sum,
+                 (bf16 *)args.a.out +
+                     row_head(args.a, args.group, run.first, g * args.group, r) * D + n * lane);
 }
 
 /* --- host --- */

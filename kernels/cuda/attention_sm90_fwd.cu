@@ -14,6 +14,7 @@
  *
  * A row's result depends on its run alone, as in attention_fwd.cu; the tiles begin at multiples of
  * 64 positions. Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2. */
+#include "cuda/attention_fwd.cuh"
 #include "cuda/attention_sm90.cuh"
 #include "cuda/launch.cuh"
 
@@ -163,29 +164,6 @@ static __device__ __forceinline__ void walk_keys(const struct walk<D, WG> &walk,
     }
 }
 
-/* Stores the warp's rows, divided by their sums, by way of Q's rows, which no other warp reads. */
-template <int D, int WG>
-static __device__ __forceinline__ void
-store_result(const struct wide_args &args, struct wide_state<D> &state, bf16 *q, int row, int first,
-             int head, int used)
-{
-    const struct cuda_attention &a = args.a;
-    const int lane = (int)threadIdx.x % 32, r = row + lane / 4;
-    const float low = row_sum(state.sum[0]), high = row_sum(state.sum[1]);
-
-    if (a.lse && lane % 4 == 0) {
-        if (r < used)
-            a.lse[(size_t)(first + r / args.group) * a.heads + head + r % args.group] =
-                state.max[0] * a.scale + logf(low);
-        if (r + 8 < used)
-            a.lse[(size_t)(first + (r + 8) / args.group) * a.heads + head + (r + 8) % args.group] =
-                state.max[1] * a.scale + logf(high);
-    }
-    stage_rows<D, 64 * WG>(q, row, state.out, 1.0f / low, 1.0f / high);
-    store_rows<D, 64 * WG>((bf16 *)a.out + (size_t)head * D, (size_t)(a.heads * D), first,
-                           args.group, q, row, used);
-}
-
 /* The run's queries i0 … i0+count-1 of kv head g. Ends with all warps past their use of `shared`.
  */
 template <int D, int WG>
@@ -219,7 +197,8 @@ attend_segment(const struct wide_args &args, const struct cuda_attn_run &run, in
     wide_keys<D, KEYS, threads>(shared->v[0], keys, keys.v, 0, last);
     copies_commit();
     walk_keys<D, WG>(walk, state);
-    store_result<D, WG>(args, state, shared->q, row, first, head, used);
+    store_result<D, rows>(a, args.group, state.out, state.max, state.sum, shared->q, row, first,
+                          head, used);
     __syncthreads();
 }
 

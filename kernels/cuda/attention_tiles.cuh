@@ -183,42 +183,4 @@ static __device__ __forceinline__ void store_rows(bf16 *base, size_t ld, int fir
     }
 }
 
-/* --- rows of scores --- */
-
-/* Scores of one row half become exp2(scale2 (s - max)). Returns what earlier sums are multiplied by.
- * A row that has seen no key keeps -inf and 0. */
-template <int NT>
-static __device__ __forceinline__ float soften(float (&s)[NT][4], float &max, float &sum, int half,
-                                               float scale2)
-{
-    float top = max, seen = 0, base = 0, shrink = 0, added = 0;
-
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-        top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    seen = top == -INFINITY ? 0.0f : top;
-    base = seen * scale2;
-    /* Exactly 1 where the maximum stays: a tile that a row does not see changes nothing. (By fmaf
-     * as below it would be 2 to the rounding error of base.) */
-    shrink = power_of_2((max - seen) * scale2);
-    max = top;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        s[n][2 * half] = power_of_2(fmaf(s[n][2 * half], scale2, -base));
-        s[n][2 * half + 1] = power_of_2(fmaf(s[n][2 * half + 1], scale2, -base));
-        added += s[n][2 * half] + s[n][2 * half + 1];
-    }
-    sum = fmaf(sum, shrink, added);
-    return shrink;
-}
-
-/* The sum over the four lanes of a row. */
-static __device__ __forceinline__ float row_sum(float x)
-{
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 #endif
