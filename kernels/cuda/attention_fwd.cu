@@ -146,7 +146,7 @@ static __global__ __launch_bounds__(ATTN_THREADS, 2) void attend(const struct at
         const struct cuda_attn_run run = args.a.runs[args.a.row_run[row]];
         const int stop = min(end, run.first + run.count);
 
-        if (!parts_of(args, run))
+        if (!attn_in_parts(args.a, args.group, run))
             attend_segment<D, MT>(args, run, (int)blockIdx.y, row - run.first, stop - row, shared);
         row = stop;
     }
