@@ -8,8 +8,8 @@
 
 /* --- rows of scores --- */
 
-/* Scores of one row half become exp2(scale2 (s - max)). Returns what earlier sums are multiplied by.
- * A row that has seen no key keeps -inf and 0. */
+/* Scores of one row half become exp2(scale2 (s - max)). Returns what earlier sums are multiplied
+ * by. A row that has seen no key keeps -inf and 0. */
 template <int NT>
 static __device__ __forceinline__ float soften(float (&s)[NT][4], float &max, float &sum, int half,
                                                float scale2)

@@ -68,6 +68,12 @@ attn_in_parts(const struct cuda_attention &a, int group, const struct cuda_attn_
     return a.kv && run.count * group <= ATTN_PART_ROWS;
 }
 
+/* Does the runs that attn_in_parts names, of serving's calls that attn_tiled accepts; the others'
+ * rows are left as they are. */
+int cuda_attention_parts(struct cuda_context *context, const struct cuda_attention *args);
+/* Whether it can finish the call's rows. */
+bool attn_can_finish(const struct cuda_context *context, const struct cuda_attention *a);
+
 /* By products of warpgroups instead of mma.sync: for what attn_tiled accepts, where
  * context->warpgroups, except for the parts of decoding. */
 int cuda_attention_sm90(struct cuda_context *context, const struct cuda_attention *args);

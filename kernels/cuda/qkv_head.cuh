@@ -1,6 +1,6 @@
 /* What follows the q|k|v product, for one head of one row: bias, norm, rotation, the key/value
  * store. qkv.cu does it for all heads of a pass, attention for those of a row that it is about to
- * attend to (attention_fwd.cu): the same bits.
+ * attend to (attention_parts.cu): the same bits.
  *
  * d/16 lanes (made a power of two) per head; a lane has 8 elements of the head's first half and the
  * 8 they are rotated with. */
