@@ -314,7 +314,8 @@ static int launch_deltas(struct cuda_context *context, const struct cuda_attenti
     return cuda_check_launch(context, "attention's deltas");
 }
 
-template <int D> static int launch(struct cuda_context *context, const struct grad_args &args)
+template <int D>
+static int launch_grads(struct cuda_context *context, const struct grad_args &args)
 {
     static bool keys_ready = false, queries_ready = false;
     const size_t keys_bytes = sizeof(struct key_block<D>), bytes = sizeof(struct query_block<D>);
@@ -362,5 +363,6 @@ extern "C" int cuda_attention_bwd(struct cuda_context *context,
     args.scale2 = a->scale * ATTN_LOG2E;
     if (context->warpgroups)
         return cuda_attention_bwd_sm90(context, args);
-    return a->head_dim == 64 ? launch<64>(context, args) : launch<128>(context, args);
+    return a->head_dim == 64 ? launch_grads<64>(context, args)
+                             : launch_grads<128>(context, args);
 }

@@ -47,10 +47,10 @@
 struct part_args {
     struct cuda_attention a;
     int group;
-    float scale2; /* scale log2 e */
+    float scale2;                    /* scale log2 e */
     int part_rows, parts_max, items; /* rows of a part; parts of a run; parts of all, at most */
-    float *part_out;    /* [run][kv head][part][part_rows][D], not yet divided by the sum */
-    float2 *part_stats; /* the same without D: maximum of the unscaled scores, sum */
+    float *part_out;        /* [run][kv head][part][part_rows][D], not yet divided by the sum */
+    float2 *part_stats;     /* the same without D: maximum of the unscaled scores, sum */
     struct cuda_qkv finish; /* if a.finish */
 };
 
@@ -101,7 +101,7 @@ struct part_list {
     struct part parts[32];
     int blocks[ATTN_WARPS][32]; /* number of the block of the pool that is each warp's share of the
                                    part's first tile */
-    int count, next; /* count of parts; the item behind those that were looked up */
+    int count, next;            /* count of parts; the item behind those that were looked up */
 };
 
 /* A block's shared memory. */
@@ -239,9 +239,9 @@ static __device__ __forceinline__ struct query_pieces<D> find_pieces(const struc
 
 /* Copies the pieces, to where load_queries would put them. */
 template <int D>
-static __device__ __forceinline__ void load_part_queries(const struct part_args &args,
-                                                         const struct part &part,
-                                                         const struct query_pieces<D> &mine, bf16 *q)
+static __device__ __forceinline__ void
+load_part_queries(const struct part_args &args, const struct part &part,
+                  const struct query_pieces<D> &mine, bf16 *q)
 {
     const int row = (int)threadIdx.x / mine.chunks, chunk = (int)threadIdx.x % mine.chunks;
     const bf16 *from = (const bf16 *)args.a.qkv + (size_t)part.first * (size_t)args.a.ldqkv +
@@ -258,7 +258,7 @@ static __device__ __forceinline__ void load_part_queries(const struct part_args 
 
 /* The next tile to ask for: of `part` from position `key` on, or, behind its last, the first of the
  * list's next part. */
-template <int D> struct walk {
+template <int D> struct part_walk {
     struct part part;
     int key;
     /* number of the warp's block of the tile, if that is of `part`: read one tile before it is
@@ -271,7 +271,8 @@ template <int D> struct walk {
 
 /* To the list's next part, if there is one. */
 template <int D>
-static __device__ __forceinline__ void next_part(struct walk<D> &walk, const struct part_list &list)
+static __device__ __forceinline__ void next_part(struct part_walk<D> &walk,
+                                                 const struct part_list &list)
 {
     if (walk.place < list.count) {
         walk.part = list.parts[walk.place];
@@ -285,7 +286,7 @@ static __device__ __forceinline__ void next_part(struct walk<D> &walk, const str
 /* Makes the next list if this one has been walked through. All warps come here and see the same. */
 template <int D>
 static __device__ __forceinline__ void list_more(const struct part_args &args,
-                                                 struct walk<D> &walk, struct part_list &list)
+                                                 struct part_walk<D> &walk, struct part_list &list)
 {
     const int next = list.next; /* before another warp writes it */
 
@@ -301,8 +302,8 @@ static __device__ __forceinline__ void list_more(const struct part_args &args,
  * left. OWN: the key and value at the row's own position are not in the pool. The number that the
  * tile behind it needs is asked for, too, and nobody waits for it before that tile's turn. */
 template <int D, bool OWN>
-static __device__ __forceinline__ void ask_tile(const struct part_args &args, struct walk<D> &walk,
-                                                bf16 (&stage)[2][ATTN_KEYS * D])
+static __device__ __forceinline__ void
+ask_tile(const struct part_args &args, struct part_walk<D> &walk, bf16 (&stage)[2][ATTN_KEYS * D])
 {
     const struct part &part = walk.part;
 
@@ -319,7 +320,7 @@ static __device__ __forceinline__ void ask_tile(const struct part_args &args, st
 /* The same; but before that, as a group of its own, asks for the queries if the tile begins a part:
  * into q, which the part before the last needs no longer. No other tile uses the stage. */
 template <int D, bool OWN>
-static __device__ __forceinline__ void ask(const struct part_args &args, struct walk<D> &walk,
+static __device__ __forceinline__ void ask(const struct part_args &args, struct part_walk<D> &walk,
                                            struct part_shared<D> &shared,
                                            bf16 (&stage)[2][ATTN_KEYS * D], bf16 *q)
 {
@@ -374,9 +375,9 @@ static __device__ __forceinline__ void leave_rows(const struct attend_state<D, 1
 /* Joins what the four warps left, in the warps' order, and stores it: as the result if this is the
  * run's only part, else for join_parts. */
 template <int D>
-static __device__ __forceinline__ void
-join_warps(const struct part_args &args, const struct part &part,
-           const bf16 *stage, const float2 (&stats)[ATTN_WARPS][PART_ROWS])
+static __device__ __forceinline__ void join_warps(const struct part_args &args,
+                                                  const struct part &part, const bf16 *stage,
+                                                  const float2 (&stats)[ATTN_WARPS][PART_ROWS])
 {
     constexpr int chunks = D / 4;
 
@@ -486,12 +487,11 @@ static __device__ __forceinline__ void place_own(bf16 (&stage)[2][ATTN_KEYS * D]
  * before its first kernel begins, and so are a run's older keys if no other row of the pass writes
  * them. FINISH: that holds, and the run's own keys are not read from the pool at all. */
 template <int D, bool FINISH>
-static __device__ __forceinline__ void begin_walk(const struct part_args &args, struct walk<D> &walk,
-                                                  struct part_shared<D> &shared)
+static __device__ __forceinline__ void
+begin_walk(const struct part_args &args, struct part_walk<D> &walk, struct part_shared<D> &shared)
 {
     const struct part &part = walk.part;
-    const bool older =
-        args.a.apart && min(part.from + ATTN_KEYS - 1, part.last) < part.pos;
+    const bool older = args.a.apart && min(part.from + ATTN_KEYS - 1, part.last) < part.pos;
 
     if (!FINISH && !older)
         launch_wait();
@@ -523,8 +523,8 @@ static __device__ __forceinline__ void begin_part(const struct part_args &args,
  * the next of the walk is on its way to the other stage. Returns the last one's. */
 template <int D, bool FINISH>
 static __device__ __forceinline__ int
-attend_tiles(const struct part_args &args, const struct part &part, struct walk<D> &walk, int turn,
-             int stage, struct part_shared<D> &shared)
+attend_tiles(const struct part_args &args, const struct part &part, struct part_walk<D> &walk,
+             int turn, int stage, struct part_shared<D> &shared)
 {
     const int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * CUDA_KV_BLOCK;
     struct attend_state<D, 1> state;
@@ -562,7 +562,8 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
 {
     extern __shared__ __align__(128) unsigned char memory[];
     struct part_shared<D> &shared = *(struct part_shared<D> *)memory;
-    struct walk<D> walk = {};
+    struct part_walk<D> walk = {
+    };
     struct part part;
     int turn = 0, stage = 0; /* of the part's queries, of its next tile */
 
@@ -588,16 +589,17 @@ static __global__ __launch_bounds__(ATTN_THREADS, 3) void attend_part(const stru
 }
 
 /* Columns of a row that a lane of join_parts has. */
-template <int N> struct __align__(4 * N) columns {
+template <int N> struct __align__(4 * N) columns
+{
     float at[N];
 };
 
 /* Asks for up to JOIN_AT_ONCE parts of a row, from `part` on. slot: that of part 0. */
 #define JOIN_AT_ONCE 8
 template <int N>
-static __device__ __forceinline__ void
-load_joined(const struct part_args &args, struct columns<N> (&to)[JOIN_AT_ONCE], int slot,
-            int part, int parts)
+static __device__ __forceinline__ void load_joined(const struct part_args &args,
+                                                   struct columns<N> (&to)[JOIN_AT_ONCE], int slot,
+                                                   int part, int parts)
 {
     const struct columns<N> *from = (const struct columns<N> *)args.part_out + threadIdx.x % 32;
 
@@ -615,8 +617,7 @@ static __device__ __forceinline__ void store_joined(const float (&value)[N], flo
 
     static_assert(N == 2 || N == 4, "heads of 64 or 128");
     if (N == 4)
-        *(uint2 *)to =
-            make_uint2(first, pack_pair(value[N - 2] * factor, value[N - 1] * factor));
+        *(uint2 *)to = make_uint2(first, pack_pair(value[N - 2] * factor, value[N - 1] * factor));
     else
         *(uint32_t *)to = first;
 }

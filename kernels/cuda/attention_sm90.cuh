@@ -1,13 +1,13 @@
 /* What attention's two files for sm_90a share: tiles in the layout of wgmma.cuh, filled and emptied
- * by the threads of a block, of which there are THREADS. */
+ * by all COPIERS threads of a block. */
 #ifndef CLAAS_CUDA_ATTENTION_SM90_CUH
 #define CLAAS_CUDA_ATTENTION_SM90_CUH
 
 #include "cuda/attention_tiles.cuh"
 
 /* The order in which windows of queries are taken: the longest walks first, because a block that
- * begins one last is waited for by the whole card. Runs of a pack are often equally long, so windows at one
- * place of every `period` go together, the last place first. */
+ * begins one last is waited for by the whole card. Runs of a pack are often equally long, so
+ * windows at one place of every `period` go together, the last place first. */
 struct wide_order {
     int windows, period, rounds;
 };
@@ -45,15 +45,15 @@ template <int PENDING> static __device__ __forceinline__ void wide_arrived(void)
     if (PENDING == 0)
         copies_wait();
     else
-        asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+        copies_wait_but<PENDING>();
     wgmma_publish();
     __syncthreads();
 }
 
-/* How a block's threads share the copy of a tile: a thread takes chunk `chunk` of the rows row, row +
- * step, …; the swizzle of them is one, since step is a multiple of 8. */
-template <int D, int THREADS> struct wide_share {
-    static const int chunks = D / 8, step = THREADS / chunks;
+/* How a block's threads share the copy of a tile: a thread takes chunk `chunk` of the rows row, row
+ * + step, …; the swizzle of them is one, since step is a multiple of 8. */
+template <int D, int COPIERS> struct wide_share {
+    static const int chunks = D / 8, step = COPIERS / chunks;
 
     static __device__ __forceinline__ int chunk(void)
     {
@@ -67,11 +67,11 @@ template <int D, int THREADS> struct wide_share {
 
 /* Starts the copy of the keys (or values, `base`) at positions first … first+ROWS-1; zeros beyond
  * `last`. */
-template <int D, int ROWS, int THREADS>
+template <int D, int ROWS, int COPIERS>
 static __device__ __forceinline__ void wide_keys(bf16 *tile, const struct attn_keys<bf16> &keys,
                                                  const bf16 *base, int first, int last)
 {
-    using share = wide_share<D, THREADS>;
+    using share = wide_share<D, COPIERS>;
     const int chunk = share::chunk(), row = share::row();
     bf16 *to = tile + wgmma_place<ROWS>(row, chunk);
 
@@ -103,11 +103,11 @@ static __device__ __forceinline__ int wide_inverse(int group)
 
 /* Starts the copy of `count` rows with the heads of a group: tile row i*group + h is head h of
  * matrix row first+i, at `base` + row*ld + h*D. Zeros beyond, up to ROWS rows. */
-template <int D, int ROWS, int THREADS>
+template <int D, int ROWS, int COPIERS>
 static __device__ __forceinline__ void wide_rows(bf16 *tile, const bf16 *base, size_t ld, int first,
                                                  int count, int group, int inverse)
 {
-    using share = wide_share<D, THREADS>;
+    using share = wide_share<D, COPIERS>;
     const int chunk = share::chunk(), row = share::row();
     bf16 *to = tile + wgmma_place<ROWS>(row, chunk);
 

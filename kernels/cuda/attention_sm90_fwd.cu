@@ -1,4 +1,5 @@
-/* Causal attention, forward, on sm_90a: what attend of attention_fwd.cu does, by warpgroup products.
+/* Causal attention, forward, on sm_90a: what attend of attention_fwd.cu does, by products of
+ * warpgroups.
  *
  *   S = scale Q K^T, P = softmax of each row of S, O = P V, lse = log sum exp of S's row
  *
@@ -39,7 +40,7 @@ template <int D, int WG> struct wide_shared {
     bf16 k[2][KEYS * D], v[2][KEYS * D];
 };
 
-/* Masks the scores of the tile whose first key is at position `key` and makes them probabilities. */
+/* Masks the scores of the tile whose first key is at position `key`; they become probabilities. */
 template <int D>
 static __device__ __forceinline__ void
 take_scores(struct wide_state<D> &state, float (&s)[KEYS / 8][4], int key, const int (&position)[2],
@@ -59,18 +60,18 @@ take_scores(struct wide_state<D> &state, float (&s)[KEYS / 8][4], int key, const
 }
 
 /* What the tiles of a block's rows have in common. */
-template <int D, int WG> struct walk {
+template <int D, int WG> struct key_walk {
     const struct attn_keys<bf16> &keys;
     struct wide_shared<D, WG> *shared;
-    int row0;             /* of the warpgroup */
+    int row0; /* of the warpgroup */
     int tiles;
-    int first_pos, last;  /* of the queries */
-    int position[2];      /* of this lane's rows */
+    int first_pos, last; /* of the queries */
+    int position[2];     /* of this lane's rows */
     float scale2;
 };
 
 template <int D, int WG>
-static __device__ __forceinline__ void ask_scores(const struct walk<D, WG> &walk,
+static __device__ __forceinline__ void ask_scores(const struct key_walk<D, WG> &walk,
                                                   float (&s)[KEYS / 8][4], const bf16 *k)
 {
     wgmma_begin();
@@ -82,7 +83,7 @@ static __device__ __forceinline__ void ask_scores(const struct walk<D, WG> &walk
  * these become probabilities, and are there at the end. */
 template <int D, int WG>
 static __device__ __forceinline__ void
-take_tile(const struct walk<D, WG> &walk, int t, float (&s)[KEYS / 8][4],
+take_tile(const struct key_walk<D, WG> &walk, int t, float (&s)[KEYS / 8][4],
           float (&next)[KEYS / 8][4], struct wide_state<D> &state)
 {
     struct wide_shared<D, WG> *shared = walk.shared;
@@ -115,7 +116,7 @@ take_tile(const struct walk<D, WG> &walk, int t, float (&s)[KEYS / 8][4],
 }
 
 template <int D, int WG>
-static __device__ __forceinline__ void take_last(const struct walk<D, WG> &walk,
+static __device__ __forceinline__ void take_last(const struct key_walk<D, WG> &walk,
                                                  float (&s)[KEYS / 8][4],
                                                  struct wide_state<D> &state)
 {
@@ -142,7 +143,7 @@ static __device__ __forceinline__ void take_last(const struct walk<D, WG> &walk,
 
 /* Walks over all tiles. Ends with the products done. */
 template <int D, int WG>
-static __device__ __forceinline__ void walk_keys(const struct walk<D, WG> &walk,
+static __device__ __forceinline__ void walk_keys(const struct key_walk<D, WG> &walk,
                                                  struct wide_state<D> &state)
 {
     float even[KEYS / 8][4], odd[KEYS / 8][4];
@@ -179,7 +180,8 @@ attend_segment(const struct wide_args &args, const struct cuda_attn_run &run, in
     const int used = count * args.group, first = run.first + i0, head = g * args.group;
     const int first_pos = run.pos + i0, last = first_pos + count - 1;
     struct wide_state<D> state = {};
-    struct walk<D, WG> walk = {keys, shared, row0, last / KEYS + 1, first_pos, last, {}, args.scale2};
+    struct key_walk<D, WG> walk = {keys,      shared, row0, last / KEYS + 1,
+                                   first_pos, last,   {},   args.scale2};
 
     state.max[0] = state.max[1] = -INFINITY;
 #pragma unroll

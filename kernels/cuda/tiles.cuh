@@ -1,7 +1,7 @@
-/* Where the elements of a tile in shared memory lie: bf16 [rows][D], D a multiple of 64. Its 16-byte
- * chunks are swizzled: chunk c of row r lies at c ^ (r % 8), so that the eight rows an ldmatrix
- * reads at one chunk fall into eight different groups of four banks. A tile of 64 columns lies as
- * the products of warpgroups want it, too; a wider one does if it is in panels (wgmma.cuh). */
+/* Where the elements of a tile in shared memory lie: bf16 [rows][D], D a multiple of 64. Its
+ * 16-byte chunks are swizzled: chunk c of row r lies at c ^ (r % 8), so that the eight rows an
+ * ldmatrix reads at one chunk fall into eight different groups of four banks. A tile of 64 columns
+ * lies as the products of warpgroups want it, too; a wider one does in panels (wgmma.cuh). */
 #ifndef CLAAS_CUDA_TILES_CUH
 #define CLAAS_CUDA_TILES_CUH
 

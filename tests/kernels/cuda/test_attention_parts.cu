@@ -25,9 +25,9 @@ static void test_long(cuda_context *context, shape s)
     check_end();
 }
 
-/* More parts than blocks: runs of all lengths, of one row and of as many as are done in parts, and one
- * of more. The numbers are those of as many blocks as the card holds, and of fewer runs; so they are
- * where older keys are read early. */
+/* More parts than blocks: runs of all lengths, of one row and of as many as are done in parts, and
+ * one of more. The numbers are those of as many blocks as the card holds, and of fewer runs; so
+ * they are where older keys are read early. */
 static void test_walk(cuda_context *context, shape s)
 {
     const int all = context->multiprocessors;
@@ -153,8 +153,8 @@ static void clear_block(const unfinished *u, int32_t block, finished *got)
 }
 
 /* Rows at these positions, and behind them `spares` that fill up the pass: at position 0 of one
- * block, which all of them write, so that what they come to is nobody's business. Returns the others'
- * results. */
+ * block, which all of them write, so that what they come to is nobody's business. Returns the
+ * others' results. */
 static std::vector<float> check_finished(cuda_context *context, shape s,
                                          const std::vector<int> &positions, bool norm, bool bias,
                                          int spares = 0)
@@ -223,7 +223,7 @@ static std::vector<float> check_finished(cuda_context *context, shape s,
     return apart.out;
 }
 
-/* Rows at the edges of blocks, of tiles and of parts, one to eight of them; keys read early, too. */
+/* Rows at the edges of blocks, of tiles and of parts, one to eight; keys read early, too. */
 static void test_finished(cuda_context *context, shape s)
 {
     const int all = context->multiprocessors;
@@ -285,8 +285,8 @@ static __global__ void write_own(uint16_t *kv, const uint16_t *from, const cuda_
         continue;
     for (int i = (int)threadIdx.x; i < 2 * kv_heads * d; i += (int)blockDim.x) {
         const size_t head = block * 2 * (size_t)kv_heads + (size_t)(i / d);
-        const size_t at =
-            (head * CUDA_KV_BLOCK + (size_t)(run.pos % CUDA_KV_BLOCK)) * (size_t)d + (size_t)(i % d);
+        const size_t at = (head * CUDA_KV_BLOCK + (size_t)(run.pos % CUDA_KV_BLOCK)) * (size_t)d +
+                          (size_t)(i % d);
 
         kv[at] = from[at];
     }
@@ -302,8 +302,8 @@ static void launch_own(cuda_context *context, const timed *t, const void *from, 
              "own keys");
 }
 
-/* The kernel in front lets attention begin and writes the runs' own keys some 20 us later, NaN until
- * then: a tile that holds one and is read too early would be seen. */
+/* The kernel in front lets attention begin and writes the runs' own keys some 20 us later, NaN
+ * until then: a tile that holds one and is read too early would be seen. */
 static void test_own_late(cuda_context *context, shape s)
 {
     const int all = context->multiprocessors;
@@ -343,8 +343,8 @@ static void test_own_late(cuda_context *context, shape s)
     check_end();
 }
 
-/* Parts are joined again and again with the same scratch: launched, then replayed in a graph beside a
- * call of fewer parts; always the first call's bits. */
+/* Parts are joined again and again with the same scratch: launched, then replayed in a graph beside
+ * a call of fewer parts; always the first call's bits. */
 static void test_joined(cuda_context *context, shape s)
 {
     const int rounds = 20;
@@ -389,8 +389,8 @@ static void test_joined(cuda_context *context, shape s)
     check_end();
 }
 
-/* Other runs in the place of those that a graph was captured with: one row each, of which row i is at
- * position `far` or before it, and its blocks are anywhere in the pool. */
+/* Other runs in the place of those that a graph was captured with: one row each, of which row i is
+ * at position `far` or before it, and its blocks are anywhere in the pool. */
 static void place_runs(const timed *t, int far, int round)
 {
     const int blocks = far / CUDA_KV_BLOCK + 1, rows = t->args.run_count;
@@ -417,8 +417,8 @@ static void place_runs(const timed *t, int far, int round)
     check_cuda(cudaDeviceSynchronize(), "runs");
 }
 
-/* A graph of decoding, whose blocks walk, gives at each replay what the runs that are there then give
- * when launched: by more blocks, and with room for more parts. */
+/* A graph of decoding, whose blocks walk, gives at each replay what the runs that are there then
+ * give when launched: by more blocks, and with room for more parts. */
 static void test_replayed(cuda_context *context, shape s)
 {
     const int rows = 12, far = 1199, all = context->multiprocessors;
@@ -438,8 +438,8 @@ static void test_replayed(cuda_context *context, shape s)
 
     t.args.furthest = far + 1;
     context->multiprocessors = 1;
-    exec = check_graph(context,
-                       [&] { check_rc(cuda_attention(context, &t.args), "cuda_attention"); });
+    exec =
+        check_graph(context, [&] { check_rc(cuda_attention(context, &t.args), "cuda_attention"); });
     context->multiprocessors = all;
     t.args.furthest = r.furthest;
     for (int round = 0; round < 6; round++) {
