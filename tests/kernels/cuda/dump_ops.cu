@@ -294,7 +294,8 @@ static void dump_decoding(const char *name, int heads, int kv_heads, int d, int 
     struct check_array qkv = check_acts(CUDA_TYPE_BF16, (size_t)runs * n, 1);
     struct check_array kv = check_acts(CUDA_TYPE_BF16, (size_t)runs * blocks * block, 1);
     struct check_array out = check_blank(CUDA_TYPE_BF16, (size_t)runs * nq);
-    int32_t row_run[RUNS_MAX], *tables = (int32_t *)check_alloc((size_t)runs * blocks, sizeof(int32_t));
+    int32_t row_run[RUNS_MAX];
+    int32_t *tables = (int32_t *)check_alloc((size_t)runs * blocks, sizeof(int32_t));
     struct check_buffer device_list, device_rows, device_tables, scratch;
 
     for (int i = 0; i < runs; i++) {
@@ -438,7 +439,8 @@ static void open_lora(struct lora_rig *r, int m, int k, int n, bool few)
 static void close_lora(struct lora_rig *r)
 {
     check_free(&r->view, "the view"), check_free(&r->grad, "the gradient");
-    check_free(&r->x, "x"), check_free(&r->s, "S"), check_free(&r->y, "y"), check_free(&r->dy, "dY");
+    check_free(&r->x, "x"), check_free(&r->s, "S");
+    check_free(&r->y, "y"), check_free(&r->dy, "dY");
     check_free(&r->ds, "dS"), check_free(&r->dx, "dx"), check_free(&r->sums, "sums");
     check_free(&r->y_before, "y before"), check_free(&r->dx_before, "dx before");
     check_buffer_free(&r->groups, "groups"), check_buffer_free(&r->tiles, "tiles");
@@ -517,7 +519,8 @@ static void dump_loss(const char *name, int rows, int vocab, int d, float alpha)
     float *losses = (float *)check_alloc(rows, sizeof(float));
     float *logprobs = (float *)check_alloc(rows, sizeof(float));
     int32_t *tokens = (int32_t *)check_alloc(rows, sizeof(int32_t));
-    struct check_buffer device_positions, device_results = check_buffer_new(rows * sizeof(*results));
+    struct check_buffer device_results = check_buffer_new(rows * sizeof(*results));
+    struct check_buffer device_positions;
     struct claas_loss_config config = {};
 
     for (size_t i = 0; i < count; i++)
@@ -553,7 +556,8 @@ static void dump_loss(const char *name, int rows, int vocab, int d, float alpha)
     op_end();
     check_free(&student, "student"), check_free(&teacher, "teacher"), check_free(&head, "head");
     check_free(&z, "logits"), check_free(&zt, "logits"), check_free(&dlogits, "dlogits");
-    check_buffer_free(&device_positions, "positions"), check_buffer_free(&device_results, "results");
+    check_buffer_free(&device_positions, "positions");
+    check_buffer_free(&device_results, "results");
     free(positions), free(results), free(losses), free(logprobs), free(tokens);
 }
 

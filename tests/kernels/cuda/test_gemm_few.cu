@@ -193,7 +193,8 @@ static void test_cases(struct cuda_context *context)
             struct few_case c = {size[0], size[1], size[2],
                                  kind < 2 ? CUDA_TYPE_BF16 : CUDA_TYPE_F32, kind % 2 == 1};
 
-            if (check_leaves_out((double)ROWS * c.n * c.k, CHECK_SMALL_PRODUCTS) || check_elsewhere())
+            if (check_leaves_out((double)ROWS * c.n * c.k, CHECK_SMALL_PRODUCTS) ||
+                check_elsewhere())
                 continue;
             /* The large ones once in each type. */
             if ((double)c.n * c.k < 1e6 || c.adds == (c.out_type == CUDA_TYPE_BF16))
