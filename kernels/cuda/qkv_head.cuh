@@ -62,24 +62,9 @@ __device__ static void store_halves(T *p, int half, const float low[CHUNK], cons
     store8<true>(p + half, CHUNK, high);
 }
 
-/* First position of the row's block that this call leaves unwritten, if the row begins its block;
- * else CUDA_KV_BLOCK. Rows of one block lie side by side, in increasing positions. */
-__device__ static int unwritten_from(const struct cuda_qkv &a, int row)
-{
-    int count = 1;
-
-    if (a.pos[row] % CUDA_KV_BLOCK != 0)
-        return CUDA_KV_BLOCK;
-    while (count < CUDA_KV_BLOCK && row + count < a.m && a.blocks[row + count] == a.blocks[row] &&
-           a.pos[row + count] == a.pos[row] + count)
-        count++;
-    return count;
-}
-
 /* Where a row's keys and values go, from the pass's positions and blocks. */
 struct kv_slot {
     int block, position; /* in it */
-    int clear_from;
 };
 
 __device__ static struct kv_slot find_slot(const struct cuda_qkv &a, int row)
@@ -88,12 +73,11 @@ __device__ static struct kv_slot find_slot(const struct cuda_qkv &a, int row)
 
     slot.block = a.blocks[row];
     slot.position = a.pos[row] % CUDA_KV_BLOCK;
-    slot.clear_from = unwritten_from(a, row);
     return slot;
 }
 
-/* Into block [2][G][16][d]. A row that begins a block also clears what lies behind the call's last
- * position: attention multiplies it by 0, and what an earlier user left may be NaN. */
+/* Into block [2][G][16][d]. What an earlier user left at the positions behind the row's stays, and
+ * may be NaN: attention reads none behind a run's last position but takes zeros. */
 template <typename T>
 __device__ static void store_kv(const struct cuda_qkv &a, const struct head_place &place,
                                 const struct kv_slot &slot, const float low[CHUNK],
@@ -102,11 +86,8 @@ __device__ static void store_kv(const struct cuda_qkv &a, const struct head_plac
     const int d = a.head_dim, head = place.head - a.heads; /* k heads, then v heads: [2][G] */
     T *out =
         (T *)a.kv + ((size_t)slot.block * 2 * a.kv_heads + head) * CUDA_KV_BLOCK * d + place.at;
-    const float zero[CHUNK] = {};
 
     store_halves(out + (size_t)slot.position * d, d / 2, low, high);
-    for (int p = slot.clear_from; p < CUDA_KV_BLOCK; p++)
-        store_halves(out + (size_t)p * d, d / 2, zero, zero);
 }
 
 /* The head's 1/rms, for its norm. Without a norm nothing is rounded and the result means nothing.

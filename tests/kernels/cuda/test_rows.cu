@@ -276,8 +276,7 @@ static void want_head(struct qkv_case *c, int row, int head)
     }
 }
 
-/* The blocks hold the rows' keys and values, zeros behind them where a row began its block, and
- * what they held before (NaN) elsewhere. */
+/* The blocks hold the rows' keys and values, and what they held before (NaN) elsewhere. */
 static void check_kv(struct qkv_case *c)
 {
     const size_t d = c->args.head_dim, kv_heads = c->args.kv_heads;
@@ -290,14 +289,8 @@ static void check_kv(struct qkv_case *c)
         const size_t p = c->pos[i] % CUDA_KV_BLOCK, b = c->blocks[i];
 
         for (size_t s = 0; s < 2 * kv_heads; s++)
-            for (size_t k = 0; k < slot; k++) {
-                float *to = &want[b * block + s * slot + k];
-
-                if (k / d == p)
-                    *to = c->qkv.host[(size_t)i * c->n + (c->args.heads + s) * d + k % d];
-                else if (p == 0) /* later rows of the block write theirs over it */
-                    *to = 0;
-            }
+            memcpy(&want[b * block + s * slot + p * d],
+                   &c->qkv.host[(size_t)i * c->n + (c->args.heads + s) * d], d * sizeof(float));
     }
     for (size_t i = 0; i < c->kv.count; i++)
         if (isnan(want[i]) ? !isnan(c->kv.host[i]) : !(c->kv.host[i] == want[i])) {
