@@ -1,6 +1,7 @@
 /* The parts of a training step on the device: train.c (the step), space.c (memory), head.c (loss),
  * backward.c (gradients). The order of work is cpu/train.c's; batches are larger, and the host
- * decides once, after all gradients, whether the step is applied. */
+ * decides once, when it has the losses and the norms of all gradients, whether the step is
+ * applied. */
 #ifndef CLAAS_CUDA_CUDA_TRAIN_H
 #define CLAAS_CUDA_CUDA_TRAIN_H
 
@@ -23,7 +24,6 @@ struct cuda_step_space {
     float *base_logprobs;                 /* [positions] */
     struct cuda_loss_position *positions; /* [positions] */
     struct claas_loss_result *results;    /* [positions] */
-    float *losses;                        /* [positions] */
     double *parts;                        /* [CUDA_NORM_PARTS] */
     struct cuda_learned *learned;         /* [learners] */
     float *grads;                         /* [sum of the learners' counts] */

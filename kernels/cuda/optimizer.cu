@@ -106,26 +106,19 @@ __global__ static void __launch_bounds__(THREADS)
 
 /* One block of CUDA_NORM_PARTS threads. */
 __global__ static void __launch_bounds__(CUDA_NORM_PARTS)
-    finish_norm(const double *parts, int part_count, const float *losses, int loss_count,
-                struct cuda_learned *ret)
+    finish_norm(const double *parts, int part_count, struct cuda_learned *ret)
 {
     const double sum = block_sum(threadIdx.x < part_count ? parts[threadIdx.x] : 0.0);
     const double norm = sqrt(sum);
-    int bad = !isfinite(norm);
 
-    for (int i = threadIdx.x; i < loss_count; i += blockDim.x)
-        bad |= !isfinite(losses[i]);
-    bad = __syncthreads_or(bad);
     if (threadIdx.x == 0) {
         ret->norm = norm;
-        ret->finite = !bad;
-        ret->pad = 0;
+        ret->finite = isfinite(norm);
     }
 }
 
 int cuda_measure_gradient(struct cuda_context *context, const float *grad, size_t count,
-                          const float *losses, int loss_count, double *parts,
-                          struct cuda_learned *ret)
+                          double *parts, struct cuda_learned *ret)
 {
     /* A multiple of PART_UNIT, so that parts begin as aligned as the whole. */
     const size_t part = divide_up(divide_up(count, CUDA_NORM_PARTS), PART_UNIT) * PART_UNIT;
@@ -135,8 +128,7 @@ int cuda_measure_gradient(struct cuda_context *context, const float *grad, size_
         sum_squares<true><<<part_count, THREADS, 0, context->stream>>>(grad, count, part, parts);
     else if (part_count > 0)
         sum_squares<false><<<part_count, THREADS, 0, context->stream>>>(grad, count, part, parts);
-    finish_norm<<<1, CUDA_NORM_PARTS, 0, context->stream>>>(parts, part_count, losses,
-                                                            losses ? loss_count : 0, ret);
+    finish_norm<<<1, CUDA_NORM_PARTS, 0, context->stream>>>(parts, part_count, ret);
     return cuda_check_launch(context, "the gradient's norm");
 }
 

@@ -1,5 +1,8 @@
-/* Gradient norm, clipping and AdamW, without the host: the step's decision "finite or not" is made
- * and acted on by the device. All pointers are device pointers; sums are of fixed order. */
+/* Gradient norm, clipping and AdamW. All pointers are device pointers; sums are of fixed order.
+ *
+ * The norm stays on the device, where the update clips by it; the host reads a copy. Whether a step
+ * is applied is decided by the host, from the losses and the norms of all adapters (train.c). That
+ * cuda_adamw skips a gradient that is not finite is a second guard. */
 #ifndef CLAAS_CUDA_OPTIMIZER_H
 #define CLAAS_CUDA_OPTIMIZER_H
 
@@ -11,18 +14,15 @@ extern "C" {
 
 #define CUDA_NORM_PARTS 1024
 
-/* The result of a step for one adapter, on the device. */
+/* The gradient of one adapter, before clipping. */
 struct cuda_learned {
-    double norm; /* of the gradient before clipping */
-    int finite;  /* losses and gradient */
-    int pad;
+    double norm;
+    int finite; /* whether the norm is */
 };
 
-/* ret->norm and, together with `losses` [count] (float32, may be NULL), ret->finite. parts:
- * scratch, double [CUDA_NORM_PARTS]. */
+/* Measures grad [count]. parts: scratch, double [CUDA_NORM_PARTS]. */
 int cuda_measure_gradient(struct cuda_context *context, const float *grad, size_t count,
-                          const float *losses, int loss_count, double *parts,
-                          struct cuda_learned *ret);
+                          double *parts, struct cuda_learned *ret);
 
 /* PyTorch's AdamW with clip_grad_norm_ (see cpu/optim_fast.h for the order of operations), skipped
  * where !learned->finite. */

@@ -201,7 +201,6 @@ static void place_kept(struct cuda_step *step, struct cuda_arena *arena,
     space->base_logprobs = cuda_take(arena, n * sizeof(float));
     space->positions = cuda_take(arena, n * sizeof(struct cuda_loss_position));
     space->results = cuda_take(arena, n * sizeof(struct claas_loss_result));
-    space->losses = cuda_take(arena, n * sizeof(float));
     space->parts = cuda_take(arena, CUDA_NORM_PARTS * sizeof(double));
     space->learned =
         cuda_take(arena, (size_t)step->plan.learner_count * sizeof(struct cuda_learned));

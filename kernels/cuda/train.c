@@ -387,7 +387,7 @@ static int measure_gradients(struct cuda_step *step, struct cuda_learned *learne
 
     for (int i = 0; i < plan->learner_count && code >= 0; i++)
         code = cuda_measure_gradient(context, plan->learners[i].grad,
-                                     plan->learners[i].adapter->cuda.layout.count, NULL, 0,
+                                     plan->learners[i].adapter->cuda.layout.count,
                                      step->space.parts, step->space.learned + i);
     if (code < 0)
         return code;

@@ -587,7 +587,7 @@ static void dump_adamw(const char *name, size_t count)
              (double)args.weight_decay, (double)args.max_grad_norm, (int)args.step);
     write_array("p", &p, count), write_array("m", &m, count), write_array("v", &v, count);
     write_array("g", &g, count);
-    check_rc(cuda_measure_gradient(&context, (const float *)g.data, count, NULL, 0,
+    check_rc(cuda_measure_gradient(&context, (const float *)g.data, count,
                                    (double *)parts.data, (struct cuda_learned *)learned.data),
              name);
     check_rc(cuda_adamw(&context, &args), name);

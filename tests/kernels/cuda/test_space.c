@@ -353,7 +353,7 @@ static size_t bytes_of(int positions, int intermediate)
 /* The head's buffers lie where those of the layers do: the larger of the two counts. */
 static void test_head(void **state)
 {
-    const size_t kept = 2 * HIDDEN + 2 * sizeof(float) + sizeof(struct cuda_loss_position) +
+    const size_t kept = 2 * HIDDEN + sizeof(float) + sizeof(struct cuda_loss_position) +
                         sizeof(struct claas_loss_result);
     const size_t head = (size_t)768 * 151936 * (4 + 4 + 2);
 
