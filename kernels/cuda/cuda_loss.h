@@ -1,6 +1,7 @@
-/* The SDPO loss of include/claas/loss.h for a chunk of rows on the device, one block per row,
- * float32 with sums of fixed order (block sums in double where kernels/sdpo uses double). All
- * pointers are device pointers. */
+/* The SDPO loss of include/claas/loss.h for a chunk of rows on the device. The blocks of a cluster
+ * hold a row (wide_rows.cuh). Terms are float32, those of the top K double; the masses of the whole
+ * vocabulary are integers, all other sums doubles of fixed order. All pointers are device
+ * pointers. */
 #ifndef CLAAS_CUDA_CUDA_LOSS_H
 #define CLAAS_CUDA_CUDA_LOSS_H
 
@@ -22,13 +23,12 @@ struct cuda_loss_position {
 
 /* results[rows]; dlogits act [rows][V] gets weight * d loss / d logits (NULL: no gradient).
  * student, teacher: float32 [rows][V]; rows whose position has no teacher do not read `teacher`.
- * scratch: cuda_loss_scratch_bytes(rows, vocab). Variants FULL, STUDENT_TOPK_TAIL and TEACHER_TOPK
- * (the teacher's top K taken from its logits, lowest index first among equals). */
+ * Variants FULL, STUDENT_TOPK_TAIL and TEACHER_TOPK (the teacher's top K taken from its logits,
+ * lowest index first among equals). */
 int cuda_loss(struct cuda_context *context, const struct claas_loss_config *config, int vocab,
               int rows, const float *student, const float *teacher,
-              const struct cuda_loss_position *positions, void *dlogits, void *scratch,
+              const struct cuda_loss_position *positions, void *dlogits,
               struct claas_loss_result *results);
-size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows, int vocab);
 
 /* out[i] = log softmax(logits[i])[tokens[i]]; the expression is that of cuda_loss's logprob and of
  * cuda_sample's, so that all agree bit for bit. */

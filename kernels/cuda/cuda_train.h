@@ -49,7 +49,6 @@ struct cuda_step_space {
     float *head_rstd, *head_dx;        /* [chunk], [chunk][D] */
     float *logits, *teacher_logits;    /* [chunk][V] */
     void *dlogits;                     /* act [chunk][V] */
-    void *loss_scratch;
 };
 
 /* Everything of a step. */

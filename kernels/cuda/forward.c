@@ -81,7 +81,6 @@ static void place(claas_backend_t *backend, struct cuda_arena *arena)
     cuda_place_infer(backend, arena, (int)m, (int)m, &space->pass, &space->infer);
     space->hidden = cuda_take(arena, m * (size_t)c->hidden * backend->context.act_bytes);
     space->logits = cuda_take(arena, (size_t)space->logits_rows * vocab * sizeof(float));
-    space->sampling = cuda_take(arena, cuda_sample_scratch_bytes(c->vocab, space->logits_rows));
     space->device_samples =
         cuda_take(arena, (size_t)space->logits_rows * sizeof(struct claas_sample));
 }
@@ -287,7 +286,7 @@ static int run_pass(claas_backend_t *backend, const struct claas_segment *segmen
         rows = wanted - row < space->logits_rows ? wanted - row : space->logits_rows;
         if (code >= 0)
             code = cuda_sample(context, c->vocab, rows, space->logits, samples + row,
-                               space->staging, space->device_samples, space->sampling);
+                               space->staging, space->device_samples);
     }
     return code;
 }

@@ -164,8 +164,7 @@ static int run_chunk(const struct chunk *chunk, bool saved)
     if (code >= 0)
         code = cuda_loss(context, &chunk->step->plan.request->loss, c->vocab, chunk->count,
                          space->logits, space->teacher_logits, space->positions + chunk->index,
-                         saved ? space->dlogits : NULL, space->loss_scratch,
-                         space->results + chunk->index);
+                         saved ? space->dlogits : NULL, space->results + chunk->index);
     if (code >= 0 && saved)
         code = chunk_backward(chunk);
     return code >= 0 ? cuda_yield(&space->pass) : code;

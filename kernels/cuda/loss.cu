@@ -900,14 +900,6 @@ static void choose_form(struct loss_args *args)
                                       : FORM_JSD;
 }
 
-size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows, int vocab)
-{
-    (void)config;
-    (void)rows;
-    (void)vocab;
-    return 0;
-}
-
 /* Plans the rows and launches the kernel that the plan asks for. */
 template <typename Act, bool TOP_K>
 static int launch_loss(struct cuda_context *context, struct loss_args *args)
@@ -929,13 +921,12 @@ static int launch_loss(struct cuda_context *context, struct loss_args *args)
 
 int cuda_loss(struct cuda_context *context, const struct claas_loss_config *config, int vocab,
               int rows, const float *student, const float *teacher,
-              const struct cuda_loss_position *positions, void *dlogits, void *scratch,
+              const struct cuda_loss_position *positions, void *dlogits,
               struct claas_loss_result *results)
 {
     struct loss_args args = {};
     int code = claas_loss_check(config);
 
-    (void)scratch;
     if (code < 0 || rows <= 0)
         return code;
     args.plan.vocab = vocab;

@@ -158,7 +158,6 @@ struct cuda_forward_space {
     void *host;    /* memory of the pack's and tail's arrays on the host */
     void *hidden;
     float *logits; /* [logits_rows][V] */
-    void *sampling;
     struct claas_sample *device_samples, *staging;
     int logits_rows;
 };

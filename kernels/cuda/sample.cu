@@ -297,22 +297,14 @@ static __global__ void __launch_bounds__(1024, 1) sample_rows(const struct sampl
 
 /* --- host --- */
 
-size_t cuda_sample_scratch_bytes(int vocab, int m)
-{
-    (void)vocab;
-    (void)m;
-    return 0;
-}
-
 int cuda_sample(struct cuda_context *context, int vocab, int m, const float *logits,
                 struct claas_sample *samples, struct claas_sample *staging,
-                struct claas_sample *device_samples, void *scratch)
+                struct claas_sample *device_samples)
 {
     struct sample_args args = {};
     size_t bytes = (size_t)(m > 0 ? m : 0) * sizeof(*samples);
     int code;
 
-    (void)scratch;
     if (m <= 0)
         return 0;
     code = row_plan(context, (const void *)sample_rows, vocab, 2, sizeof(struct sample_shared),

@@ -104,8 +104,6 @@ static void place_head(const struct cuda_step *step, struct cuda_arena *arena,
     space->head_xn = cuda_take(arena, rows * d * act);
     space->logits = cuda_take(arena, rows * vocab * sizeof(float));
     space->teacher_logits = cuda_take(arena, rows * vocab * sizeof(float));
-    space->loss_scratch =
-        cuda_take(arena, cuda_loss_scratch_bytes(&step->plan.request->loss, (int)rows, (int)vocab));
     if (!gradient)
         return;
     space->head_x = cuda_take(arena, rows * d * act);

@@ -538,7 +538,7 @@ static void dump_loss(const char *name, int rows, int vocab, int d, float alpha)
     logits_of(&teacher, &head, rows, vocab, d, &zt);
     check_rc(cuda_loss(&context, &config, vocab, rows, (const float *)z.data,
                        (const float *)zt.data,
-                       (const struct cuda_loss_position *)device_positions.data, dlogits.data, NULL,
+                       (const struct cuda_loss_position *)device_positions.data, dlogits.data,
                        (struct claas_loss_result *)device_results.data),
              name);
     check_download(&device_results, results);

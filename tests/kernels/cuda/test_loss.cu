@@ -117,7 +117,7 @@ static void run_device(struct cuda_context *context, const struct claas_loss_con
     check_rc(cuda_loss(context, config, b->vocab, b->rows, (const float *)b->student.data,
                        (const float *)b->teacher.data,
                        (const struct cuda_loss_position *)b->device_positions.data,
-                       gradient ? b->dlogits.data : NULL, NULL,
+                       gradient ? b->dlogits.data : NULL,
                        (struct claas_loss_result *)results.data),
              "cuda_loss");
     check_download(&results, b->got);
@@ -626,7 +626,7 @@ static void test_arguments(struct cuda_context *context)
         config.kl_weight = i == 6 ? -1.0F : 0;
         config.variant = i == 7 ? (enum claas_loss_variant)9 : config.variant;
         code = cuda_loss(context, &config, 9, 1, (const float *)b.student.data,
-                         (const float *)b.teacher.data, NULL, NULL, NULL, NULL);
+                         (const float *)b.teacher.data, NULL, NULL, NULL);
         if (code != CLAAS_ERR_INVALID)
             check_fail("case %d gives %d", i, code);
     }
@@ -663,7 +663,7 @@ static void time_loss(struct cuda_context *context, int variant, float alpha, in
     ms = check_median_ms(context, [&] {
         check_rc(cuda_loss(context, &config, vocab, rows, (const float *)z.data,
                            (const float *)zt.data,
-                           (const struct cuda_loss_position *)positions.data, dlogits.data, NULL,
+                           (const struct cuda_loss_position *)positions.data, dlogits.data,
                            (struct claas_loss_result *)results.data),
                  "cuda_loss");
     });

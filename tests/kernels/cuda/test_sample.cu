@@ -74,7 +74,7 @@ static void run_both(struct cuda_context *context, struct batch *b)
     check_cuda(cudaMallocHost((void **)&staging, bytes), "pinned memory");
     memcpy(b->got, b->want, bytes);
     check_rc(cuda_sample(context, b->vocab, b->m, (const float *)b->logits.data, b->got, staging,
-                         (struct claas_sample *)device.data, NULL),
+                         (struct claas_sample *)device.data),
              "cuda_sample");
     claas_cpu_sample(&cpu, b->m, b->logits.host, b->want);
     check_cuda(cudaFreeHost(staging), "pinned memory");
@@ -423,7 +423,7 @@ static void time_sample(struct cuda_context *context, int vocab, int m, float to
     }
     ms = check_median_ms(context, [&] {
         check_rc(cuda_sample(context, vocab, m, (const float *)b.logits.data, b.want, staging,
-                             (struct claas_sample *)device.data, NULL),
+                             (struct claas_sample *)device.data),
                  "cuda_sample");
     });
     snprintf(what, sizeof(what), "%s, %d alternatives [%d][%d]",

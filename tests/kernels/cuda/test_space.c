@@ -86,12 +86,6 @@ void cuda_place_infer(const claas_backend_t *backend, struct cuda_arena *arena, 
     (void)backend, (void)arena, (void)m, (void)tail, (void)pass, (void)infer;
 }
 
-size_t cuda_loss_scratch_bytes(const struct claas_loss_config *config, int rows, int vocab)
-{
-    (void)config, (void)rows, (void)vocab;
-    return 0;
-}
-
 /* --- a step --- */
 
 static claas_backend_t backend;
