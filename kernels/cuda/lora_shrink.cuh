@@ -285,8 +285,10 @@ lora_store_team(const struct lora_join &join, const struct lora_line &line, int 
     }
     if (threadIdx.x == 0)
         mbarrier_expect(barrier, CUDA_LORA_PARTS * sums * (int)sizeof(float));
-    if (made == 0)
+    if (made == 0) {
+        __syncwarp();   /* cluster_wait is by whole warps */
         cluster_wait(); /* the others have their barriers */
+    }
     __syncthreads();
     if (quarter == 0)
         lora_push_chunk<HIGH>(total, quarters, place, barrier);
