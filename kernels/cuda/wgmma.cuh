@@ -24,8 +24,8 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-/* In code of other kinds than sm_90a these functions have no body: what needs a product of theirs is
- * never run there. */
+/* In code of other kinds than sm_90a these functions have no body: what needs a product of theirs
+ * is never run there. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -131,7 +131,6 @@ WGMMA_NT(1, 8, WGMMA_REGISTERS_4, 4, 5, 6, WGMMA_4(c, 0))
 WGMMA_NT(2, 16, WGMMA_REGISTERS_8, 8, 9, 10, WGMMA_8(c, 0))
 WGMMA_NT(4, 32, WGMMA_REGISTERS_16, 16, 17, 18, WGMMA_16(c, 0))
 WGMMA_NT(8, 64, WGMMA_REGISTERS_32, 32, 33, 34, WGMMA_32(c, 0))
-WGMMA_NT(16, 128, WGMMA_REGISTERS_64, 64, 65, 66, WGMMA_32(c, 0), WGMMA_32(c, 8))
 
 /* c += a b, a in registers, b from shared memory along its rows (wgmma_rows). */
 static __device__ __forceinline__ void wgmma_nn(float (&c)[8][4], const uint32_t (&a)[4],
