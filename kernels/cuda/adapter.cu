@@ -13,10 +13,10 @@
  * not the one that computes: pinned images go matrix by matrix straight to their place, others
  * through two pinned buffers. */
 #include "cuda/cuda_model.h"
+#include "cuda/row_chunks.cuh"
 
 #include "claas/mem.h"
 
-#include <cuda_bf16.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -127,21 +127,6 @@ struct view_args {
     float scale;
 };
 
-static __device__ void store(float *out, const float *values)
-{
-    ((float4 *)out)[0] = make_float4(values[0], values[1], values[2], values[3]);
-    ((float4 *)out)[1] = make_float4(values[4], values[5], values[6], values[7]);
-}
-
-static __device__ void store(__nv_bfloat16 *out, const float *values)
-{
-    __align__(16) __nv_bfloat162 pairs[ELEMENTS / 2];
-
-    for (int i = 0; i < ELEMENTS / 2; i++)
-        pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-    *(uint4 *)out = *(const uint4 *)pairs;
-}
-
 /* gridDim.y: layers. */
 template <typename T>
 static __global__ void view_kernel(struct view_args args, const float *parameters, T *view)
@@ -161,7 +146,7 @@ static __global__ void view_kernel(struct view_args args, const float *parameter
                 scale = args.scale;
         for (int i = 0; i < ELEMENTS; i++)
             values[i] *= scale;
-        store(view + base + at, values);
+        store8<true>(view + base + at, ELEMENTS, values);
     }
 }
 
@@ -171,7 +156,7 @@ static int make_view(struct cuda_context *context, const struct cuda_model *mode
                      const float *parameters, int first, int layers)
 {
     const struct cuda_lora_layout *layout = &adapter->layout;
-    size_t blocks = (layout->layer / ELEMENTS + VIEW_THREADS - 1) / VIEW_THREADS;
+    size_t blocks = divide_up(layout->layer / ELEMENTS, VIEW_THREADS);
     void *view = cuda_at(context, adapter->view.base, (size_t)first * layout->layer);
     struct view_args args;
     dim3 grid(blocks < VIEW_BLOCKS_MAX ? (unsigned)blocks : VIEW_BLOCKS_MAX, (unsigned)layers);

@@ -36,8 +36,6 @@
 #include "cuda/mbarrier.cuh"
 #include "cuda/wgmma.cuh"
 
-#include <string.h>
-
 #define WARPS             8
 #define THREADS           (32 * WARPS)
 #define B_ROWS            (16 * WARPS) /* of a block */
@@ -438,7 +436,7 @@ static __device__ __forceinline__ void give_part(const struct few_args *args, in
 static __device__ __forceinline__ float read_one(const struct few_args *args, size_t at)
 {
     return args->wide ? ((const float *)args->add)[at]
-                      : __bfloat162float(((const bf16 *)args->add)[at]);
+                      : widen(((const bf16 *)args->add)[at]);
 }
 
 /* Elements `at` to `at + 3` of what is added. */
@@ -468,7 +466,7 @@ static __device__ __forceinline__ void write_one(const struct few_args *args, si
     if (args->wide)
         ((float *)args->out)[at] = x;
     else
-        ((bf16 *)args->out)[at] = __float2bfloat16_rn(x);
+        narrow((bf16 *)args->out + at, x);
 }
 
 static __device__ __forceinline__ void write_quad(const struct few_args *args, size_t at, int count,
@@ -485,13 +483,7 @@ static __device__ __forceinline__ void write_quad(const struct few_args *args, s
     } else if (args->wide) {
         *(float4 *)((float *)args->out + at) = x;
     } else {
-        uint2 packed;
-        __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y);
-        __nv_bfloat162 high = __floats2bfloat162_rn(x.z, x.w);
-
-        memcpy(&packed.x, &low, sizeof(packed.x));
-        memcpy(&packed.y, &high, sizeof(packed.y));
-        *(uint2 *)((bf16 *)args->out + at) = packed;
+        *(uint2 *)((bf16 *)args->out + at) = make_uint2(pack_pair(x.x, x.y), pack_pair(x.z, x.w));
     }
 }
 

@@ -41,14 +41,6 @@ static __device__ __forceinline__ void load_add(bf16 *stage, const lora_problem<
         load_piece(stage + PIECE, (const bf16 *)p.out + (size_t)walk.j, p.out_i, p.m, p.n - walk.j);
 }
 
-/* A pair of bf16 plus two floats, rounded once. */
-static __device__ __forceinline__ uint32_t add_pair(uint32_t old, float low, float high)
-{
-    const float2 pair = __bfloat1622float2(*(const __nv_bfloat162 *)&old);
-
-    return pack_pair(pair.x + low, pair.y + high);
-}
-
 /* Adds the sums to the tile of y or dx that was copied into `tile`, and stores it from there, 16
  * bytes a thread: the sums' own layout would store 4. */
 static __device__ __forceinline__ void add_rows(const lora_problem<bf16> &p, int j,

@@ -168,13 +168,6 @@ static __device__ __forceinline__ void load_y(uint32_t (&y)[4][2], const expand_
     }
 }
 
-static __device__ __forceinline__ uint32_t add_pair(uint32_t old, float low, float high)
-{
-    const float2 pair = __bfloat1622float2(*(const __nv_bfloat162 *)&old);
-
-    return pack_pair(pair.x + low, pair.y + high);
-}
-
 static __device__ __forceinline__ void store_y(const expand_lane &lane, const uint32_t (&y)[4][2],
                                                const float (&sum)[4][4])
 {

@@ -10,23 +10,6 @@
 #define SPLIT_CHUNKS  4 /* fewer are not worth a second launch */
 #define WALK_BLOCKS   5 /* on each multiprocessor, before a block walks over more than one tile */
 
-static __device__ __forceinline__ float widen(float x)
-{
-    return x;
-}
-static __device__ __forceinline__ float widen(bf16 x)
-{
-    return __bfloat162float(x);
-}
-static __device__ __forceinline__ void narrow(float *to, float x)
-{
-    *to = x;
-}
-static __device__ __forceinline__ void narrow(bf16 *to, float x)
-{
-    *to = __float2bfloat16_rn(x);
-}
-
 /* Sections without splits and walks; a thread makes one element of the square at a time. */
 template <typename T>
 static __global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const struct lora_args args)

@@ -27,9 +27,8 @@
  * Buckets are computed in double, in logarithms, as in sdpo/buckets.c. A term whose factor es or et
  * is 0 counts 0. */
 #include "cuda/cuda_loss.h"
+#include "cuda/act.cuh"
 #include "cuda/wide_rows.cuh"
-
-#include <cuda_bf16.h>
 
 #define LOG_RATIO_MAX 20.0
 #define TAIL_LOG_MAX  -1e-7 /* the log of the top K's mass is held below: tail >= 1e-7 */
@@ -284,7 +283,7 @@ static __device__ __forceinline__ void jensen_shannon_rows(struct loss_row *row,
 
         sums = row_take(&row->block, FOLD_SUM);
         part_s = (odd ? sums.sum[1] : sums.sum[0]) / (odd ? ret->t : ret->s);
-        part_t = __shfl_sync(WHOLE_WARP, part_s, 1);
+        part_t = __shfl_sync(ALL_LANES, part_s, 1);
         if (threadIdx.x == 0) {
             ret->divergence = keep * part_s + (double)alpha * part_t;
             ret->a = keep * ret->inverse_s;
@@ -522,9 +521,9 @@ ratios_of(const struct claas_loss_config *config, const struct cuda_loss_positio
     if (config->is_clip == 0 && !(config->kl_weight > 0))
         return ret;
     mine = exp(lane == 0 ? mine : lane == 1 ? ret.clamped : ret.x);
-    ret.ratio = __shfl_sync(WHOLE_WARP, mine, 0);
-    ret.exp_clamped = __shfl_sync(WHOLE_WARP, mine, 1);
-    ret.exp_x = __shfl_sync(WHOLE_WARP, mine, 2);
+    ret.ratio = __shfl_sync(ALL_LANES, mine, 0);
+    ret.exp_clamped = __shfl_sync(ALL_LANES, mine, 1);
+    ret.exp_x = __shfl_sync(ALL_LANES, mine, 2);
     return ret;
 }
 
@@ -591,25 +590,13 @@ static __device__ void finish(const struct loss_row *row, const struct claas_los
 
 /* --- pass 4: the gradient --- */
 
-static __device__ __forceinline__ void put(float *to, float value)
-{
-    *to = value;
-}
-static __device__ __forceinline__ void put(__nv_bfloat16 *to, float value)
-{
-    *to = __float2bfloat16_rn(value);
-}
 static __device__ __forceinline__ void put_quad(float *to, const float v[4])
 {
     *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
 }
-static __device__ __forceinline__ void put_quad(__nv_bfloat16 *to, const float v[4])
+static __device__ __forceinline__ void put_quad(bf16 *to, const float v[4])
 {
-    __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(v[0], v[1]), __floats2bfloat162_rn(v[2], v[3])};
-    uint2 word;
-
-    memcpy(&word, pair, sizeof(word));
-    *(uint2 *)to = word;
+    *(uint2 *)to = make_uint2(pack_pair(v[0], v[1]), pack_pair(v[2], v[3]));
 }
 
 /* es of an element, from its logits; *x: the x that goes with it. */
@@ -671,7 +658,7 @@ write_gradient(const struct loss_row *row, const struct loss_args *args, int tok
             put_quad(out + i, grad);
         else
             for (int k = 0; k < 4 && i + k < row->block.count; k++)
-                put(out + i + k, grad[k]);
+                narrow(out + i + k, grad[k]);
         fetch_quad(&row->z, next_z, i);
         fetch_quad(&row->zt, next_zt, i);
     }
@@ -704,7 +691,7 @@ static __device__ void patch_members(const struct loss_row *row, const struct lo
             jensen_shannon(alpha, log_s, log_t, &part);
         part = !tail && s->held ? part : part - exp(log_s) * s->center;
         grad = (float)((tail ? s->kept * (double)es : (double)(s->grad_c * es)) + s->weight * part);
-        put(out + i, grad + (row->block.begin + i == token ? s->grad_token : 0.0F));
+        narrow(out + i, grad + (row->block.begin + i == token ? s->grad_token : 0.0F));
     }
 }
 
@@ -880,11 +867,6 @@ static __global__ void __launch_bounds__(1024, 1) logprob_rows(const struct logp
 
 /* --- host --- */
 
-static bool is_aligned(const void *p, size_t bytes)
-{
-    return (uintptr_t)p % bytes == 0;
-}
-
 /* STUDENT_TOPK_TAIL with K >= V has no tail: it is the whole vocabulary. */
 static void choose_form(struct loss_args *args)
 {
@@ -939,11 +921,11 @@ int cuda_loss(struct cuda_context *context, const struct claas_loss_config *conf
     args.dlogits = dlogits;
     args.results = results;
     args.mass_scale = row_mass_scale(vocab);
-    args.quads = vocab % 4 == 0 && is_aligned(student, 16) && is_aligned(teacher, 16);
+    args.quads = vocab % 4 == 0 && aligned16(student) && aligned16(teacher);
     args.quads_out = vocab % 4 == 0 && is_aligned(dlogits, 4 * context->act_bytes);
     if (context->act == CUDA_TYPE_BF16)
-        return args.top_k > 0 ? launch_loss<__nv_bfloat16, true>(context, &args)
-                              : launch_loss<__nv_bfloat16, false>(context, &args);
+        return args.top_k > 0 ? launch_loss<bf16, true>(context, &args)
+                              : launch_loss<bf16, false>(context, &args);
     return args.top_k > 0 ? launch_loss<float, true>(context, &args)
                           : launch_loss<float, false>(context, &args);
 }
@@ -965,7 +947,7 @@ int cuda_logprobs(struct cuda_context *context, int vocab, int rows, const float
     args.tokens = tokens;
     args.out = out;
     args.mass_scale = row_mass_scale(vocab);
-    args.quads = vocab % 4 == 0 && is_aligned(logits, 16);
+    args.quads = vocab % 4 == 0 && aligned16(logits);
     kernel = args.plan.resident ? kernel : logprob_rows<false>;
     return row_launch(context, kernel, &args.plan, rows, &args, "log-probs");
 }

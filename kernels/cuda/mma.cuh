@@ -6,10 +6,7 @@
 #ifndef CLAAS_CUDA_MMA_CUH
 #define CLAAS_CUDA_MMA_CUH
 
-#include <cuda_bf16.h>
-#include <stdint.h>
-
-typedef __nv_bfloat16 bf16;
+#include "cuda/act.cuh"
 
 static __device__ __forceinline__ uint32_t shared_address(const void *p)
 {
@@ -68,14 +65,6 @@ static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/* Two floats as bf16, a in the lower half. */
-static __device__ __forceinline__ uint32_t pack_pair(float a, float b)
-{
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-
-    return *(const uint32_t *)&pair;
 }
 
 #endif

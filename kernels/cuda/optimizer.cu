@@ -15,25 +15,14 @@
  * memory: 4 bytes per element for the norm, 28 for the update. AdamW: Loshchilov and Hutter 2019,
  * with PyTorch's place of eps (outside of the root). */
 #include "cuda/optimizer.h"
+#include "cuda/sizes.cuh"
 
 #include <limits.h>
 #include <math.h>
 
-#define WARP      32
-#define ALL_LANES 0xffffffffu
 #define THREADS   256
 #define QUAD      4
 #define PART_UNIT (THREADS * QUAD)
-
-static size_t divide_up(size_t a, size_t b)
-{
-    return (a + b - 1) / b;
-}
-
-static bool aligned16(const void *p)
-{
-    return ((uintptr_t)p & 15) == 0;
-}
 
 /* p[at … at+4), zeros from `end` on. */
 template <bool VECTOR> __device__ static float4 load4(const float *p, size_t at, size_t end)

@@ -8,25 +8,12 @@
 #ifndef CLAAS_CUDA_ROW_CHUNKS_CUH
 #define CLAAS_CUDA_ROW_CHUNKS_CUH
 
+#include "cuda/act.cuh"
 #include "cuda/context.h"
+#include "cuda/sizes.cuh"
 
-#include <cuda_bf16.h>
-
-#define WARP      32
-#define ALL_LANES 0xffffffffu
-#define CHUNK     8
-#define THREADS   256
-
-static inline int divide_up(int a, int b)
-{
-    return (a + b - 1) / b;
-}
-
-/* True for NULL too. */
-static inline bool aligned16(const void *p)
-{
-    return ((uintptr_t)p & 15) == 0;
-}
+#define CHUNK   8
+#define THREADS 256
 
 /* p[0 … 8) as float; without VECTOR only p[0 … valid), the rest zero. */
 template <bool VECTOR>
@@ -59,7 +46,7 @@ __device__ static inline void load8(const __nv_bfloat16 *p, int valid, float v[C
     } else {
 #pragma unroll
         for (int j = 0; j < CHUNK; j++)
-            v[j] = j < valid ? __bfloat162float(p[j]) : 0.0f;
+            v[j] = j < valid ? widen(p[j]) : 0.0f;
     }
 }
 
@@ -95,7 +82,7 @@ __device__ static inline void store8(__nv_bfloat16 *p, int valid, const float v[
 #pragma unroll
         for (int j = 0; j < CHUNK; j++)
             if (j < valid)
-                p[j] = __float2bfloat16_rn(v[j]);
+                narrow(p + j, v[j]);
     }
 }
 

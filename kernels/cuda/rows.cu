@@ -217,13 +217,13 @@ __global__ static void __launch_bounds__(THREADS)
             continue;
         }
         for (size_t j = at; j < at + QUAD && j < count; j++)
-            out[j] = __float2bfloat16_rn(in[j]);
+            narrow(out + j, in[j]);
     }
 }
 
 int cuda_to_act(struct cuda_context *context, size_t count, const float *in, void *out)
 {
-    const size_t blocks = (count + ACTS_PER_BLOCK - 1) / ACTS_PER_BLOCK;
+    const size_t blocks = divide_up(count, ACTS_PER_BLOCK);
 
     if (count == 0)
         return 0;

@@ -19,6 +19,7 @@
  * where u falls within 1e-7 or so of the border between two, or top_p within as little of the end of
  * its list. */
 #include "cuda/sample.h"
+#include "cuda/philox.cuh"
 #include "cuda/wide_rows.cuh"
 
 #include <stdlib.h>
@@ -40,26 +41,14 @@ struct alignas(16) sample_shared {
     struct digit_bins<mass_t> bins;
 };
 
-/* --- the random number: actors/base/random.c --- */
+/* --- the random number: claas_random_uniform of actors/base/random.c --- */
 
-static __device__ float uniform(unsigned long long seed, unsigned long long stream,
-                                unsigned long long index)
+static __device__ float uniform(uint64_t seed, uint64_t stream, uint64_t index)
 {
-    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
-    unsigned c0 = (unsigned)index, c1 = (unsigned)(index >> 32);
-    unsigned c2 = (unsigned)stream, c3 = (unsigned)(stream >> 32);
+    uint32_t words[4];
 
-    for (int round = 0; round < 10; round++) {
-        unsigned long long p0 = 0xD2511F53ULL * c0, p1 = 0xCD9E8D57ULL * c2;
-
-        c0 = (unsigned)(p1 >> 32) ^ c1 ^ k0;
-        c1 = (unsigned)p1;
-        c2 = (unsigned)(p0 >> 32) ^ c3 ^ k1;
-        c3 = (unsigned)p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return (float)(c0 >> 8) * 5.9604644775390625e-8F; /* 2^-24 */
+    philox(seed, stream, index, words);
+    return (float)(words[0] >> 8) * 5.9604644775390625e-8F; /* 2^-24 */
 }
 
 /* --- choosing --- */
@@ -112,7 +101,7 @@ static __device__ int find_element(struct row_block *block, const struct row_val
         for (int i = begin + lane; i < end; i += 32)
             sum += to_mass(row_value(p, first + i), scale);
         for (int step = 16; step > 0; step /= 2)
-            sum += __shfl_xor_sync(WHOLE_WARP, sum, step);
+            sum += __shfl_xor_sync(ALL_LANES, sum, step);
         if (lane == 0)
             shares[warp * stride] = sum;
         __syncthreads();
@@ -314,7 +303,7 @@ int cuda_sample(struct cuda_context *context, int vocab, int m, const float *log
     args.logits = logits;
     args.samples = device_samples;
     args.mass_scale = row_mass_scale(vocab);
-    args.quads = vocab % 4 == 0 && (uintptr_t)logits % 16 == 0;
+    args.quads = vocab % 4 == 0 && aligned16(logits);
     memcpy(staging, samples, bytes);
     code = cuda_check(
         context,

@@ -22,6 +22,7 @@
 
 #include "cuda/context.h"
 #include "cuda/mbarrier.cuh"
+#include "cuda/sizes.cuh"
 
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
@@ -37,8 +38,6 @@
 #define DIGITS         (KEY_BITS / DIGIT_BITS)
 #define BIN_GROUPS     32
 #define GROUP_BINS     (DIGIT_BINS / BIN_GROUPS)
-
-#define WHOLE_WARP     0xffffffffu
 
 typedef unsigned long long mass_t; /* of probability: integers, see above */
 typedef unsigned long long row_key_t;
@@ -117,15 +116,15 @@ static __device__ __forceinline__ int in_order(int bits)
 /* No x is NaN: fmaxf has passed over them. */
 static __device__ __forceinline__ float warp_max(float x)
 {
-    int max = __reduce_max_sync(WHOLE_WARP, in_order(__float_as_int(x)));
+    int max = __reduce_max_sync(ALL_LANES, in_order(__float_as_int(x)));
 
     return __int_as_float(in_order(max));
 }
 
 static __device__ __forceinline__ row_key_t warp_key(row_key_t key)
 {
-    unsigned high = (unsigned)(key >> 32), top = __reduce_max_sync(WHOLE_WARP, high);
-    unsigned low = __reduce_max_sync(WHOLE_WARP, high == top ? (unsigned)key : 0u);
+    unsigned high = (unsigned)(key >> 32), top = __reduce_max_sync(ALL_LANES, high);
+    unsigned low = __reduce_max_sync(ALL_LANES, high == top ? (unsigned)key : 0u);
 
     return (row_key_t)top << 32 | low;
 }
@@ -134,9 +133,9 @@ static __device__ __forceinline__ row_key_t warp_key(row_key_t key)
 static __device__ __forceinline__ mass_t warp_mass(mass_t mass)
 {
     const unsigned piece = (1u << 27) - 1;
-    unsigned low = __reduce_add_sync(WHOLE_WARP, (unsigned)mass & piece);
-    unsigned middle = __reduce_add_sync(WHOLE_WARP, (unsigned)(mass >> 27) & piece);
-    unsigned high = __reduce_add_sync(WHOLE_WARP, (unsigned)(mass >> 54));
+    unsigned low = __reduce_add_sync(ALL_LANES, (unsigned)mass & piece);
+    unsigned middle = __reduce_add_sync(ALL_LANES, (unsigned)(mass >> 27) & piece);
+    unsigned high = __reduce_add_sync(ALL_LANES, (unsigned)(mass >> 54));
 
     return low + ((mass_t)middle << 27) + ((mass_t)high << 54);
 }
@@ -145,7 +144,7 @@ static __device__ __forceinline__ mass_t warp_mass(mass_t mass)
 static __device__ __forceinline__ double halve(double x, double y, int step)
 {
     bool upper = (int)threadIdx.x & step;
-    double other = __shfl_xor_sync(WHOLE_WARP, upper ? x : y, step);
+    double other = __shfl_xor_sync(ALL_LANES, upper ? x : y, step);
 
     return (upper ? y : x) + other;
 }
@@ -160,11 +159,11 @@ static __device__ __forceinline__ double warp_sums(const double sum[4], bool fou
         x = halve(halve(sum[0], sum[2], 16), halve(sum[1], sum[3], 16), 8);
     } else {
         x = halve(sum[0], sum[1], 16);
-        x += __shfl_xor_sync(WHOLE_WARP, x, 8);
+        x += __shfl_xor_sync(ALL_LANES, x, 8);
     }
 #pragma unroll
     for (int step = 4; step > 0; step /= 2)
-        x += __shfl_xor_sync(WHOLE_WARP, x, step);
+        x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
 }
 
@@ -244,7 +243,7 @@ static __device__ __forceinline__ uint64_t fold_words(const struct row_sums *all
         sum = join_words(sum, at[i * SUMS_WORDS], word, what);
 #pragma unroll
     for (int step = 1; step < 4; step *= 2)
-        sum = join_words(sum, __shfl_xor_sync(WHOLE_WARP, sum, step), word, what);
+        sum = join_words(sum, __shfl_xor_sync(ALL_LANES, sum, step), word, what);
     return sum;
 }
 
@@ -307,19 +306,19 @@ static __device__ __forceinline__ struct row_sums row_take(const struct row_bloc
         mbarrier_wait(&shared->arrived[turn], (block->folds - 1) / 2 & 1);
     word = fold_words(shared->slots[turn], block->blocks, what);
     if (what & FOLD_MAX) {
-        uint64_t max = __shfl_sync(WHOLE_WARP, word, 0);
+        uint64_t max = __shfl_sync(ALL_LANES, word, 0);
 
         sums.max[0] = __uint_as_float((unsigned)max);
         sums.max[1] = __uint_as_float((unsigned)(max >> 32));
     }
     if (what & FOLD_KEY)
-        sums.key = __shfl_sync(WHOLE_WARP, word, 4);
+        sums.key = __shfl_sync(ALL_LANES, word, 4);
 #pragma unroll
     for (int k = 0; what & FOLD_MASS && k < 2; k++)
-        sums.mass[k] = __shfl_sync(WHOLE_WARP, word, 4 * (2 + k));
+        sums.mass[k] = __shfl_sync(ALL_LANES, word, 4 * (2 + k));
 #pragma unroll
     for (int k = 0; what & (FOLD_SUM | FOLD_MORE) && k < (what & FOLD_MORE ? 4 : 2); k++)
-        sums.sum[k] = __shfl_sync(WHOLE_WARP, __longlong_as_double((long long)word), 4 * (4 + k));
+        sums.sum[k] = __shfl_sync(ALL_LANES, __longlong_as_double((long long)word), 4 * (4 + k));
     return sums;
 }
 
@@ -530,7 +529,7 @@ template <typename W> static __device__ void sum_groups(const W *bins, W *groups
         W sum = bins[g * GROUP_BINS + lane] + bins[g * GROUP_BINS + 32 + lane];
 
         for (int step = 16; step > 0; step /= 2)
-            sum += __shfl_xor_sync(WHOLE_WARP, sum, step);
+            sum += __shfl_xor_sync(ALL_LANES, sum, step);
         if (lane == 0)
             groups[g] = sum;
     }
@@ -541,7 +540,7 @@ template <typename W> static __device__ W warp_prefix(W sum)
     int lane = (int)threadIdx.x & 31;
 
     for (int step = 1; step < 32; step *= 2) {
-        W below = __shfl_up_sync(WHOLE_WARP, sum, step);
+        W below = __shfl_up_sync(ALL_LANES, sum, step);
 
         sum += lane >= step ? below : 0;
     }
@@ -567,14 +566,14 @@ static __device__ void find_bin(const struct row_block *block, W *bins, W *group
     unsigned reached;
 
     through = warp_prefix(here);
-    reached = __ballot_sync(WHOLE_WARP, through >= wanted);
+    reached = __ballot_sync(ALL_LANES, through >= wanted);
     at = reached ? __ffs((int)reached) - 1 : 31;
-    above = __shfl_sync(WHOLE_WARP, through - here, at);
+    above = __shfl_sync(ALL_LANES, through - here, at);
     high = (BIN_GROUPS - 1 - at) * GROUP_BINS + GROUP_BINS - 1 - 2 * lane;
     first = over_blocks(block, &bins[high]);
     second = over_blocks(block, &bins[high - 1]);
     through = above + warp_prefix((W)(first + second));
-    reached = __ballot_sync(WHOLE_WARP, through >= wanted);
+    reached = __ballot_sync(ALL_LANES, through >= wanted);
     at = reached ? __ffs((int)reached) - 1 : 31;
     if (lane == at) {
         bool lower = through - second < wanted;
