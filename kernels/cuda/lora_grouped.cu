@@ -1,7 +1,13 @@
-/* LoRA's six products over lists of tiles and groups (lora_problem.cuh has the forms): how the
- * kernels on tensor cores are launched, lora_sums.cuh (S, dS, dB, dA: many terms) and lora_adds.cuh
- * (y, dx: few terms, added). In float32, and where rows are no whole pieces of 16 bytes,
- * plain_kernel does the same sections with a thread for each element. */
+/* LoRA (Hu et al. 2021, arXiv 2106.09685): its six products over lists of tiles and groups. For the
+ * rows m of one adapter and a part of a weight, N x K, with A [R][K], B [N][R] and the scale s:
+ *
+ *   S [m][R]  = x [m][K] A^T      y [m][N]  += S (sB)^T
+ *   dS [m][R] = dY [m][N] (sB)    dx [m][K] += dS A       dB += s dY^T S    dA += dS^T x
+ *
+ * lora_problem.cuh has the six as forms of one product. Here is how the kernels on tensor cores are
+ * launched: lora_sums.cuh (S, dS, dB, dA: many terms) and lora_adds.cuh (y, dx: few terms, added).
+ * In float32, and where rows are no whole pieces of 16 bytes, plain_kernel does the same sections
+ * with a thread for each element. */
 #include "cuda/launch.cuh"
 #include "cuda/lora_adds.cuh"
 #include "cuda/lora_sums.cuh"

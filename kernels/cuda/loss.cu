@@ -1,7 +1,15 @@
-/* The SDPO loss of rows of logits and its gradient; see claas/loss.h for the formulas and
- * kernels/sdpo for the slow, plain form, whose steps these are.
+/* The SDPO loss (self-distillation: Hübotter et al. 2026, arXiv 2601.20802) of rows of logits and
+ * its gradient; see claas/loss.h for the symbols and kernels/sdpo for the slow, plain form, whose
+ * steps these are.
  *
  *   student, teacher float32 [rows][V] -> results [rows], dlogits act [rows][V]
+ *
+ *   loss = rho D + kl_weight (exp(x) - 1 - x), x = log of the base's probability of y over S_y
+ *   D    = (1-a) KL(S||M) + a KL(T||M), M = (1-a) S + a T: the weighted Jensen-Shannon divergence
+ *          (Lin 1991; of distillation: Agarwal et al. 2023, arXiv 2306.13649), in whose place
+ *          a = 0 has KL(T||S) and a = 1 KL(S||T)
+ *
+ * The second term is Schulman's estimate k3 (2020, "Approximating KL divergence") of KL(S||base).
  *
  * A row is held by a cluster of blocks (wide_rows.cuh). z, zt are a row's logits of student and
  * teacher, S and T their distributions. With us = z - max z, es = exp(us), and ut, et likewise for

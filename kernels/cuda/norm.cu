@@ -1,6 +1,9 @@
-/* RMSNorm of rows, and its gradient (Zhang and Sennrich 2019). Formulas: cpu/ops.h.
+/* RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) of rows x act [m][n], and its gradient:
  *
- * [m][n], n <= 1024: one warp per row, 4 rows per block; more: one block per row, 2 chunks per
+ *   y   = x rstd w, rstd = 1 / sqrt(mean x^2 + eps)
+ *   dx += rstd (g - x rstd^2 mean(g x)), g = dy w
+ *
+ * n <= 1024: one warp per row, 4 rows per block; more: one block per row, 2 chunks per
  * thread (4 above 8192). Sums: a thread's chunks in order, lanes by a butterfly, then warps by a
  * butterfly: by n alone, never by m. */
 #include "cuda/cuda_rows.h"
@@ -41,7 +44,6 @@ __device__ static float row_sum(float sum)
     return lanes_sum(lane < blockDim.x / WARP ? warps[lane] : 0.0f, WARP);
 }
 
-/* y = x rstd w, rstd = 1/sqrt(mean x^2 + eps) */
 template <typename T, int ITEMS, bool VECTOR>
 __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_args a)
 {
@@ -85,7 +87,6 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
     }
 }
 
-/* g = dy w: dx += rstd (g - x rstd^2 mean(g x)) */
 template <typename T, int ITEMS, bool VECTOR>
 __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct norm_args a)
 {

@@ -7,17 +7,22 @@
  *
  *   1  copy; the largest logit and its lowest index; sum exp(z - max), hence every log-prob
  *   2  p = exp((z - max) / T), stored; their sum
- *   3  without a filter: the first index at which the sum of p exceeds u times the whole, by dividing
- *      the row, again and again, into shares for the warps
- *      with top-k or top-p: the key (likelier first, then the lower index) of the last candidate kept
- *      by either; the mass that is kept; the key at which the sum of p from the likeliest down exceeds
- *      u times that. Nothing is sorted: each is a radix select by counts or masses
+ *   3  without a filter: the first index at which the sum of p exceeds u times the whole, by
+ *      dividing the row, again and again, into shares for the warps
+ *      with top-k or top-p (the nucleus: Holtzman et al. 2019, arXiv 1904.09751): the key (likelier
+ *      first, then the lower index) of the last candidate kept by either; the mass that is kept;
+ *      the key at which the sum of p from the likeliest down exceeds u times that
+ *
+ * Nothing is sorted: a key is found by radix select (select_key), by counts for top-k, else by
+ * masses. Of a key's five digits of 11 bits, the highest first, each takes a pass: a histogram of
+ * the elements whose digits so far are the key's; the bin in which the sum from the highest down
+ * reaches what is wanted is the next digit, and what lies above it is wanted no more.
  *
  * Masses are integers, so that the order of sums does not matter; the CPU adds doubles one by one.
  * Of two tokens the one with the larger logit is likelier, there as here: their exponentials may be
- * equal on one side only, and the tokens would change places. So a token differs from the CPU's only
- * where u falls within 1e-7 or so of the border between two, or top_p within as little of the end of
- * its list. */
+ * equal on one side only, and the tokens would change places. So a token differs from the CPU's
+ * only where u falls within 1e-7 or so of the border between two, or top_p within as little of the
+ * end of its list. */
 #include "cuda/sample.h"
 #include "cuda/philox.cuh"
 #include "cuda/wide_rows.cuh"

@@ -1,5 +1,11 @@
-/* SwiGLU (Shazeer 2020) of rows [m][F], and its gradient: one chunk per thread, rows end to end.
- * Formulas: cpu/ops.h. */
+/* SwiGLU (Shazeer 2020, arXiv 2002.05202) and its gradient, act: gate | up [m][2F] -> h [m][F], and
+ * dh [m][F] -> dgate | dup [m][2F], h. With s = 1 / (1 + exp(-gate)):
+ *
+ *   h     = gate s up
+ *   dgate = dh up s (1 + gate (1 - s))
+ *   dup   = dh gate s
+ *
+ * One chunk per thread, rows end to end. */
 #include "cuda/cuda_rows.h"
 #include "cuda/launch.cuh"
 #include "cuda/row_chunks.cuh"
@@ -38,7 +44,6 @@ __global__ static void __launch_bounds__(THREADS)
     store8<VECTOR>(h + (size_t)row * f + at, valid, g);
 }
 
-/* d silu / d gate = s (1 + gate (1 - s)) */
 template <typename T, bool VECTOR>
 __global__ static void __launch_bounds__(THREADS)
     swiglu_bwd_chunks(uint32_t count, int f, const T *gate_up, const T *dh, T *dgu, T *h)
