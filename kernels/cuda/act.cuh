@@ -1,5 +1,5 @@
-/* Elements of act, float or bfloat16, from and to float, and pairs of bfloat16 in a word. To bfloat16
- * is to the nearest, ties to even. */
+/* Elements of act, float or bfloat16, from and to float, and pairs of bfloat16 in a word. To
+ * bfloat16 is to the nearest, ties to even. */
 #ifndef CLAAS_CUDA_ACT_CUH
 #define CLAAS_CUDA_ACT_CUH
 

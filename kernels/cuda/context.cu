@@ -265,7 +265,8 @@ int cuda_find_device(void)
 static __global__ void probe_kernel(void)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    __shared__ volatile int mark[PROBE_MARK]; /* nobody launches it: its size says what code this is */
+    /* Nobody launches it: its size says what code this is. */
+    __shared__ volatile int mark[PROBE_MARK];
 
     mark[threadIdx.x] = 0;
 #endif

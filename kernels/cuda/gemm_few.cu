@@ -126,7 +126,7 @@ template <int TILES, bool SM90> struct join_shape {
     static const int bytes = barrier + 2 * MBARRIER_BYTES; /* two, for blocks that make S */
 
     static_assert(early || first <= (stages - 1) * slot, "S has room when one stage is left");
-    static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "S and an item are by themselves");
+    static_assert(!early || parts + PARTS_BYTES(TILES) <= few::ring, "S and an item lie apart");
     static_assert(!early || sums <= slot, "LoRA's sums are not where B is");
     static_assert(parts + PARTS_BYTES(TILES) <= lines && lines % 16 == 0, "all has");
     static_assert(parts % 16 == 0 && barrier % MBARRIER_BYTES == 0, "all is aligned");

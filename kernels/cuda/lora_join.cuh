@@ -91,8 +91,8 @@ static __device__ __forceinline__ void lora_read_line(struct lora_line *line,
 
 /* The list is made by the last two warps, since the first ones ask for the product's rows, in
  * steps, so that other copies are asked for while the tiles are on their way: this one, lora_list
- * and lora_list_rows. The pack's description and the adapters were written before a copy to the device,
- * which no early start overtakes: they may be read before launch_wait. */
+ * and lora_list_rows. The pack's description and the adapters were written before a copy to the
+ * device, which no early start overtakes: they may be read before launch_wait. */
 static __device__ __forceinline__ struct cuda_lora_tile
 lora_begin_list(struct lora_lines *lines, const struct lora_args &args)
 {

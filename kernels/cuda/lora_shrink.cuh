@@ -25,8 +25,8 @@
  * slab's 16 rows of A and of 8 or (HIGH) 16 rows of x. With many adapters S waits for memory as the
  * product does, and what a block has on its way is its share of it.
  *
- * The sums are those of the chunks [8][16][16], or a team's: of three quarters of each chunk, as the
- * lanes have them, then two places for the chunks' of four columns. */
+ * The sums are those of the chunks [8][16][16], or a team's: of three quarters of each chunk, as
+ * the lanes have them, then two places for the chunks' of four columns. */
 #define LORA_GROUP                 64 /* terms */
 #define LORA_STEPS                 (LORA_GROUP / 32)
 #define LORA_GROUP_PIECES(high)    (LORA_STEPS * ((high) ? 128 : 96)) /* of 16 bytes */

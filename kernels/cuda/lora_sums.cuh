@@ -5,9 +5,9 @@
  * of few terms waits half as often. Operands come in pieces of 64 terms by cp.async, into a ring of
  * two to six places for each team. In sm_90a's code a team is a warpgroup, whose products
  * (wgmma.cuh) run while it asks for later pieces; elsewhere they are mma.sync's. The teams' sums of
- * a chunk begin at zero and are added to each other; then the chunks' sums are added in order. Where
- * there are few tiles and many terms, each chunk has a block of its own, and join_chunks adds the
- * same numbers in the same order. So a row's bits depend on neither the number of rows nor the
+ * a chunk begin at zero and are added to each other; then the chunks' sums are added in order.
+ * Where there are few tiles and many terms, each chunk has a block of its own, and join_chunks adds
+ * the same numbers in the same order. So a row's bits depend on neither the number of rows nor the
  * other groups.
  *
  * The gradients' terms are rows: chunks are added within spans of LORA_SPAN rows, then the spans in

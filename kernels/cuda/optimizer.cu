@@ -1,8 +1,8 @@
 /* Gradient norm, clipping and AdamW over the flat float32 arrays of one adapter (count elements).
  *
  *   norm       = sqrt(sum g^2), squares and sums in double. Block b of at most 1024 sums a stretch
- *                that depends on count alone: thread t the quads t, t+256, … of it, each of a quad's
- *                four elements apart; then a tree over threads, then one over blocks
+ *                that depends on count alone: thread t the quads t, t+256, … of it, each of a
+ *                quad's four elements apart; then a tree over threads, then one over blocks
  *   clip       = min(1, max_grad_norm / (norm + 1e-6)), double, as PyTorch's clip_grad_norm_
  *   g          = grad clip
  *   exp_avg    = b1 exp_avg + (1 - b1) g

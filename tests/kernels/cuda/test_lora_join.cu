@@ -304,8 +304,8 @@ static void check_joined_alone(struct rig *r, int g, const float *among, const f
     describe(r, 0, r->count, true);
 }
 
-/* A pass of three launches captured once, the first with a y of its own, replayed for all groups, for
- * one, and for all again, with another x each time. */
+/* A pass of three launches captured once, the first with a y of its own, replayed for all groups,
+ * for one, and for all again, with another x each time. */
 static void check_replayed(struct rig *r, int g)
 {
     const int columns = r->lora.weight->n;
@@ -402,7 +402,8 @@ static void check_by_turns(struct rig *r)
     want[1] = run_apart(r);
     poison(&r->y);
     begin(r);
-    for (int i = 0; i < times(12, 6); i++) { /* each operand has both turns: two, then one of the other */
+    /* Each operand has both turns: two, then one of the other. */
+    for (int i = 0; i < times(12, 6); i++) {
         r->lora.x = i % 3 < 2 ? x : other_x.data;
         r->lora.y = i % 3 < 2 ? y : other_y.data;
         queue(r, true);

@@ -563,7 +563,8 @@ static void test_paths(struct cuda_context *context)
             struct claas_loss_config config = a_config(i % 3, alphas[i / 3], 50);
             struct batch b;
 
-            if ((i / 3 != ALPHAS / 2 && check_leaves_out(single ? 0 : vocabs[2], CHECK_SMALL_ROWS)) ||
+            if ((i / 3 != ALPHAS / 2 &&
+                 check_leaves_out(single ? 0 : vocabs[2], CHECK_SMALL_ROWS)) ||
                 check_elsewhere())
                 continue;
             b = batch_new(single ? vocabs[i % 2] : vocabs[2], 2, 2.0F);

@@ -516,6 +516,23 @@ static void *take_reused(void *arg, size_t bytes)
 
 static const struct claas_adapter_memory reused_memory = {take_reused, give_pinned, NULL};
 
+static void time_clones(struct cuda_context *context, const struct cuda_model *model,
+                        const struct cuda_adapter *adapter)
+{
+    static const char *const names[] = {"adapter clone 8B r=32, view",
+                                        "adapter clone 8B r=32, state",
+                                        "adapter clone 8B r=32, all"};
+
+    for (int i = 0; i < 3; i++) {
+        struct cuda_adapter clone;
+        double start = now_ms();
+
+        check_rc(cuda_adapter_clone(context, model, adapter, (enum cuda_clone)i, &clone), names[i]);
+        check_report(names[i], (float)(now_ms() - start), 0, 0);
+        cuda_adapter_done(context, &clone);
+    }
+}
+
 /* Of an 8B model with rank 32: 87.3 million parameters, without their layers' weights. */
 static void time_adapter(void)
 {
@@ -538,7 +555,8 @@ static void time_adapter(void)
     check_rc(cuda_adapter_upload(&context, &model, &adapter, &image), "cuda_adapter_upload");
     check_report("adapter upload 8B r=32", (float)(now_ms() - start), 4.0 * (double)count, 0);
     start = now_ms();
-    check_rc(cuda_adapter_download(&context, &model, &adapter, NULL, NULL, &back), "cuda_adapter_download");
+    check_rc(cuda_adapter_download(&context, &model, &adapter, NULL, NULL, &back),
+             "cuda_adapter_download");
     check_report("adapter download 8B r=32", (float)(now_ms() - start), 12.0 * (double)count, 0);
     claas_adapter_image_done(&back);
     start = now_ms();
@@ -560,18 +578,7 @@ static void time_adapter(void)
              "cuda_adapter_download");
     check_report("adapter download 8B r=32, pinned and reused", (float)(now_ms() - start),
                  12.0 * (double)count, 0);
-    for (int i = 0; i < 3; i++) {
-        struct cuda_adapter clone;
-        static const char *const names[] = {"adapter clone 8B r=32, view",
-                                            "adapter clone 8B r=32, state",
-                                            "adapter clone 8B r=32, all"};
-
-        start = now_ms();
-        check_rc(cuda_adapter_clone(&context, &model, &adapter, (enum cuda_clone)i, &clone),
-                 names[i]);
-        check_report(names[i], (float)(now_ms() - start), 0, 0);
-        cuda_adapter_done(&context, &clone);
-    }
+    time_clones(&context, &model, &adapter);
     check_report("adapter refresh 8B r=32",
                  check_median_ms(&context,
                                  [&] {
