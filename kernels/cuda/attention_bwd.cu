@@ -39,20 +39,20 @@
  * and dout are aligned to 16 bytes. A lane or row beyond the end loads a valid element and drops
  * it: a branch around the loads would put the second row's behind the first row's. */
 template <typename T, bool VECTOR>
-static __global__ __launch_bounds__(THREADS) void row_deltas(size_t count, int d, const T *out,
-                                                             const T *dout, float *delta)
+static __global__ __launch_bounds__(ROW_THREADS) void row_deltas(size_t count, int d, const T *out,
+                                                                 const T *dout, float *delta)
 {
     const size_t first = (size_t)blockIdx.x * DELTA_ROWS * blockDim.y + threadIdx.y;
-    const int lane = (int)threadIdx.x, from = lane * CHUNK < d ? lane * CHUNK : 0;
-    float x[DELTA_ROWS][CHUNK], y[DELTA_ROWS][CHUNK];
+    const int lane = (int)threadIdx.x, from = lane * ROW_CHUNK < d ? lane * ROW_CHUNK : 0;
+    float x[DELTA_ROWS][ROW_CHUNK], y[DELTA_ROWS][ROW_CHUNK];
 
     launch_next();
 #pragma unroll
     for (int r = 0; r < DELTA_ROWS; r++) {
         const size_t at = min(first + (size_t)r * blockDim.y, count - 1) * (size_t)d + (size_t)from;
 
-        load8<VECTOR>(out + at, CHUNK, x[r]);
-        load8<VECTOR>(dout + at, CHUNK, y[r]);
+        load8<VECTOR>(out + at, ROW_CHUNK, x[r]);
+        load8<VECTOR>(dout + at, ROW_CHUNK, y[r]);
     }
 #pragma unroll
     for (int r = 0; r < DELTA_ROWS; r++) {
@@ -60,9 +60,9 @@ static __global__ __launch_bounds__(THREADS) void row_deltas(size_t count, int d
         float sum = 0;
 
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             sum = fmaf(x[r][j], y[r][j], sum);
-        if (lane * CHUNK >= d)
+        if (lane * ROW_CHUNK >= d)
             sum = 0;
         for (int step = (int)blockDim.x / 2; step > 0; step /= 2)
             sum += __shfl_xor_sync(ALL_LANES, sum, step);
@@ -303,10 +303,10 @@ static int launch_deltas(struct cuda_context *context, const struct cuda_attenti
     const size_t count = (size_t)a->m * (size_t)a->heads;
     unsigned lanes = 1, rows;
 
-    static_assert(32 * CHUNK >= 256, "the lanes of a warp hold a head that attn_check accepts");
-    while (lanes * CHUNK < (unsigned)a->head_dim)
+    static_assert(32 * ROW_CHUNK >= 256, "the lanes of a warp hold a head that attn_check accepts");
+    while (lanes * ROW_CHUNK < (unsigned)a->head_dim)
         lanes *= 2;
-    rows = THREADS / lanes;
+    rows = ROW_THREADS / lanes;
     (vector ? row_deltas<T, true> : row_deltas<T, false>)<<<
         (unsigned)((count + DELTA_ROWS * rows - 1) / (DELTA_ROWS * rows)), dim3(lanes, rows), 0,
         context->stream>>>(count, a->head_dim, (const T *)a->out, (const T *)args->dout,

@@ -438,12 +438,12 @@ static __device__ __forceinline__ void finish_row(const struct part_args &args,
         *(uint4 *)(q + place<D>(args.group + i / chunks, i % chunks)) = make_uint4(0, 0, 0, 0);
     for (int first = 0; first < heads; first += at_once) { /* warps whole, for read_head */
         const int i = first + (int)threadIdx.x / lanes, chunk = (int)threadIdx.x % lanes;
-        float low[CHUNK] = {}, high[CHUNK] = {}, rstd = 0;
+        float low[ROW_CHUNK] = {}, high[ROW_CHUNK] = {}, rstd = 0;
         struct head_turn turn = {};
         struct head_place at = {};
 
         at.row = part.first;
-        at.at = chunk * CHUNK;
+        at.at = chunk * ROW_CHUNK;
         at.q = i < args.group;
         at.k = i == args.group;
         at.here = i < heads;
@@ -455,8 +455,8 @@ static __device__ __forceinline__ void finish_row(const struct part_args &args,
         if (at.here && (at.q || at.k))
             finish_head(a, at, rstd, turn, low, high);
         if (at.here && at.q) {
-            store8<true>(q + place<D>(i, chunk), CHUNK, low);
-            store8<true>(q + place<D>(i, chunk + chunks / 2), CHUNK, high);
+            store8<true>(q + place<D>(i, chunk), ROW_CHUNK, low);
+            store8<true>(q + place<D>(i, chunk + chunks / 2), ROW_CHUNK, high);
         } else if (at.here) {
             store_halves(own + (at.k ? 0 : D) + at.at, D / 2, low, high);
             store_kv<bf16>(a, at, slot, low, high);
@@ -477,7 +477,7 @@ static __device__ __forceinline__ void place_own(bf16 (&stage)[2][ATTN_KEYS * D]
         return;
     if (lane < 2 * chunks)
         *(uint4 *)(stage[lane / chunks] + place<D>(row, lane % chunks)) =
-            *(const uint4 *)(own + lane * CHUNK);
+            *(const uint4 *)(own + lane * ROW_CHUNK);
     __syncwarp();
 }
 

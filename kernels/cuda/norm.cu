@@ -13,7 +13,7 @@
 #define NORM_THREADS   512 /* of a block at most: leaves 128 registers each */
 #define NORM_WARP_ROWS 4   /* rows per block where a warp has a row */
 #define NORM_ITEMS_MAX 4   /* chunks per thread */
-#define NORM_N_MAX     (NORM_THREADS * NORM_ITEMS_MAX * CHUNK)
+#define NORM_N_MAX     (NORM_THREADS * NORM_ITEMS_MAX * ROW_CHUNK)
 
 struct norm_args {
     int m, n;
@@ -50,7 +50,7 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     const T *x = (const T *)a.x + (size_t)row * a.n;
     T *y = (T *)a.y + (size_t)row * a.n;
-    float v[ITEMS][CHUNK], w[ITEMS][CHUNK], sum = 0, rstd;
+    float v[ITEMS][ROW_CHUNK], w[ITEMS][ROW_CHUNK], sum = 0, rstd;
 
     launch_next();
     launch_wait();
@@ -58,7 +58,7 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
         return;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int at = (threadIdx.x + i * blockDim.x) * CHUNK;
+        const int at = (threadIdx.x + i * blockDim.x) * ROW_CHUNK;
 
         if (at < a.n) {
             load8<VECTOR>(x + at, a.n - at, v[i]);
@@ -67,21 +67,21 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_rows(struct norm_
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
-        if ((threadIdx.x + i * blockDim.x) * CHUNK < a.n)
+        if ((threadIdx.x + i * blockDim.x) * ROW_CHUNK < a.n)
 #pragma unroll
-            for (int j = 0; j < CHUNK; j++)
+            for (int j = 0; j < ROW_CHUNK; j++)
                 sum += v[i][j] * v[i][j];
     rstd = 1.0f / sqrtf(row_sum(sum) / (float)a.n + a.eps);
     if (a.rstd && threadIdx.x == 0)
         a.rstd[row] = rstd;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int at = (threadIdx.x + i * blockDim.x) * CHUNK;
+        const int at = (threadIdx.x + i * blockDim.x) * ROW_CHUNK;
 
         if (at >= a.n)
             continue;
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             v[i][j] = v[i][j] * rstd * w[i][j];
         store8<VECTOR>(y + at, a.n - at, v[i]);
     }
@@ -94,7 +94,7 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct n
     const size_t start = (size_t)row * a.n;
     const T *x = (const T *)a.x + start, *dy = (const T *)a.dy + start;
     float *dx = a.dx + start;
-    float v[ITEMS][CHUNK], g[ITEMS][CHUNK], d[ITEMS][CHUNK], sum = 0, rstd, shift;
+    float v[ITEMS][ROW_CHUNK], g[ITEMS][ROW_CHUNK], d[ITEMS][ROW_CHUNK], sum = 0, rstd, shift;
 
     launch_next();
     launch_wait();
@@ -103,7 +103,7 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct n
     rstd = a.rstd[row];
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int at = (threadIdx.x + i * blockDim.x) * CHUNK;
+        const int at = (threadIdx.x + i * blockDim.x) * ROW_CHUNK;
 
         if (at < a.n) {
             load8<VECTOR>(x + at, a.n - at, v[i]);
@@ -113,14 +113,14 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct n
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int at = (threadIdx.x + i * blockDim.x) * CHUNK;
-        float w[CHUNK];
+        const int at = (threadIdx.x + i * blockDim.x) * ROW_CHUNK;
+        float w[ROW_CHUNK];
 
         if (at >= a.n)
             continue;
         load8<VECTOR>(a.weight + at, a.n - at, w);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++) {
+        for (int j = 0; j < ROW_CHUNK; j++) {
             g[i][j] *= w[j];
             sum += g[i][j] * v[i][j];
         }
@@ -128,12 +128,12 @@ __global__ static void __launch_bounds__(NORM_THREADS) rmsnorm_bwd_rows(struct n
     shift = rstd * rstd * (row_sum(sum) / (float)a.n);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int at = (threadIdx.x + i * blockDim.x) * CHUNK;
+        const int at = (threadIdx.x + i * blockDim.x) * ROW_CHUNK;
 
         if (at >= a.n)
             continue;
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             d[i][j] += rstd * (g[i][j] - v[i][j] * shift);
         store8<VECTOR>(dx + at, a.n - at, d[i]);
         if (a.dx_act)
@@ -149,7 +149,7 @@ struct norm_split {
 
 static struct norm_split split_row(int n)
 {
-    const int chunks = divide_up(n, CHUNK);
+    const int chunks = divide_up(n, ROW_CHUNK);
     struct norm_split split = {1, dim3(WARP, NORM_WARP_ROWS)};
 
     if (chunks <= WARP * NORM_ITEMS_MAX) {
@@ -175,7 +175,7 @@ template <typename T, bool VECTOR> static norm_kernel *pick_norm_bwd(int items)
 }
 template <typename T> static norm_kernel *pick_kernel(const struct norm_args *a, int items)
 {
-    const bool vector = a->n % CHUNK == 0 && aligned16(a->x) && aligned16(a->weight) &&
+    const bool vector = a->n % ROW_CHUNK == 0 && aligned16(a->x) && aligned16(a->weight) &&
                         aligned16(a->y) && aligned16(a->dy) && aligned16(a->dx) &&
                         aligned16(a->dx_act);
 

@@ -16,7 +16,7 @@ __device__ static struct head_place place_of(const struct cuda_qkv &a, int lanes
 
     place.row = group / heads_done;
     place.head = group % heads_done;
-    place.at = threadIdx.x % lanes * CHUNK;
+    place.at = threadIdx.x % lanes * ROW_CHUNK;
     place.q = place.head < a.heads;
     place.k = !place.q && place.head < a.heads + a.kv_heads;
     place.here = place.row < a.m && place.at < a.head_dim / 2;
@@ -24,13 +24,13 @@ __device__ static struct head_place place_of(const struct cuda_qkv &a, int lanes
 }
 
 template <typename T>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS)
     qkv_finish_heads(struct cuda_qkv a, int lanes, int heads_done)
 {
     const struct head_place place = place_of(a, lanes, heads_done);
     const int d = a.head_dim, half = d / 2, at = place.at, rotated = a.heads + a.kv_heads;
     float *rstd_out = place.q ? a.rstd_q : a.rstd_k;
-    float low[CHUNK] = {}, high[CHUNK] = {}, rstd;
+    float low[ROW_CHUNK] = {}, high[ROW_CHUNK] = {}, rstd;
     struct head_turn turn;
     T *x = (T *)a.qkv + ((size_t)place.row * (rotated + a.kv_heads) + place.head) * d + at;
 
@@ -57,35 +57,36 @@ __global__ static void __launch_bounds__(THREADS)
 
 /* dx from the rotation turned back, then as rmsnorm's: rstd (g - x rstd^2 mean(g x)), g = dx w. */
 template <typename T>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS)
     qkv_finish_bwd_heads(struct cuda_qkv a, T *dqkv, int lanes, int heads_done)
 {
     const struct head_place place = place_of(a, lanes, heads_done);
     const int d = a.head_dim, half = d / 2, at = place.at;
     const float *norm = place.q ? a.norm_q : a.norm_k;
-    float low[CHUNK] = {}, high[CHUNK] = {}, x[CHUNK] = {}, y[CHUNK] = {}, sum = 0, shift, rstd;
+    float low[ROW_CHUNK] = {}, high[ROW_CHUNK] = {}, x[ROW_CHUNK] = {}, y[ROW_CHUNK] = {}, sum = 0,
+          shift, rstd;
     struct head_turn turn;
     T *dx = dqkv + ((size_t)place.row * (heads_done + a.kv_heads) + place.head) * d + at;
 
     launch_next();
     launch_wait();
     if (place.here) {
-        load8<true>(dx, CHUNK, low);
-        load8<true>(dx + half, CHUNK, high);
+        load8<true>(dx, ROW_CHUNK, low);
+        load8<true>(dx + half, ROW_CHUNK, high);
         load_angles(turn.cs, a.cos_sin + (size_t)a.pos[place.row] * d + 2 * at);
         rotate(low, high, turn.cs, -1);
     }
     if (place.here && norm) {
         const T *raw = (const T *)a.raw + ((size_t)place.row * heads_done + place.head) * d + at;
 
-        load8<true>(raw, CHUNK, x);
-        load8<true>(raw + half, CHUNK, y);
-        load8<true>(norm + at, CHUNK, turn.low);
-        load8<true>(norm + at + half, CHUNK, turn.high);
+        load8<true>(raw, ROW_CHUNK, x);
+        load8<true>(raw + half, ROW_CHUNK, y);
+        load8<true>(norm + at, ROW_CHUNK, turn.low);
+        load8<true>(norm + at + half, ROW_CHUNK, turn.high);
         scale_by(low, 1, turn.low);
         scale_by(high, 1, turn.high);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             sum += low[j] * x[j] + high[j] * y[j];
     }
     sum = lanes_sum(sum, lanes); /* the last meeting of the warp's lanes */
@@ -96,7 +97,7 @@ __global__ static void __launch_bounds__(THREADS)
                        : a.rstd_k[(size_t)place.row * a.kv_heads + place.head - a.heads];
         shift = rstd * rstd * (sum / (float)d);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++) {
+        for (int j = 0; j < ROW_CHUNK; j++) {
             low[j] = rstd * (low[j] - x[j] * shift);
             high[j] = rstd * (high[j] - y[j] * shift);
         }
@@ -113,12 +114,12 @@ static int split_heads(const struct cuda_qkv *a, int heads, int *lanes, int *blo
         return claas_fail(CLAAS_ERR_UNSUPPORTED, "heads of %d: multiples of 16 up to %d",
                           a->head_dim, HEAD_DIM_MAX);
     *lanes = 1;
-    while (*lanes * 2 * CHUNK < a->head_dim)
+    while (*lanes * 2 * ROW_CHUNK < a->head_dim)
         *lanes *= 2;
     threads = (size_t)a->m * (size_t)heads * (size_t)*lanes;
-    if (threads > INT_MAX - THREADS)
+    if (threads > INT_MAX - ROW_THREADS)
         return claas_fail(CLAAS_ERR_LIMIT, "%d rows of %d heads in one call", a->m, heads);
-    *blocks = divide_up((int)threads, THREADS);
+    *blocks = divide_up((int)threads, ROW_THREADS);
     return 0;
 }
 
@@ -140,7 +141,7 @@ int cuda_qkv_finish(struct cuda_context *context, const struct cuda_qkv *args)
     return launch(context, "qkv_finish",
                   context->act == CUDA_TYPE_BF16 ? qkv_finish_heads<__nv_bfloat16>
                                                  : qkv_finish_heads<float>,
-                  dim3(blocks), dim3(THREADS), 0, *args, lanes, heads);
+                  dim3(blocks), dim3(ROW_THREADS), 0, *args, lanes, heads);
 }
 
 int cuda_qkv_finish_bwd(struct cuda_context *context, const struct cuda_qkv *args, void *dqkv)
@@ -160,7 +161,7 @@ int cuda_qkv_finish_bwd(struct cuda_context *context, const struct cuda_qkv *arg
         return 0;
     if (context->act == CUDA_TYPE_BF16)
         return launch(context, "qkv_finish_bwd", qkv_finish_bwd_heads<__nv_bfloat16>, dim3(blocks),
-                      dim3(THREADS), 0, *args, (__nv_bfloat16 *)dqkv, lanes, heads);
+                      dim3(ROW_THREADS), 0, *args, (__nv_bfloat16 *)dqkv, lanes, heads);
     return launch(context, "qkv_finish_bwd", qkv_finish_bwd_heads<float>, dim3(blocks),
-                  dim3(THREADS), 0, *args, (float *)dqkv, lanes, heads);
+                  dim3(ROW_THREADS), 0, *args, (float *)dqkv, lanes, heads);
 }

@@ -18,20 +18,20 @@ struct head_place {
     bool here; /* false: beyond the last head, or a lane beyond head_dim/2 */
 };
 
-__device__ static void load_angles(float cs[2 * CHUNK], const float *table)
+__device__ static void load_angles(float cs[2 * ROW_CHUNK], const float *table)
 {
-    load8<true>(table, CHUNK, cs);
-    load8<true>(table + CHUNK, CHUNK, cs + CHUNK);
+    load8<true>(table, ROW_CHUNK, cs);
+    load8<true>(table + ROW_CHUNK, ROW_CHUNK, cs + ROW_CHUNK);
 }
 
 /* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. cs: cos, sin of 8
  * angles. Which multiply-adds are fused is said here and below, and not left to how the compiler
  * sees the kernel around them. */
-__device__ static void rotate(float low[CHUNK], float high[CHUNK], const float cs[2 * CHUNK],
+__device__ static void rotate(float low[ROW_CHUNK], float high[ROW_CHUNK], const float cs[2 * ROW_CHUNK],
                               float sign)
 {
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
+    for (int j = 0; j < ROW_CHUNK; j++) {
         const float x = low[j], y = high[j], cosine = cs[2 * j], sine = sign * cs[2 * j + 1];
 
         low[j] = __fmaf_rn(x, cosine, -__fmul_rn(y, sine));
@@ -39,27 +39,27 @@ __device__ static void rotate(float low[CHUNK], float high[CHUNK], const float c
     }
 }
 
-__device__ static void add_from(float v[CHUNK], const float *p)
+__device__ static void add_from(float v[ROW_CHUNK], const float *p)
 {
-    float w[CHUNK];
+    float w[ROW_CHUNK];
 
-    load8<true>(p, CHUNK, w);
+    load8<true>(p, ROW_CHUNK, w);
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++)
+    for (int j = 0; j < ROW_CHUNK; j++)
         v[j] += w[j];
 }
-__device__ static void scale_by(float v[CHUNK], float factor, const float w[CHUNK])
+__device__ static void scale_by(float v[ROW_CHUNK], float factor, const float w[ROW_CHUNK])
 {
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++)
+    for (int j = 0; j < ROW_CHUNK; j++)
         v[j] = v[j] * factor * w[j];
 }
 
 template <typename T>
-__device__ static void store_halves(T *p, int half, const float low[CHUNK], const float high[CHUNK])
+__device__ static void store_halves(T *p, int half, const float low[ROW_CHUNK], const float high[ROW_CHUNK])
 {
-    store8<true>(p, CHUNK, low);
-    store8<true>(p + half, CHUNK, high);
+    store8<true>(p, ROW_CHUNK, low);
+    store8<true>(p + half, ROW_CHUNK, high);
 }
 
 /* Where a row's keys and values go, from the pass's positions and blocks. */
@@ -80,8 +80,8 @@ __device__ static struct kv_slot find_slot(const struct cuda_qkv &a, int row)
  * may be NaN: attention reads none behind a run's last position but takes zeros. */
 template <typename T>
 __device__ static void store_kv(const struct cuda_qkv &a, const struct head_place &place,
-                                const struct kv_slot &slot, const float low[CHUNK],
-                                const float high[CHUNK])
+                                const struct kv_slot &slot, const float low[ROW_CHUNK],
+                                const float high[ROW_CHUNK])
 {
     const int d = a.head_dim, head = place.head - a.heads; /* k heads, then v heads: [2][G] */
     T *out =
@@ -94,8 +94,8 @@ __device__ static void store_kv(const struct cuda_qkv &a, const struct head_plac
  * With one, the norm reads the rounded values that `raw` holds, so that the backward pass works on
  * the very same numbers. */
 template <typename T>
-__device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm, float low[CHUNK],
-                                  float high[CHUNK])
+__device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm, float low[ROW_CHUNK],
+                                  float high[ROW_CHUNK])
 {
     float sum = 0;
 
@@ -103,7 +103,7 @@ __device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm
         round8(low, (const T *)NULL);
         round8(high, (const T *)NULL);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             sum = __fadd_rn(sum, __fmaf_rn(low[j], low[j], __fmul_rn(high[j], high[j])));
     }
     return 1.0f / sqrtf(__fadd_rn(lanes_sum(sum, lanes) / (float)a.head_dim, a.eps));
@@ -118,15 +118,15 @@ __device__ static const float *head_norm(const struct cuda_qkv &a, const struct 
  * lanes of the warp must come here. */
 template <typename T>
 __device__ static float read_head(const struct cuda_qkv &a, const struct head_place &place,
-                                  int lanes, float low[CHUNK], float high[CHUNK])
+                                  int lanes, float low[ROW_CHUNK], float high[ROW_CHUNK])
 {
     const int d = a.head_dim, half = d / 2, at = place.at;
     const T *x = (const T *)a.qkv +
                  ((size_t)place.row * (a.heads + 2 * a.kv_heads) + place.head) * d + at;
 
     if (place.here) {
-        load8<true>(x, CHUNK, low);
-        load8<true>(x + half, CHUNK, high);
+        load8<true>(x, ROW_CHUNK, low);
+        load8<true>(x + half, ROW_CHUNK, high);
     }
     if (place.here && a.bias) {
         add_from(low, a.bias + place.head * d + at);
@@ -138,7 +138,7 @@ __device__ static float read_head(const struct cuda_qkv &a, const struct head_pl
 /* What q or k is multiplied by: the norm's weights of its two halves, if it has one, and the angles
  * of its position. */
 struct head_turn {
-    float low[CHUNK], high[CHUNK], cs[2 * CHUNK];
+    float low[ROW_CHUNK], high[ROW_CHUNK], cs[2 * ROW_CHUNK];
 };
 
 __device__ static void load_turn(const struct cuda_qkv &a, const struct head_place &place, int pos,
@@ -148,16 +148,16 @@ __device__ static void load_turn(const struct cuda_qkv &a, const struct head_pla
     const int at = place.at;
 
     if (norm) {
-        load8<true>(norm + at, CHUNK, turn.low);
-        load8<true>(norm + at + a.head_dim / 2, CHUNK, turn.high);
+        load8<true>(norm + at, ROW_CHUNK, turn.low);
+        load8<true>(norm + at + a.head_dim / 2, ROW_CHUNK, turn.high);
     }
     load_angles(turn.cs, a.cos_sin + (size_t)pos * a.head_dim + 2 * at);
 }
 
 /* Normalises q or k, if it has a norm, and rotates it. */
 __device__ static void finish_head(const struct cuda_qkv &a, const struct head_place &place,
-                                   float rstd, const struct head_turn &turn, float low[CHUNK],
-                                   float high[CHUNK])
+                                   float rstd, const struct head_turn &turn, float low[ROW_CHUNK],
+                                   float high[ROW_CHUNK])
 {
     if (head_norm(a, place)) {
         scale_by(low, rstd, turn.low);

@@ -12,12 +12,12 @@
 #include "cuda/context.h"
 #include "cuda/sizes.cuh"
 
-#define CHUNK   8
-#define THREADS 256
+#define ROW_CHUNK   8
+#define ROW_THREADS 256
 
 /* p[0 … 8) as float; without VECTOR only p[0 … valid), the rest zero. */
 template <bool VECTOR>
-__device__ static inline void load8(const float *p, int valid, float v[CHUNK])
+__device__ static inline void load8(const float *p, int valid, float v[ROW_CHUNK])
 {
     if constexpr (VECTOR) {
         const float4 a = ((const float4 *)p)[0], b = ((const float4 *)p)[1];
@@ -26,13 +26,13 @@ __device__ static inline void load8(const float *p, int valid, float v[CHUNK])
         v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
     } else {
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             v[j] = j < valid ? p[j] : 0.0f;
     }
 }
 
 template <bool VECTOR>
-__device__ static inline void load8(const __nv_bfloat16 *p, int valid, float v[CHUNK])
+__device__ static inline void load8(const __nv_bfloat16 *p, int valid, float v[ROW_CHUNK])
 {
     if constexpr (VECTOR) {
         const uint4 raw = *(const uint4 *)p;
@@ -45,20 +45,20 @@ __device__ static inline void load8(const __nv_bfloat16 *p, int valid, float v[C
         }
     } else {
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             v[j] = j < valid ? widen(p[j]) : 0.0f;
     }
 }
 
 template <bool VECTOR>
-__device__ static inline void store8(float *p, int valid, const float v[CHUNK])
+__device__ static inline void store8(float *p, int valid, const float v[ROW_CHUNK])
 {
     if constexpr (VECTOR) {
         ((float4 *)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
         ((float4 *)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
     } else {
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             if (j < valid)
                 p[j] = v[j];
     }
@@ -73,14 +73,14 @@ __device__ static inline uint32_t pack2(float low, float high)
 }
 
 template <bool VECTOR>
-__device__ static inline void store8(__nv_bfloat16 *p, int valid, const float v[CHUNK])
+__device__ static inline void store8(__nv_bfloat16 *p, int valid, const float v[ROW_CHUNK])
 {
     if constexpr (VECTOR) {
         *(uint4 *)p =
             make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
     } else {
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < ROW_CHUNK; j++)
             if (j < valid)
                 narrow(p + j, v[j]);
     }
@@ -91,10 +91,10 @@ __device__ static inline void store8(__nv_bfloat16 *p, int valid, const float v[
 __device__ static inline void round8(float *, const float *)
 {
 }
-__device__ static inline void round8(float v[CHUNK], const __nv_bfloat16 *)
+__device__ static inline void round8(float v[ROW_CHUNK], const __nv_bfloat16 *)
 {
 #pragma unroll
-    for (int j = 0; j < CHUNK; j += 2) {
+    for (int j = 0; j < ROW_CHUNK; j += 2) {
         const uint32_t pair = pack2(v[j], v[j + 1]);
 
         v[j] = __uint_as_float(pair << 16);

@@ -11,7 +11,7 @@
 
 /* U: what is moved at once, 16 bytes or an element; a row has `units` of them. */
 template <typename U>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS)
     gather_rows(int m, int units, const U *in, const int32_t *rows, U *out)
 {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
@@ -45,7 +45,7 @@ __device__ static int find_row(const int32_t *rows, int count, int row)
 
 /* Each output row looks for its input, so that everything is written once. */
 template <typename U>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS)
     spread_rows(int m, int count, int units, const U *__restrict__ in,
                 const int32_t *__restrict__ rows, U *__restrict__ out)
 {
@@ -66,9 +66,9 @@ static dim3 copy_block(int units)
 {
     int threads = WARP;
 
-    while (threads < THREADS && threads < units)
+    while (threads < ROW_THREADS && threads < units)
         threads *= 2;
-    return dim3(threads, THREADS / threads);
+    return dim3(threads, ROW_THREADS / threads);
 }
 
 template <typename U>
@@ -159,7 +159,7 @@ __device__ static float4 plus(float4 a, float4 b)
 
 /* Block (target, part of its columns), one unit per thread, its items one after the other. */
 template <typename U>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS)
     add_to_rows(int units, const int32_t *__restrict__ starts, const int32_t *__restrict__ items,
                 const int32_t *__restrict__ rows, const U *__restrict__ in, U *__restrict__ out)
 {
@@ -182,7 +182,7 @@ int cuda_add_rows(struct cuda_context *context, int targets, int n, const int32_
                   const int32_t *items, const int32_t *rows, const float *in, float *out)
 {
     const int wide = wide_units(n, sizeof(float), in, out), units = wide > 0 ? wide : n;
-    const dim3 block(units < THREADS ? divide_up(units, WARP) * WARP : THREADS);
+    const dim3 block(units < ROW_THREADS ? divide_up(units, WARP) * WARP : ROW_THREADS);
     const dim3 grid(targets, units > 0 ? divide_up(units, block.x) : 1);
 
     if (targets <= 0 || n <= 0)
@@ -199,16 +199,17 @@ int cuda_add_rows(struct cuda_context *context, int targets, int n, const int32_
 
 #define QUAD           4
 #define QUADS          2 /* per thread */
-#define ACTS_PER_BLOCK (THREADS * QUADS * QUAD)
+#define ACTS_PER_BLOCK (ROW_THREADS * QUADS * QUAD)
 
 /* Four elements at once: 16 bytes in and 8 out leave no gaps between lanes. */
 template <bool VECTOR>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS)
     to_bf16(size_t count, const float *__restrict__ in, __nv_bfloat16 *__restrict__ out)
 {
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {
-        const size_t at = ((size_t)blockIdx.x * QUADS + i) * THREADS * QUAD + threadIdx.x * QUAD;
+        const size_t at =
+            ((size_t)blockIdx.x * QUADS + i) * ROW_THREADS * QUAD + threadIdx.x * QUAD;
 
         if (VECTOR && at + QUAD <= count) {
             const float4 v = *(const float4 *)(in + at);
@@ -236,10 +237,10 @@ int cuda_to_act(struct cuda_context *context, size_t count, const float *in, voi
                                                       cudaMemcpyDeviceToDevice, context->stream),
                                       "to_act");
     if (aligned16(in) && aligned16(out))
-        to_bf16<true>
-            <<<(unsigned)blocks, THREADS, 0, context->stream>>>(count, in, (__nv_bfloat16 *)out);
+        to_bf16<true><<<(unsigned)blocks, ROW_THREADS, 0, context->stream>>>(count, in,
+                                                                             (__nv_bfloat16 *)out);
     else
-        to_bf16<false>
-            <<<(unsigned)blocks, THREADS, 0, context->stream>>>(count, in, (__nv_bfloat16 *)out);
+        to_bf16<false><<<(unsigned)blocks, ROW_THREADS, 0, context->stream>>>(count, in,
+                                                                              (__nv_bfloat16 *)out);
     return cuda_check_launch(context, "to_act");
 }
