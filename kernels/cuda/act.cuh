@@ -30,7 +30,8 @@ static __device__ __forceinline__ uint32_t pack_pair(float a, float b)
 {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
 
-    return *(const uint32_t *)&pair;
+    return (uint32_t)__bfloat16_as_ushort(__low2bfloat16(pair)) |
+           (uint32_t)__bfloat16_as_ushort(__high2bfloat16(pair)) << 16;
 }
 
 /* A pair of bf16 plus two floats, rounded once. */

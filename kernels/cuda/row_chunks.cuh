@@ -64,20 +64,12 @@ __device__ static inline void store8(float *p, int valid, const float v[ROW_CHUN
     }
 }
 
-__device__ static inline uint32_t pack2(float low, float high)
-{
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-
-    return (uint32_t)__bfloat16_as_ushort(__low2bfloat16(pair)) |
-           (uint32_t)__bfloat16_as_ushort(__high2bfloat16(pair)) << 16;
-}
-
 template <bool VECTOR>
 __device__ static inline void store8(__nv_bfloat16 *p, int valid, const float v[ROW_CHUNK])
 {
     if constexpr (VECTOR) {
-        *(uint4 *)p =
-            make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
+        *(uint4 *)p = make_uint4(pack_pair(v[0], v[1]), pack_pair(v[2], v[3]),
+                                 pack_pair(v[4], v[5]), pack_pair(v[6], v[7]));
     } else {
 #pragma unroll
         for (int j = 0; j < ROW_CHUNK; j++)
@@ -95,7 +87,7 @@ __device__ static inline void round8(float v[ROW_CHUNK], const __nv_bfloat16 *)
 {
 #pragma unroll
     for (int j = 0; j < ROW_CHUNK; j += 2) {
-        const uint32_t pair = pack2(v[j], v[j + 1]);
+        const uint32_t pair = pack_pair(v[j], v[j + 1]);
 
         v[j] = __uint_as_float(pair << 16);
         v[j + 1] = __uint_as_float(pair & 0xffff0000u);

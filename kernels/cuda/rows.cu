@@ -214,7 +214,7 @@ __global__ static void __launch_bounds__(ROW_THREADS)
         if (VECTOR && at + QUAD <= count) {
             const float4 v = *(const float4 *)(in + at);
 
-            *(uint2 *)(out + at) = make_uint2(pack2(v.x, v.y), pack2(v.z, v.w));
+            *(uint2 *)(out + at) = make_uint2(pack_pair(v.x, v.y), pack_pair(v.z, v.w));
             continue;
         }
         for (size_t j = at; j < at + QUAD && j < count; j++)
