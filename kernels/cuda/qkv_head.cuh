@@ -27,8 +27,8 @@ __device__ static void load_angles(float cs[2 * ROW_CHUNK], const float *table)
 /* (low, high) -> (low cos - high sin, high cos + low sin); sign -1 turns back. cs: cos, sin of 8
  * angles. Which multiply-adds are fused is said here and below, and not left to how the compiler
  * sees the kernel around them. */
-__device__ static void rotate(float low[ROW_CHUNK], float high[ROW_CHUNK], const float cs[2 * ROW_CHUNK],
-                              float sign)
+__device__ static void rotate(float low[ROW_CHUNK], float high[ROW_CHUNK],
+                              const float cs[2 * ROW_CHUNK], float sign)
 {
 #pragma unroll
     for (int j = 0; j < ROW_CHUNK; j++) {
@@ -56,7 +56,8 @@ __device__ static void scale_by(float v[ROW_CHUNK], float factor, const float w[
 }
 
 template <typename T>
-__device__ static void store_halves(T *p, int half, const float low[ROW_CHUNK], const float high[ROW_CHUNK])
+__device__ static void store_halves(T *p, int half, const float low[ROW_CHUNK],
+                                    const float high[ROW_CHUNK])
 {
     store8<true>(p, ROW_CHUNK, low);
     store8<true>(p + half, ROW_CHUNK, high);
@@ -94,8 +95,8 @@ __device__ static void store_kv(const struct cuda_qkv &a, const struct head_plac
  * With one, the norm reads the rounded values that `raw` holds, so that the backward pass works on
  * the very same numbers. */
 template <typename T>
-__device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm, float low[ROW_CHUNK],
-                                  float high[ROW_CHUNK])
+__device__ static float head_rstd(const struct cuda_qkv &a, int lanes, bool norm,
+                                  float low[ROW_CHUNK], float high[ROW_CHUNK])
 {
     float sum = 0;
 
