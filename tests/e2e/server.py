@@ -162,6 +162,7 @@ class Server:
             headers["Content-Type"] = "application/json"
         connection = self.connection(timeout)
         try:
+            connection.connect()
             # An answer may come before a large body was taken, as curl and httpx know too.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, body=body, headers=headers)
