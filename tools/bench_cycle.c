@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "claas/client.h"
 #include "claas/err.h"
@@ -27,6 +28,7 @@
 #include "claas/log.h"
 #include "claas/mem.h"
 #include "process.h"
+#include "verbs.h"
 
 #define SETTINGS_MAX  16
 #define ASK_MS        600000 /* the chat is the longest of the requests */
@@ -162,11 +164,19 @@ static int open_server(struct bench_server *server, const struct bench_args *arg
 
 static void close_server(struct bench_server *server)
 {
+    CLAAS_AUTO_FREE char *failure = claas_strdup(claas_error_text());
+    bool is_clean;
+
     claas_client_free(&server->client);
-    process_done(&server->process);
+    is_clean = process_done(&server->process);
     if (server->directory[0] != '\0' && claas_remove_all(server->directory) < 0)
         fprintf(stderr, "claas bench cycle: %s is left behind: %s\n", server->directory,
                 claas_error_text());
+    if (is_clean)
+        return;
+    fprintf(stderr, "claas bench cycle: %s\n", failure && failure[0] ? failure : "a thread stays");
+    fflush(stdout);
+    _exit(EXIT_CODE_FAILED); /* a thread still uses `server` */
 }
 
 /* --- one cycle -------------------------------------------------------------------------------- */

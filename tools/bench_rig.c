@@ -22,7 +22,8 @@ char *bench_model_path(const char *model)
 
 int bench_fail_model(int rc, const char *model)
 {
-    if (rc != CLAAS_ERR_NOT_FOUND || strchr(model, ':') != NULL || strchr(model, '/') != NULL)
+    if (rc != CLAAS_ERR_NOT_FOUND || access(model, F_OK) == 0 || strchr(model, ':') != NULL ||
+        strchr(model, '/') != NULL)
         return rc;
     return claas_fail(rc, "--model: there is no file or directory %s here, and %s",
                       claas_quote(model).text, claas_error_text());

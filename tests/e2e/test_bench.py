@@ -93,6 +93,8 @@ def test_no_such_model(tmp_path, verb):
     done = bench(verb, tmp=tmp_path, model="model.gguf")
     assert (done.returncode, done.stdout) == (1, "")
     assert "no file or directory model.gguf here, and no random model 'model.gguf' (tiny-llama, " in done.stderr, done.stderr
+    done = bench(verb, tmp=tmp_path, model=".")
+    assert done.returncode == 1 and "no config.json in this directory" in done.stderr and "no file or" not in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
