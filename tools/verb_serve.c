@@ -339,17 +339,19 @@ static int serve(void *arg)
 {
     struct serve_args *args = arg;
     struct process process = {0};
-    int rc = run(args, &process);
+    int code = EXIT_CODE_OK, rc = run(args, &process);
 
     if (rc < 0)
         fprintf(stderr, "claas serve: %s\n", claas_error_text());
     if (rc == CLAAS_ERR_DEVICE_LOST)
         end_without_device(&process);
-    if (!process_done(&process))
-        _exit(rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK);
     if (process.bad_config)
-        return EXIT_CODE_CONFIG;
-    return rc < 0 ? EXIT_CODE_FAILED : EXIT_CODE_OK;
+        code = EXIT_CODE_CONFIG;
+    else if (rc < 0)
+        code = EXIT_CODE_FAILED;
+    if (!process_done(&process))
+        _exit(code);
+    return code;
 }
 
 int verb_serve(int argc, char **argv)

@@ -62,7 +62,7 @@ static int set_up_impatient(void **state)
                                                    .poke_ms = 5,
                                                    .slow_ms = 500,
                                                    .stuck_ms = 1000,
-                                                   .stop_ms = 5000};
+                                                   .stop_ms = usual_limits.stop_ms};
     return set_up(state);
 }
 
